@@ -1,0 +1,20 @@
+"""LOP: one Qwen2.5-VL checkpoint, pruned to any size by a learned allocation (arXiv 2506.12826)."""
+
+from typing import TYPE_CHECKING, Any
+
+from lop.errors import LopError
+
+if TYPE_CHECKING:
+    from lop.checkpoint import load
+
+__all__ = ["LopError", "load"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: importing torch and transformers takes seconds that `lop predict` need not spend.
+    if name == "load":
+        from lop.checkpoint import load
+
+        return load
+    raise AttributeError(f"module 'lop' has no attribute {name!r}")

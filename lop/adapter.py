@@ -1,0 +1,96 @@
+"""Where a Qwen2.5-VL keeps the parts that LOP touches; the one place that knows the model family's names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lop.errors import LopError
+
+
+class Ffn(Protocol):
+    """A gated feed-forward network: `down(act(gate(x)) * up(x))`."""
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act_fn: Any
+
+
+@dataclass(frozen=True)
+class QwenVL:
+    """A loaded model with its processor, seen through the few names that LOP needs."""
+
+    model: Any
+    processor: Any
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The language model without its head: `inputs_embeds` [B, T, H] to hidden states [B, T, H]."""
+        return cast(nn.Module, self.model.model.language_model)
+
+    @property
+    def head(self) -> nn.Module:
+        """Hidden states [N, H] to logits [N, V]."""
+        return cast(nn.Module, self.model.lm_head)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, first to last; each holds its FFN as `mlp`."""
+        return list(cast(Any, self.backbone).layers)
+
+    @property
+    def ffns(self) -> list[Ffn]:
+        """Each layer's FFN, first to last."""
+        return [cast(Ffn, layer.mlp) for layer in self.layers]
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self.model.device)
+
+    def image_features(self, pixels: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+        """Each image's embeddings [tokens, H], from the vision tower."""
+        features = self.model.model.get_image_features(pixels, grid, return_dict=True)
+        return cast(tuple[Tensor, ...], features.pooler_output)
+
+    def token_embeddings(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., H] of token ids [...]."""
+        return cast(Tensor, self.model.get_input_embeddings()(ids))
+
+    def positions(self, ids: Tensor, token_types: Tensor, grid: Tensor) -> Tensor:
+        """M-RoPE positions [3, T] of one sequence [T]."""
+        positions, _ = self.model.model.get_rope_index(ids[None], token_types[None], image_grid_thw=grid)
+        return cast(Tensor, positions[:, 0])
+
+
+def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> QwenVL:
+    """Loads a checkpoint, dense or pruned by LOP, with its processor, ready for inference.
+
+    Args:
+        device: `auto` (the first GPU if there is one), or what torch calls it.
+        dtype: `auto` (bfloat16 on a GPU, float32 on a CPU), or what torch calls it.
+
+    Raises:
+        LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one.
+    """
+    from transformers import AutoProcessor
+    from transformers.utils import logging
+
+    from lop.modeling import LopQwen2_5_VLForConditionalGeneration as Model
+
+    logging.disable_progress_bar()
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    kind = getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise LopError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
+    try:
+        model, loading = Model.from_pretrained(path, dtype=kind, output_loading_info=True)
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise LopError(f"{path} cannot be loaded as a Qwen2.5-VL checkpoint: {lines[0]}") from error
+    if loading["missing_keys"]:
+        raise LopError(f"{path} lacks weights of a Qwen2.5-VL: {sorted(loading['missing_keys'])[0]}")
+    return QwenVL(model.to(place).eval().requires_grad_(False), processor)

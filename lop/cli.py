@@ -1,0 +1,194 @@
+"""The command line: parse, call one function of the library, print."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lop.config import Config, find_config, load_config
+from lop.errors import LopError
+from lop.models import EMBEDDED
+from lop.run import Run
+from lop.size import Target, describe, parse_count
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _quiet_libraries()
+    try:
+        options.command(options)
+        sys.stdout.flush()
+    except LopError as error:
+        return _complain(str(error))
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; keep Python from complaining at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _complain(f"{error.filename or 'disk'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        print("lop: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="lop",
+        description="Prune a Qwen2.5-VL checkpoint to any size: search allocations once, then predict them.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, command: Command) -> argparse.ArgumentParser:
+        stage = commands.add_parser(name, help=summary, description=f"{summary}.")
+        stage.set_defaults(command=command, default_config=None)
+        _add_common(stage)
+        return stage
+
+    add("calibrate", "collect the statistics of every FFN neuron on the calibration samples", _calibrate)
+    search = add("search", "run one UCB tree per target on the reward samples, or go on with it", _search)
+    _add_workers(search)
+    train = add("train", "train the predictors on what the search found", _train)
+    _add_workers(train)
+    predict = add("predict", "print the allocation for a target", _predict)
+    _add_target(predict)
+    predict.add_argument("--json", action="store_true", help="print one JSON object")
+    prune = add("prune", "write the pruned checkpoint for a target", _prune)
+    _add_target(prune)
+    prune.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the checkpoint")
+    add("compare", "evaluate LOP and the baselines on the test samples and write the report", _compare)
+    demo = add("demo", "run the whole path in minutes and write a report", _demo)
+    _add_workers(demo)
+    demo.set_defaults(default_config="demo")
+    return parser
+
+
+def _add_common(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--model", help=f"'{EMBEDDED}' (embedded), a local checkpoint folder or a hub id")
+    stage.add_argument("--config", metavar="YAML", help="a settings file, or the name of one in configs/")
+    stage.add_argument("--run", type=Path, metavar="DIR", help="the folder that holds the run")
+    stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
+
+
+def _add_workers(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--workers", type=int, metavar="N", help="Ray actors; 0 evaluates in this process")
+
+
+def _add_target(stage: argparse.ArgumentParser) -> None:
+    target = stage.add_mutually_exclusive_group(required=True)
+    target.add_argument("--target", metavar="RATIO", help="share of FFN neurons to remove, such as 0.3")
+    target.add_argument("--parameters", metavar="COUNT", help="of the whole checkpoint, such as 5B")
+    target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, such as 8GiB")
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """The named config, else the run's own, else the one made for the model."""
+    own = options.run / "config.yaml" if options.run else None
+    if options.config:
+        path = find_config(options.config)
+    elif own is not None and own.is_file() and not options.default_config:
+        path = own
+    else:
+        is_embedded = options.model in (None, EMBEDDED)
+        path = find_config(options.default_config or (EMBEDDED if is_embedded else "qwen2_5_vl_7b"))
+    return load_config(path, options.set, model=options.model, workers=getattr(options, "workers", None))
+
+
+def _run(options: argparse.Namespace) -> Run:
+    config = _config(options)
+    return Run(config, options.run or Path("runs") / Path(config.model).name)
+
+
+def _target(options: argparse.Namespace) -> Target:
+    if options.parameters is not None:
+        return Target(parameters=parse_count(options.parameters, what="parameters"))
+    if options.bytes is not None:
+        return Target(bytes=parse_count(options.bytes, what="bytes"))
+    try:
+        return Target(ratio=float(options.target))
+    except ValueError:
+        raise LopError(f"target {options.target!r} is not a number such as 0.3") from None
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from lop.stages import calibrate_stage
+
+    run = _run(options)
+    calibrate_stage(run)
+    print(run.statistics_file)
+
+
+def _search(options: argparse.Namespace) -> None:
+    from lop.stages import search_stage
+
+    run = _run(options)
+    search_stage(run)
+    print(run.search_file)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from lop.stages import train_stage
+
+    run = _run(options)
+    train_stage(run)
+    print(run.predictor_folder)
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from lop.stages import predictor_for
+
+    config, target = _config(options), _target(options)
+    predictor = predictor_for(Run(config, options.run) if options.run else None, config)
+    allocation = predictor.allocate(target.budget(predictor.space, predictor.size))
+    answer = describe(allocation, predictor.space, predictor.size)
+    if options.json:
+        print(json.dumps(answer))
+        return
+    print(f"{answer['parameters']:,} parameters, {answer['bytes']:,} bytes, ratio {answer['ratio']:.4f}")
+    for layer, (ratio, width) in enumerate(zip(answer["ratios"], answer["widths"])):
+        print(f"layer {layer:>2}  {width:>6}  {'█' * round(40 * (1 - ratio)):<40}  {ratio:.1%} pruned")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from lop.stages import prune_stage
+
+    config = _config(options)
+    run = Run(config, options.run) if options.run else None
+    prune_stage(run, config, _target(options), options.out)
+    print(options.out)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from lop.report import write_report
+
+    run = _run(options)
+    print(write_report(run))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from lop.demo import demo
+
+    print(demo(Run(_config(options), options.run or Path("runs/demo"))))
+
+
+def _quiet_libraries() -> None:
+    for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _complain(message: str) -> int:
+    print(f"lop: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

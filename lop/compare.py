@@ -1,0 +1,245 @@
+"""LOP against the baselines on the test samples: same neurons, same budgets, accuracies with intervals, seconds."""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lop.adapter import QwenVL, load_model
+from lop.allocation import Allocation, dense
+from lop.baselines import BASELINES, Baseline
+from lop.elastic import ElasticModel
+from lop.encoding import encode
+from lop.errors import LopError
+from lop.evaluator import Evaluator
+from lop.fingerprint import fingerprint, fingerprint_file
+from lop.importance import importance, order
+from lop.intervals import Interval, paired_bootstrap, wilson
+from lop.predictors import load_predictor
+from lop.run import Run
+from lop.samples import FORMS, Sample, fingerprint_samples
+from lop.stages import read_search
+from lop.statistics import NeuronStatistics, calibrate
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+LOP_METHODS = ("lop-search", "lop-predictor")
+METHODS = ("dense", *BASELINES, *LOP_METHODS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one target on the test samples of one form; `low` and `high` are Wilson's 95% interval."""
+
+    method: str
+    target: float
+    form: str
+    correct: int
+    total: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Average:
+    """One method at one target: the mean over forms, with the paired difference to the best baseline there."""
+
+    method: str
+    target: float
+    widths: tuple[int, ...]
+    accuracy: Interval
+    best_baseline: str
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a method spends: `calibrate` once for a model, `allocate` and `apply` for each target (medians).
+
+    For `lop-search` allocate is the search's time for one target; `lop-predictor` has that search, and the training,
+    behind it once for all targets.
+    """
+
+    method: str
+    calibrate: float
+    allocate: float
+    apply: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of `lop compare`'s results, with the fingerprints of what they were made from."""
+
+    fingerprints: Mapping[str, str]
+    rows: tuple[Row, ...]
+    averages: tuple[Average, ...]
+    seconds: tuple[Seconds, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        lists = {name: [asdict(value) for value in getattr(self, name)] for name in ("rows", "seconds", "averages")}
+        return {"fingerprints": dict(self.fingerprints), **lists}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
+        """The inverse of `as_dict`."""
+
+        def average(values: dict[str, Any]) -> Average:
+            intervals = {name: Interval(**values[name]) for name in ("accuracy", "difference")}
+            return Average(**{**values, **intervals, "widths": tuple(values["widths"])})
+
+        return cls(
+            fingerprints=data["fingerprints"],
+            rows=tuple(Row(**row) for row in data["rows"]),
+            averages=tuple(average(values) for values in data["averages"]),
+            seconds=tuple(Seconds(**values) for values in data["seconds"]),
+        )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a method would do at a target, and the seconds that choosing took."""
+
+    allocation: Allocation
+    scores: np.ndarray
+    means: np.ndarray | None
+    seconds: float
+
+
+def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
+    """Evaluates every method at every target of the config.
+
+    Raises:
+        LopError: the search or the training has not been run, or a target was not searched.
+    """
+    config = run.config
+    torch.set_num_threads(config.threads)
+    model = load_model(run.model_folder, device=config.device, dtype=config.dtype)
+    calibrate_seconds = _time_calibration(run, model)
+    encoded = encode(model, run.samples.test, batch_tokens=config.batch_tokens)
+    elastic = ElasticModel(model, run.order)
+    evaluator = Evaluator(elastic, encoded)
+
+    choose = _choosers(run)
+    hits = {("dense", 0.0): evaluator.scores().correct}
+    widths = {("dense", 0.0): dense(run.space).widths}
+    allocate: dict[str, list[float]] = {name: [] for name in choose}
+    apply: dict[str, list[float]] = {name: [] for name in choose}
+    pairs = [(name, target) for target in config.compare.targets for name in choose]
+    for name, target in tqdm(pairs, desc="compare", unit="method", disable=not progress):
+        choice = choose[name](run.space.budget(target))
+        start = time.perf_counter()
+        elastic.sort(order(choice.scores))
+        elastic.prune(choice.allocation, choice.means)
+        apply[name].append(time.perf_counter() - start)
+        allocate[name].append(choice.seconds)
+        hits[name, target] = evaluator.scores().correct
+        widths[name, target] = choice.allocation.widths
+        elastic.restore()
+    return Comparison(
+        fingerprints=comparison_fingerprints(run),
+        rows=tuple(row for (name, target), correct in hits.items() for row in _rows(run, name, target, correct)),
+        averages=tuple(_averages(run.samples.test, hits, widths)),
+        seconds=tuple(
+            Seconds(
+                name,
+                0.0 if name == "magnitude" else calibrate_seconds,
+                statistics.median(allocate[name]),
+                statistics.median(apply[name]),
+            )
+            for name in choose
+        ),
+    )
+
+
+def comparison_fingerprints(run: Run) -> dict[str, str]:
+    """What a comparison depends on."""
+    return {
+        **run.evaluation_fingerprints,
+        "test samples": fingerprint_samples(run.samples.test),
+        "search": fingerprint_file(run.search_file),
+        "predictor": fingerprint_file(run.predictor_folder / "predictor.json"),
+        "targets": fingerprint(run.config.compare.model_dump(mode="json")),
+    }
+
+
+def _time_calibration(run: Run, model: QwenVL) -> float:
+    start = time.perf_counter()
+    calibrate(model, encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens))
+    return time.perf_counter() - start
+
+
+def _choosers(run: Run) -> dict[str, Callable[[int], _Choice]]:
+    """For each method, what it does with a budget."""
+    found = {run.space.budget(result.target): result for result in read_search(run)}
+    search_seconds = run.seconds().get("search", 0.0) / len(found)
+    predictor = load_predictor(run.predictor_folder)
+    scores = importance(run.config.importance, run.statistics)
+
+    def searched(budget: int) -> _Choice:
+        if budget not in found:
+            raise LopError(f"compare.targets: {run.space.ratio(budget):.4g} is not one of the search's targets")
+        return _Choice(found[budget].best, scores, None, search_seconds)
+
+    def predicted(budget: int) -> _Choice:
+        predictor.allocate(budget)  # The first call pays for set-up that later ones do not.
+        seconds, allocation = _timed(lambda: predictor.allocate(budget))
+        return _Choice(allocation, scores, None, seconds)
+
+    baselines = {name: _baseline_chooser(run, baseline) for name, baseline in BASELINES.items()}
+    return {**baselines, "lop-search": searched, "lop-predictor": predicted}
+
+
+def _baseline_chooser(run: Run, baseline: Baseline) -> Callable[[int], _Choice]:
+    collected: NeuronStatistics = run.statistics
+
+    def choose(budget: int) -> _Choice:
+        seconds, allocation = _timed(lambda: baseline.allocate(collected, run.space, budget))
+        return _Choice(allocation, baseline.score(collected), collected.mean if baseline.bias else None, seconds)
+
+    return choose
+
+
+def _rows(run: Run, method: str, target: float, correct: np.ndarray) -> list[Row]:
+    forms = np.array([sample.form for sample in run.samples.test])
+    rows = []
+    for form in FORMS:
+        chosen = correct[forms == form]
+        if len(chosen):
+            share = wilson(int(chosen.sum()), len(chosen))
+            rows.append(Row(method, target, form, int(chosen.sum()), len(chosen), share.value, share.low, share.high))
+    return rows
+
+
+def _averages(
+    samples: Sequence[Sample],
+    hits: Mapping[tuple[str, float], np.ndarray],
+    widths: Mapping[tuple[str, float], tuple[int, ...]],
+) -> list[Average]:
+    forms = np.unique([sample.form for sample in samples], return_inverse=True)[1]
+    images = np.unique([sample.image_key for sample in samples], return_inverse=True)[1]
+
+    def interval(values: np.ndarray) -> Interval:
+        return paired_bootstrap(values.astype(np.float64), forms, images)
+
+    accuracies = {key: interval(correct) for key, correct in hits.items()}
+    averages = []
+    for (method, target), correct in hits.items():
+        rivals = [name for name in BASELINES if (name, target) in hits] or [method]
+        best = max(rivals, key=lambda name: accuracies[name, target].value)
+        difference = interval(correct.astype(np.int64) - hits[best, target].astype(np.int64))
+        averages.append(Average(method, target, widths[method, target], accuracies[method, target], best, difference))
+    return averages
+
+
+def _timed(action: Callable[[], T]) -> tuple[float, T]:
+    start = time.perf_counter()
+    value = action()
+    return time.perf_counter() - start, value

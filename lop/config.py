@@ -1,0 +1,187 @@
+"""The settings of a run: YAML files from `configs/`, validated on load, with `--set key=value` on top."""
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lop.errors import LopError
+from lop.files import atomic_file
+from lop.tree import TreeOptions
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Importance = Literal["activation", "contribution", "magnitude", "wanda", "flap"]
+Root = Literal["uniform", "magnitude", "wanda", "flap"]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Targets(_Settings):
+    """Target ratios from `first` to `last` in equal steps."""
+
+    first: Ratio
+    last: Ratio
+    step: Annotated[float, Field(gt=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Targets":
+        if self.last < self.first:
+            raise ValueError(f"last ({self.last}) must not be below first ({self.first})")
+        return self
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The targets, rounded to six decimals so that they print as they were meant."""
+        count = round((self.last - self.first) / self.step)
+        return tuple(round(self.first + index * self.step, 6) for index in range(count + 1))
+
+
+class SearchSettings(_Settings):
+    """The UCB trees; see `lop.tree.TreeOptions` for what each number does."""
+
+    targets: Targets
+    simulations: Positive = 300
+    evaluations: Positive = 200
+    exploration: Annotated[float, Field(ge=0)] = 0.02
+    step: Annotated[float, Field(gt=0, le=1)] = 0.3
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    children: Positive = 6
+    depth: Positive = 12
+    window: Positive = 2
+    roots: tuple[Root, ...] = ("uniform", "magnitude", "wanda", "flap")
+    reward: Literal["accuracy", "log_probability"] = "accuracy"
+
+    def tree_options(self) -> TreeOptions:
+        """What a tree needs of these settings."""
+        return TreeOptions(
+            simulations=self.simulations,
+            evaluations=self.evaluations,
+            exploration=self.exploration,
+            step=self.step,
+            decay=self.decay,
+            children=self.children,
+            depth=self.depth,
+            window=self.window,
+        )
+
+
+class TrainSettings(_Settings):
+    """How predictors are trained (LOP 4.3); `samples` is how many trials of each architecture Ray Tune runs."""
+
+    architectures: tuple[Literal["mlp", "lstm", "transformer"], ...] = ("mlp", "lstm", "transformer")
+    batch: Positive = 40
+    epochs: Positive = 64
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1e-3,)
+    best_per_target: Positive = 5
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+class CompareSettings(_Settings):
+    """What `lop compare` reports."""
+
+    targets: tuple[Ratio, ...] = (0.2, 0.3, 0.5)
+
+
+class Config(_Settings):
+    """All settings of a run.
+
+    `threads` are torch's on a CPU: sums come out alike on every machine and in every worker only if it is the same.
+    """
+
+    model: str
+    samples: str = "tiny"
+    seed: int = 0
+    granularity: Positive = 128
+    max_ratio: Ratio = 0.95
+    importance: Importance = "activation"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_tokens: Positive = 8192
+    workers: Annotated[int, Field(ge=0)] = 0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    threads: Positive = 1
+    search: SearchSettings
+    train: TrainSettings = TrainSettings()
+    compare: CompareSettings = CompareSettings()
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Config:
+    """Reads a YAML file and applies `a.b=value` overrides, then keyword values that are not None.
+
+    Raises:
+        LopError: the file is missing or not YAML, or a key is unknown or of the wrong type; one line that names it.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise LopError(f"config {path} is missing") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LopError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise LopError(f"config {path} is not a mapping of settings")
+    for override in overrides:
+        _apply(data, override)
+    data |= {key: value for key, value in values.items() if value is not None}
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], where: str) -> Config:
+    """Validates settings.
+
+    Raises:
+        LopError: a key is unknown, missing or of the wrong type.
+    """
+    try:
+        # JSON mode, strict: lists become tuples, and nothing else changes its type.
+        return Config.model_validate_json(_json(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        got = "" if first["type"] in ("missing", "extra_forbidden") else f", not {first['input']!r}"
+        raise LopError(f"{where}: {key}: {first['msg']}{got}") from None
+
+
+def _json(data: Any) -> str:
+    try:
+        return json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise LopError(f"a setting is not a number, text or list: {error}") from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the whole config as YAML."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def find_config(name: str) -> Path:
+    """The path of a config: a file's path, or the name of one that comes along, such as `tiny` or `demo`."""
+    package = Path(str(files("lop")))
+    # Beside the package in a checkout, inside it once installed from a wheel.
+    for folder in (package.parent / "configs", package / "configs"):
+        if (shipped := folder / f"{name}.yaml").is_file():
+            return shipped
+    return Path(name)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise LopError(f"--set {override!r}: write key=value, for instance search.simulations=50")
+    *parents, last = key.split(".")
+    place = data
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise LopError(f"--set {override!r}: {parent} is not a group of settings")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise LopError(f"--set {override!r}: {text!r} is not a YAML value") from None

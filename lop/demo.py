@@ -1,0 +1,54 @@
+"""`lop demo`: the whole path, stage after stage; what is done already is not done again."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from lop.checkpoint import verify
+from lop.errors import LopError
+from lop.predictors import load_predictor
+from lop.report import write_report
+from lop.run import Run
+from lop.stages import calibrate_stage, export_allocation, search_stage, train_stage
+
+log = logging.getLogger(__name__)
+
+
+def demo(run: Run) -> Path:
+    """Runs every stage that is not done yet, and returns the report's path.
+
+    Raises:
+        LopError: the folder holds a run of another model or other settings, or a damaged file.
+    """
+    stages = (
+        ("calibrate", lambda: calibrate_stage(run)),
+        ("search", lambda: search_stage(run)),
+        ("train", lambda: train_stage(run)),
+        ("prune", lambda: _prune_all(run)),
+        ("compare", lambda: write_report(run)),
+    )
+    for number, (name, stage) in enumerate(stages, start=1):
+        log.info("%d/%d %s", number, len(stages), name)
+        stage()
+    return run.report_file
+
+
+def _prune_all(run: Run) -> None:
+    """One checkpoint for each target of the comparison, as the predictor allocates."""
+    predictor = load_predictor(run.predictor_folder)
+    for target in run.config.compare.targets:
+        folder = run.folder / "checkpoints" / f"{target:.3f}"
+        allocation = predictor.allocate(run.space.budget(target))
+        if _holds(folder, list(allocation.widths)):
+            log.info("prune: %s is there already", folder)
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        export_allocation(run, allocation, folder, target=target)
+
+
+def _holds(folder: Path, widths: list[int]) -> bool:
+    """Whether the folder holds an undamaged checkpoint of these widths."""
+    try:
+        return bool(verify(folder)["widths"] == widths)
+    except LopError:
+        return False

@@ -1,0 +1,62 @@
+"""Where a model named by the user is found."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+
+from lop.errors import LopError
+from lop.fingerprint import fingerprint_weights
+from lop.size import weight_files
+
+EMBEDDED = "tiny"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def assets() -> Path:
+    """The folder of what ships with the package for the embedded model: `model`, `samples` and `run`."""
+    return Path(str(files("lop"))) / "assets" / EMBEDDED
+
+
+def find_model(name: str) -> Path:
+    """The local folder of a model: the embedded one's name, a local folder, or a hub id (downloaded or from the cache).
+
+    Raises:
+        LopError: there is no such model, or the hub cannot be reached.
+    """
+    if name == EMBEDDED:
+        return assets() / "model"
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LopError(f"model folder {name} has no config.json: name a folder that holds a checkpoint")
+        return path
+    if not _HUB_ID.fullmatch(name) or name.startswith((".", "~")):
+        raise LopError(f"unknown model {name!r}: name {EMBEDDED!r}, a local checkpoint folder or a hub id")
+    return _download(name)
+
+
+def find_samples(name: str) -> Path:
+    """The folder that holds the three sample files: the embedded set's name or a local folder.
+
+    Raises:
+        LopError: there is no such folder.
+    """
+    path = assets() / "samples" if name == EMBEDDED else Path(name).expanduser()
+    if not path.is_dir():
+        raise LopError(f"samples folder {name} is missing: name {EMBEDDED!r} or a folder with Parquet files")
+    return path
+
+
+def fingerprint_model(folder: Path) -> str:
+    """A fingerprint of a checkpoint's configuration and weights."""
+    return fingerprint_weights([folder / "config.json", *weight_files(folder)])
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LopError(f"model {name!r} is neither a local folder nor to be had from the hub: {reason}") from None

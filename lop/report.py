@@ -1,0 +1,148 @@
+"""What `lop compare` and `lop demo` leave for people: a table, plots, and the same numbers as JSON."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lop.compare import METHODS, Average, Comparison, Seconds, compare_stage, comparison_fingerprints
+from lop.errors import LopError
+from lop.files import atomic_file, read_json, write_json
+from lop.plots import plot_accuracy, plot_allocations, plot_search
+from lop.run import Run
+from lop.samples import FORMS
+from lop.stages import read_search
+
+_FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
+
+
+def write_report(run: Run) -> Path:
+    """Compares, and writes `results.json`, the plots and `report.md` into the run's folder; prints the table.
+
+    Raises:
+        LopError: an earlier stage has not been run.
+    """
+    found = read_search(run)
+    if not run.predictor_folder.exists():
+        raise LopError(f"{run.predictor_folder} is missing: run `lop train` first")
+    results = run.folder / "results.json"
+    if results.exists() and read_json(results)["fingerprints"] == comparison_fingerprints(run):
+        comparison = Comparison.from_dict(read_json(results))
+    else:
+        comparison = compare_stage(run)
+        write_json(results, comparison.as_dict())
+    ratios = np.array([result.best.ratios(run.space) for result in found])
+    plot_accuracy(comparison.averages, run.folder / "accuracy.png")
+    plot_allocations(found, ratios, run.folder / "allocations.png")
+    plot_search(found, run.config.search.reward, run.folder / "search.png")
+    with atomic_file(run.report_file) as temporary:
+        temporary.write_text(_markdown(run, comparison))
+    print_table(comparison)
+    return run.report_file
+
+
+def print_table(comparison: Comparison) -> None:
+    """The comparison as a table on the terminal."""
+    table = Table(title="Accuracy on the test samples (mean over forms, 95% interval)")
+    targets = sorted({average.target for average in comparison.averages if average.method != "dense"})
+    table.add_column("method")
+    for target in targets:
+        table.add_column(f"{target:.0%} pruned", justify="right")
+    by_key = {(average.method, average.target): average for average in comparison.averages}
+    dense = by_key["dense", 0.0]
+    table.add_row("dense", *[_percent(dense)] * len(targets))
+    for method in METHODS[1:]:
+        table.add_row(method, *(_percent(by_key[method, target]) for target in targets))
+    Console().print(table)
+
+
+def _markdown(run: Run, comparison: Comparison) -> str:
+    config, search = run.config, run.config.search
+    predictors = read_json(run.folder / "predictors.json")
+    targets = search.targets.ratios
+    seconds = run.seconds()
+    parts = [
+        f"# LOP on `{config.model}`",
+        f"{run.space.layers} layers of {run.space.neurons} FFN neurons, widths in steps of {run.space.granularity}; "
+        f"{len(run.samples.calibration)} calibration, {len(run.samples.reward)} reward and "
+        f"{len(run.samples.test)} test samples, which share no image. The search: {len(targets)} targets from "
+        f"{targets[0]:.1%} to {targets[-1]:.1%}, {search.simulations} simulations and at most {search.evaluations} "
+        f"evaluated allocations each (the paper: 300 and 200), roots: {', '.join(search.roots) or 'none'}.",
+        "## Accuracy on the test samples",
+        "Mean over the forms of question, with the 95% interval of a bootstrap over images. The last column is the "
+        "difference to the best baseline at that target, in points, paired on the same questions.",
+        _average_table(comparison),
+        "![Accuracy by target](accuracy.png)",
+        "### By form of question",
+        "Share of exact answers, with Wilson's 95% interval.",
+        _form_table(comparison),
+        "## Seconds",
+        "`calibrate` is spent once for a model, `allocate` and `apply` for each target (medians). What `lop-search` "
+        "allocates is its own search for one target; `lop-predictor` has the search and the training behind it, once "
+        "for all targets.",
+        _seconds_table(comparison.seconds),
+        "Once for all targets, in this run: "
+        + ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
+        + ".",
+        "## Predictors",
+        f"Trained on the {search.reward.replace('_', ' ')} of the search at {len(predictors['training_targets'])} "
+        f"targets; validated at {', '.join(f'{target:.1%}' for target in predictors['validation_targets'])}, which "
+        f"training did not see. Chosen: **{predictors['chosen']}**.",
+        _predictor_table(predictors),
+        "## Search",
+        "![Best reward by evaluation](search.png)",
+        "![Allocations by layer](allocations.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _average_table(comparison: Comparison) -> str:
+    rows = [
+        [
+            average.method,
+            f"{average.target:.0%}",
+            _percent(average),
+            ""
+            if average.method == "dense"
+            else f"{100 * average.difference.value:+.1f} ({100 * average.difference.low:+.1f} to "
+            f"{100 * average.difference.high:+.1f}) against {average.best_baseline}",
+        ]
+        for average in comparison.averages
+    ]
+    return _table(["method", "pruned", "accuracy (%)", "against the best baseline"], rows)
+
+
+def _form_table(comparison: Comparison) -> str:
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for row in comparison.rows:
+        text = f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
+        cells.setdefault((row.method, row.target), {})[row.form] = text
+    rows = [
+        [method, f"{target:.0%}", *(forms.get(form, "") for form in FORMS)] for (method, target), forms in cells.items()
+    ]
+    return _table(["method", "pruned", *(_FORM_NAMES[form] for form in FORMS)], rows)
+
+
+def _seconds_table(seconds: tuple[Seconds, ...]) -> str:
+    rows = [[s.method, f"{s.calibrate:.3f}", f"{s.allocate:.6f}", f"{s.apply:.4f}"] for s in seconds]
+    return _table(["method", "calibrate", "allocate", "apply"], rows)
+
+
+def _predictor_table(predictors: dict[str, Any]) -> str:
+    rows = [
+        [p["architecture"], f"{p['parameters']:,}", f"{p['validation_error']:.5f}", f"{100 * p['reward']:.2f}"]
+        for p in predictors["architectures"]
+    ]
+    return _table(["architecture", "parameters", "validation MSE", "reward at held-out targets (%)"], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _percent(average: Average) -> str:
+    value = average.accuracy
+    return f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"

@@ -1,0 +1,141 @@
+"""A run: one model with its samples and settings, and the folder that holds what the stages make of them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lop.allocation import Space
+from lop.config import Config
+from lop.files import read_json, write_json
+from lop.fingerprint import check_fingerprints
+from lop.importance import importance, order
+from lop.models import EMBEDDED, assets, find_model, find_samples, fingerprint_model
+from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
+from lop.size import ModelSize, model_size, read_tensors
+from lop.statistics import NeuronStatistics, load_statistics
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the stages share; each property is read when first asked for.
+
+    Attributes:
+        config: the settings.
+        folder: where the stages' files are.
+    """
+
+    config: Config
+    folder: Path
+
+    @property
+    def statistics_file(self) -> Path:
+        return self.folder / "statistics.safetensors"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+    @property
+    def search_file(self) -> Path:
+        return self.folder / "search.json"
+
+    @property
+    def predictors_folder(self) -> Path:
+        return self.folder / "predictors"
+
+    @property
+    def predictor_folder(self) -> Path:
+        return self.folder / "predictor"
+
+    @property
+    def report_file(self) -> Path:
+        return self.folder / "report.md"
+
+    @cached_property
+    def model_folder(self) -> Path:
+        """The dense checkpoint.
+
+        Raises:
+            LopError: there is no such model.
+        """
+        return find_model(self.config.model)
+
+    @cached_property
+    def size(self) -> ModelSize:
+        """The dense checkpoint's numbers.
+
+        Raises:
+            LopError: it is damaged, or pruned already.
+        """
+        return model_size(read_tensors(self.model_folder))
+
+    @cached_property
+    def space(self) -> Space:
+        """The allocations that the config allows for the model.
+
+        Raises:
+            LopError: the granularity does not divide the model's FFN.
+        """
+        return Space(self.size.layers, self.size.neurons, self.config.granularity, self.config.max_ratio)
+
+    @cached_property
+    def samples(self) -> SampleSets:
+        """The three disjoint sets of samples.
+
+        Raises:
+            LopError: they are missing, damaged or not disjoint.
+        """
+        return load_sample_sets(find_samples(self.config.samples))
+
+    @cached_property
+    def model_fingerprint(self) -> str:
+        return fingerprint_model(self.model_folder)
+
+    @cached_property
+    def calibration_fingerprints(self) -> dict[str, str]:
+        """What the statistics depend on."""
+        return {"model": self.model_fingerprint, "calibration samples": fingerprint_samples(self.samples.calibration)}
+
+    @cached_property
+    def statistics(self) -> NeuronStatistics:
+        """What `lop calibrate` wrote.
+
+        Raises:
+            LopError: it is missing or damaged, or belongs to another model or other samples.
+        """
+        statistics, found = load_statistics(self.statistics_file)
+        check_fingerprints(str(self.statistics_file), found, self.calibration_fingerprints)
+        return statistics
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """[L, F] neurons of each layer by the config's importance, the most important first."""
+        return order(importance(self.config.importance, self.statistics))
+
+    @cached_property
+    def evaluation_fingerprints(self) -> dict[str, str]:
+        """What an allocation's reward depends on."""
+        config = self.config
+        return {
+            **self.calibration_fingerprints,
+            "reward samples": fingerprint_samples(self.samples.reward),
+            "importance": config.importance,
+            "arithmetic": f"{config.device} {config.dtype}, {config.threads} threads, {config.batch_tokens} tokens",
+        }
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each stage has taken so far, interrupted runs included."""
+        path = self.folder / "seconds.json"
+        return dict(read_json(path)) if path.exists() else {}
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Adds to the time that a stage has taken."""
+        spent = self.seconds()
+        write_json(self.folder / "seconds.json", {**spent, stage: spent.get(stage, 0) + seconds})
+
+
+def shipped_run(config: Config) -> Run | None:
+    """The run that comes with the package for the config's model, if there is one."""
+    return Run(config, assets() / "run") if config.model == EMBEDDED else None

@@ -1,0 +1,206 @@
+"""What a checkpoint holds and weighs, read from its headers without loading it; and targets as users name them."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lop.allocation import Allocation, Space
+from lop.errors import LopError
+from lop.files import read_json
+
+FFN_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "B": 10**9}
+_BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file: its dtype's name, its shape, and the file that holds it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+    @property
+    def parameters(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bytes(self) -> int:
+        return self.parameters * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The dense model's numbers that any target is answered from.
+
+    Attributes:
+        layers: decoder layers, `L`.
+        neurons: FFN neurons of each, `F`.
+        parameters: of the whole checkpoint, vision tower included.
+        bytes: of all its tensors.
+        neuron_parameters: that one neuron holds: its rows of gate and up and its column of down.
+        neuron_bytes: the same in bytes.
+    """
+
+    layers: int
+    neurons: int
+    parameters: int
+    bytes: int
+    neuron_parameters: int
+    neuron_bytes: int
+
+    def pruned_parameters(self, budget: int) -> int:
+        """Parameters of the checkpoint that keeps `budget` neurons."""
+        return self.parameters - (self.layers * self.neurons - budget) * self.neuron_parameters
+
+    def pruned_bytes(self, budget: int) -> int:
+        """Tensor bytes of the checkpoint that keeps `budget` neurons."""
+        return self.bytes - (self.layers * self.neurons - budget) * self.neuron_bytes
+
+
+@dataclass(frozen=True)
+class Target:
+    """A size that somebody asks for: exactly one of a pruning ratio, a parameter count, a number of bytes."""
+
+    ratio: float | None = None
+    parameters: int | None = None
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.ratio, self.parameters, self.bytes)) != 1:
+            raise LopError("name exactly one target: a ratio, a number of parameters or a number of bytes")
+
+    def budget(self, space: Space, size: ModelSize) -> int:
+        """The neurons to keep: the most that the target allows.
+
+        Raises:
+            LopError: no allocation of the space is that small, or the model is not that large.
+        """
+        if self.ratio is not None:
+            return space.budget(self.ratio)
+        if self.parameters is not None:
+            whole, each, asked, unit = size.parameters, size.neuron_parameters, self.parameters, "parameters"
+        else:
+            assert self.bytes is not None
+            whole, each, asked, unit = size.bytes, size.neuron_bytes, self.bytes, "bytes"
+        full = space.layers * space.neurons
+        least = whole - (full - space.layers * space.min_width) * each
+        if not least <= asked <= whole:
+            raise LopError(f"target of {asked} {unit} is outside what this model can have: {least} to {whole}")
+        kept = full - -(-(whole - asked) // each)
+        return max(kept // space.granularity * space.granularity, space.layers * space.min_width)
+
+
+def parse_count(text: str, *, what: str) -> int:
+    """Reads `5B`, `350M`, `8GiB`, `2.5GB` or a plain number.
+
+    Raises:
+        LopError: the text is no such number, or not above zero.
+    """
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = found.group(2).upper() if found else ""
+    if what == "bytes" and unit.endswith("B"):
+        unit = unit[:-1]
+    scale = (_BINARY_UNITS | _UNITS if what == "bytes" else _UNITS).get(unit)
+    if not found or scale is None or not 1 <= float(found.group(1)) * scale < 2**63:
+        raise LopError(f"{text!r} is not a number of {what}: write for instance {'8GiB' if what == 'bytes' else '5B'}")
+    return int(float(found.group(1)) * scale)
+
+
+def read_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
+    """The tensors of a local checkpoint folder, single file or sharded, from the safetensors headers.
+
+    Raises:
+        LopError: a file is missing or its header damaged.
+    """
+    return {name: info for file in weight_files(checkpoint) for name, info in _header(file)}
+
+
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, in name order.
+
+    Raises:
+        LopError: there are none, or the index names one that is missing.
+    """
+    index = checkpoint / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    for name in names:
+        if not (checkpoint / name).is_file():
+            raise LopError(f"{checkpoint} is not a complete checkpoint: {name} is missing")
+    return [checkpoint / name for name in names]
+
+
+def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
+    """Sums up a dense checkpoint.
+
+    Raises:
+        LopError: its decoder layers have no FFN weights, or not all of one width.
+    """
+    down = {name: info for name, info in tensors.items() if ffn_part(name) == "down_proj"}
+    widths = {info.shape[1] for info in down.values()}
+    if not widths:
+        raise LopError("the checkpoint has no decoder layers with gate_proj, up_proj and down_proj")
+    if len(widths) > 1:
+        raise LopError(f"the checkpoint is pruned already: its FFN widths differ ({min(widths)} to {max(widths)})")
+    first = next(iter(down.values()))
+    return ModelSize(
+        layers=len(down),
+        neurons=first.shape[1],
+        parameters=sum(info.parameters for info in tensors.values()),
+        bytes=sum(info.bytes for info in tensors.values()),
+        neuron_parameters=3 * first.shape[0],
+        neuron_bytes=3 * first.shape[0] * _ITEM_BYTES[first.dtype],
+    )
+
+
+def ffn_part(name: str) -> str | None:
+    """Which FFN matrix of the language backbone a tensor is, if any; the vision tower's are not."""
+    found = FFN_WEIGHT.search(name)
+    return found.group(2) if found and "visual" not in name else None
+
+
+def ffn_layer(name: str) -> int:
+    """The decoder layer that an FFN tensor belongs to."""
+    found = FFN_WEIGHT.search(name)
+    assert found
+    return int(found.group(1))
+
+
+def describe(allocation: Allocation, space: Space, size: ModelSize) -> dict[str, Any]:
+    """The answer to a target as plain JSON values."""
+    return {
+        "ratio": space.ratio(allocation.budget),
+        "ratios": list(allocation.ratios(space)),
+        "widths": list(allocation.widths),
+        "kept_neurons": allocation.budget,
+        "parameters": size.pruned_parameters(allocation.budget),
+        "bytes": size.pruned_bytes(allocation.budget),
+    }
+
+
+def as_dict(value: ModelSize | Space) -> dict[str, Any]:
+    """The fields as plain JSON values."""
+    return asdict(value)
+
+
+def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length < 2**28 else None
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise LopError(f"{file} is damaged: its safetensors header cannot be read") from None
+    if file.stat().st_size != 8 + length + end:
+        raise LopError(f"{file} is damaged: {file.stat().st_size} bytes instead of {8 + length + end}")
+    for name, entry in entries.items():
+        yield name, TensorInfo(entry["dtype"], tuple(entry["shape"]), file)

@@ -1,0 +1,120 @@
+"""What one pass over the calibration samples learns of every FFN neuron."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lop.adapter import QwenVL
+from lop.encoding import Encoded
+from lop.errors import LopError
+from lop.files import atomic_file
+
+_FIELDS = ("count", "mean", "moment", "down_l2", "down_l1")
+
+
+@dataclass(frozen=True)
+class NeuronStatistics:
+    """Sums over the real tokens of the calibration samples, for each neuron `h = act(gate(x)) * up(x)`.
+
+    Attributes:
+        count: tokens seen.
+        mean: [L, F], float64, `E[h]`.
+        moment: [L, F], float64, the centred second moment `Σ (h − E[h])²`.
+        down_l2: [L, F], float64, `‖W_down[:, j]‖₂`.
+        down_l1: [L, F], float64, `mean_i |W_down[i, j]|`.
+    """
+
+    count: int
+    mean: np.ndarray
+    moment: np.ndarray
+    down_l2: np.ndarray
+    down_l1: np.ndarray
+
+    @property
+    def variance(self) -> np.ndarray:
+        """[L, F], the population variance of each neuron over tokens."""
+        return self.moment / self.count
+
+    @property
+    def squares(self) -> np.ndarray:
+        """[L, F], `Σ h²`."""
+        return self.moment + self.count * self.mean**2
+
+    def merge(self, other: "NeuronStatistics") -> "NeuronStatistics":
+        """The statistics of both sets of tokens together (Chan, Golub & LeVeque 1983), of the same weights."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        moment = self.moment + other.moment + delta**2 * (self.count * other.count / count)
+        return NeuronStatistics(count, mean, moment, self.down_l2, self.down_l1)
+
+    def save(self, path: Path, fingerprints: Mapping[str, str]) -> None:
+        """Writes a safetensors file whose metadata names what the statistics were made from."""
+        arrays = {name: np.asarray(getattr(self, name)) for name in _FIELDS}
+        with atomic_file(path) as temporary:
+            save_file(arrays, temporary, metadata=dict(fingerprints))
+
+
+def load_statistics(path: Path) -> tuple[NeuronStatistics, dict[str, str]]:
+    """Reads statistics and the fingerprints they were saved with.
+
+    Raises:
+        LopError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in _FIELDS}
+            return NeuronStatistics(int(arrays.pop("count")), **arrays), dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise LopError(f"{path} is missing: run `lop calibrate` first") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LopError(f"{path} is damaged: {error}") from None
+
+
+@torch.inference_mode()
+def calibrate(model: QwenVL, encoded: Encoded, *, progress: bool = False) -> NeuronStatistics:
+    """Collects the statistics of the dense model in one pass, padding excluded.
+
+    Each batch is summed in float64 and merged exactly, so batch sizes and order change no more than rounding.
+    """
+    layers = len(model.ffns)
+    norms = [_column_norms(ffn.down_proj.weight) for ffn in model.ffns]
+    down_l2, down_l1 = (np.stack([pair[index] for pair in norms]) for index in range(2))
+    total: NeuronStatistics | None = None
+    for batch in tqdm(encoded.batches, desc="calibrate", unit="batch", disable=not progress):
+        sums: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0))] * layers
+        hooks = [
+            ffn.down_proj.register_forward_pre_hook(_collector(sums, layer, batch.real))
+            for layer, ffn in enumerate(model.ffns)
+        ]
+        try:
+            model.backbone(inputs_embeds=batch.embeddings, position_ids=batch.positions, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        mean, moment = (np.stack([pair[index] for pair in sums]) for index in range(2))
+        part = NeuronStatistics(int(batch.lengths.sum()), mean, moment, down_l2, down_l1)
+        total = part if total is None else total.merge(part)
+    assert total is not None
+    return total
+
+
+def _collector(sums: list[tuple[np.ndarray, np.ndarray]], layer: int, real: Tensor):  # type: ignore[no-untyped-def]
+    def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        hidden = inputs[0][real].double()
+        mean = hidden.mean(0)
+        sums[layer] = (mean.cpu().numpy(), (hidden - mean).square_().sum(0).cpu().numpy())
+
+    return collect
+
+
+def _column_norms(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    columns = weight.double()
+    return columns.norm(dim=0).cpu().numpy(), columns.abs().mean(0).cpu().numpy()

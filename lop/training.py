@@ -1,0 +1,100 @@
+"""How predictors learn from what the search found."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lop.predictors import build
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target ratio with the ratios of an allocation that the search found good for it."""
+
+    target: float
+    ratios: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A trained network: the weights of its best epoch and the mean squared errors by epoch."""
+
+    architecture: str
+    learning_rate: float
+    weights: dict[str, Tensor]
+    validation_error: float
+    training_errors: tuple[float, ...]
+    validation_errors: tuple[float, ...]
+
+
+def split_pairs(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
+    """Training and validation pairs; about `share` of the targets, evenly spread, are held out with all their pairs.
+
+    The first and last target are always trained on, so that validation asks for interpolation.
+    """
+    targets = sorted({pair.target for pair in pairs})
+    inner = targets[1:-1]
+    count = min(max(1, round(share * len(targets))), len(inner))
+    held = {inner[(2 * index + 1) * len(inner) // (2 * count)] for index in range(count)}
+    return [p for p in pairs if p.target not in held], [p for p in pairs if p.target in held]
+
+
+def fit(
+    architecture: str,
+    training: Sequence[Pair],
+    validation: Sequence[Pair],
+    *,
+    epochs: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+    on_epoch: Callable[[int, float], None] = lambda epoch, error: None,
+) -> Fit:
+    """Trains one network (LOP 4.3: MSE, Adam) and keeps the epoch with the least validation error.
+
+    The validation error is that of free predictions, each step fed with the network's own, as the predictor is used.
+    The same arguments give the same weights, whatever the process's random state.
+    """
+    targets, ratios = _tensors(training)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build(architecture, ratios.shape[1])
+    optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    best, least = _copy(network), validation_error(network, validation)
+    history: list[tuple[float, float]] = []
+    for epoch in range(epochs):
+        total = 0.0
+        for chosen in torch.randperm(len(targets), generator=generator).split(batch):
+            loss = F.mse_loss(network(targets[chosen], ratios[chosen]), ratios[chosen])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            total += loss.item() * len(chosen)
+        error = validation_error(network, validation)
+        history.append((total / len(targets), error))
+        if error < least:
+            best, least = _copy(network), error
+        on_epoch(epoch, error)
+    training_errors, validation_errors = zip(*history)
+    return Fit(architecture, learning_rate, best, least, training_errors, validation_errors)
+
+
+@torch.no_grad()
+def validation_error(network: torch.nn.Module, pairs: Sequence[Pair]) -> float:
+    """The mean squared error of free predictions."""
+    targets = sorted({pair.target for pair in pairs})
+    predicted = {target: network.predict(torch.tensor([target]))[0] for target in targets}  # type: ignore[operator]
+    errors = [F.mse_loss(predicted[pair.target], torch.tensor(pair.ratios)).item() for pair in pairs]
+    return sum(errors) / len(errors)
+
+
+def _tensors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    return torch.tensor([pair.target for pair in pairs]), torch.tensor([pair.ratios for pair in pairs])
+
+
+def _copy(network: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}

@@ -1,0 +1,192 @@
+"""The UCB tree of one target: proposes allocations, learns from their rewards (LOP 4.2 and A.3)."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lop.allocation import Allocation, Space, project
+from lop.evaluator import Evaluation
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """How a tree grows.
+
+    Attributes:
+        simulations: selections from the root, known allocations included.
+        evaluations: allocations evaluated at most.
+        exploration: `c` of the UCB rule.
+        step: `δ_0`, the largest change of a layer's ratio at the root.
+        decay: `γ`; a child at depth d changes its parent by at most `δ_0·γ^d`.
+        children: children of a node before it counts as fully expanded (the root: besides the given starts).
+        depth: the deepest a node may be.
+        window: simulations in flight, a constant of the search and not of the cluster.
+    """
+
+    simulations: int
+    evaluations: int
+    exploration: float
+    step: float
+    decay: float
+    children: int
+    depth: int
+    window: int
+
+
+@dataclass
+class Node:
+    """An allocation in the tree with its running totals."""
+
+    allocation: Allocation
+    depth: int
+    parent: "Node | None" = None
+    children: list["Node"] = field(default_factory=list)
+    visits: int = 0
+    in_flight: int = 0
+    total: float = 0.0
+
+    @property
+    def seen(self) -> int:
+        """Visits, those in flight included (the N of WU-UCT, Liu et al., ICLR 2020)."""
+        return self.visits + self.in_flight
+
+
+class SearchTree:
+    """One target's search, a function of (options, seed, rewards) alone.
+
+    At most `window` simulations are in flight, and they are committed in the order in which they were made, each
+    before the next is made in its place. So neither the number of workers nor their speed can change the result.
+
+    Call `advance` for the allocations that need an evaluation, `tell` each result in any order, and repeat until
+    `done`.
+
+    Args:
+        starts: the root's allocation and then the allocations of its first children; all of one budget.
+        reward: the number in [0, 1] that an evaluation is worth.
+        seed: what the random moves are drawn from.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        starts: Sequence[Allocation],
+        options: TreeOptions,
+        *,
+        seed: Sequence[int],
+        reward: Callable[[Evaluation], float],
+    ) -> None:
+        self.space = space
+        self.budget = starts[0].budget
+        self.root = Node(starts[0], depth=0)
+        self.results: dict[Allocation, Evaluation] = {}
+        self.simulations = 0
+        self._options = options
+        self._reward = reward
+        self._random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(seed))))
+        self._starts = deque(dict.fromkeys(starts))
+        self._root_limit = options.children + len(self._starts) - 1
+        self._asked: set[Allocation] = set()
+        self._arrived: dict[Allocation, Evaluation] = {}
+        self._flights: deque[Node] = deque()
+
+    @property
+    def limit(self) -> int:
+        """The most allocations that are evaluated."""
+        return min(self._options.evaluations, self._options.simulations)
+
+    @property
+    def done(self) -> bool:
+        """Whether every simulation has been made and committed."""
+        return not self._flights and self._exhausted
+
+    @property
+    def best(self) -> tuple[Allocation, Evaluation]:
+        """The evaluated allocation with the best reward; of equals the likelier answers, then the first evaluated."""
+        return max(self.results.items(), key=lambda item: (self._reward(item[1]), item[1].log_probability))
+
+    def tell(self, allocation: Allocation, evaluation: Evaluation) -> None:
+        """Hands in the result of an allocation that `advance` asked for."""
+        self._arrived[allocation] = evaluation
+
+    def advance(self) -> list[Allocation]:
+        """Commits what has arrived, in order, and returns the new allocations to evaluate."""
+        wanted: list[Allocation] = []
+        while True:
+            while len(self._flights) < self._options.window and not self._exhausted:
+                allocation = self._simulate()
+                if allocation is not None:
+                    wanted.append(allocation)
+            if not self._flights or not self._commit():
+                return wanted
+
+    @property
+    def _exhausted(self) -> bool:
+        return self.simulations >= self._options.simulations or len(self._asked) >= self._options.evaluations
+
+    def _simulate(self) -> Allocation | None:
+        """Walks from the root to a node, marks the path, and returns the node's allocation if it is a new one."""
+        self.simulations += 1
+        node = self._select()
+        self._flights.append(node)
+        for step in _path(node):
+            step.in_flight += 1
+        if node.allocation in self._asked:
+            return None
+        self._asked.add(node.allocation)
+        return node.allocation
+
+    def _commit(self) -> bool:
+        """Commits the oldest simulation if its result is known."""
+        node = self._flights[0]
+        evaluation = self.results.get(node.allocation) or self._arrived.pop(node.allocation, None)
+        if evaluation is None:
+            return False
+        self.results.setdefault(node.allocation, evaluation)
+        self._flights.popleft()
+        reward = self._reward(evaluation)
+        for step in _path(node):
+            step.in_flight -= 1
+            step.visits += 1
+            step.total += reward
+        return True
+
+    def _select(self) -> Node:
+        if self._starts:
+            allocation = self._starts.popleft()
+            return self.root if allocation == self.root.allocation else _adopt(self.root, allocation)
+        node = self.root
+        while node.depth < self._options.depth:
+            if len(node.children) < (self._root_limit if node is self.root else self._options.children):
+                return self._expand(node)
+            node = max(node.children, key=self._upper_bound)
+        return node
+
+    def _upper_bound(self, child: Node) -> float:
+        """`Q(s,a) + c·sqrt(ln N(s) / N(s,a))`; a child whose first result is in flight borrows its parent's mean."""
+        parent = child.parent
+        assert parent is not None
+        value = child.total / child.visits if child.visits else parent.total / max(parent.visits, 1)
+        return value + self._options.exploration * math.sqrt(math.log(parent.seen) / child.seen)
+
+    def _expand(self, node: Node) -> Node:
+        size = self._options.step * self._options.decay ** (node.depth + 1)
+        move = self._random.uniform(-size, size, self.space.layers)
+        ratios = np.array(node.allocation.ratios(self.space)) + move
+        return _adopt(node, project(ratios, self.space, self.budget))
+
+
+def _adopt(parent: Node, allocation: Allocation) -> Node:
+    child = Node(allocation, parent.depth + 1, parent)
+    parent.children.append(child)
+    return child
+
+
+def _path(node: Node | None) -> list[Node]:
+    path = []
+    while node is not None:
+        path.append(node)
+        node = node.parent
+    return path

@@ -1,0 +1,1 @@
+"""What makes LOP a cluster program: the fleet of evaluators, and one job per stage."""

@@ -1,0 +1,84 @@
+"""The training stage on a cluster: Ray Tune trains one trial for each architecture and learning rate."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lop.cli import main
+from lop.config import TrainSettings
+from lop.training import Fit, Pair, fit
+from ray_jobs.cluster import connected
+
+_FILE = "fit.pt"
+
+
+def tune_fits(
+    training: Sequence[Pair], validation: Sequence[Pair], settings: TrainSettings, *, seed: int, storage: Path
+) -> list[Fit]:
+    """One fit for each architecture and learning rate, the same as `lop.training.fit` makes of the same arguments.
+
+    Args:
+        storage: a folder for Tune's own records.
+    """
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    from ray import tune
+
+    trainable = tune.with_parameters(
+        _trial, training=list(training), validation=list(validation), settings=settings, seed=seed
+    )
+    with connected():
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, {"cpu": 1}),
+            param_space={
+                "architecture": tune.grid_search(list(settings.architectures)),
+                "learning_rate": tune.grid_search(list(settings.learning_rates)),
+            },
+            tune_config=tune.TuneConfig(metric="validation_error", mode="min", reuse_actors=True),
+            run_config=tune.RunConfig(
+                name="predictors",
+                storage_path=str(storage.resolve()),
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=2),
+                checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            ),
+        )
+        results = tuner.fit()
+        fits = [_read(result) for result in results]
+    return sorted(fits, key=lambda found: (settings.architectures.index(found.architecture), found.learning_rate))  # type: ignore[arg-type]
+
+
+def _trial(
+    config: dict[str, Any], *, training: list[Pair], validation: list[Pair], settings: TrainSettings, seed: int
+) -> None:
+    from ray import tune
+
+    torch.set_num_threads(1)
+    found = fit(
+        config["architecture"],
+        training,
+        validation,
+        epochs=settings.epochs,
+        batch=settings.batch,
+        learning_rate=config["learning_rate"],
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(vars(found), Path(folder) / _FILE)
+        checkpoint = tune.Checkpoint.from_directory(folder)
+        tune.report({"validation_error": found.validation_error}, checkpoint=checkpoint)
+
+
+def _read(result: Any) -> Fit:
+    if result.error:
+        raise result.error
+    with result.checkpoint.as_directory() as folder:
+        return Fit(**torch.load(Path(folder) / _FILE, weights_only=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

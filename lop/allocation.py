@@ -136,11 +136,13 @@ def _exchange(units: np.ndarray, start: np.ndarray, low: int, high: int, total: 
     def cost(layer: int) -> float:
         return 1 + 2 * step * (float(current[layer]) - float(units[layer]))
 
-    heap = [(cost(layer), layer) for layer in range(len(current)) if current[layer] != limit]
+    # `step * layer` breaks ties: the earlier layer is the first to be given a unit and the last to lose one.
+    heap = [(cost(layer), step * layer) for layer in range(len(current)) if current[layer] != limit]
     heapq.heapify(heap)
     for _ in range(abs(total - int(current.sum()))):
-        _, layer = heapq.heappop(heap)
+        _, key = heapq.heappop(heap)
+        layer = step * key
         current[layer] += step
         if current[layer] != limit:
-            heapq.heappush(heap, (cost(layer), layer))
+            heapq.heappush(heap, (cost(layer), key))
     return current

@@ -1,0 +1,113 @@
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lop.allocation import Allocation, Space, dense, project, uniform
+from lop.errors import LopError
+
+spaces = st.builds(
+    lambda layers, units, granularity, ratio: Space(layers, units * granularity, granularity, ratio),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.sampled_from([1, 4, 128]),
+    st.sampled_from([0.0, 0.25, 0.5, 0.9, 0.95]),
+)
+
+
+@st.composite
+def spaces_with_targets(draw: st.DrawFn) -> tuple[Space, float]:
+    space = draw(spaces)
+    return space, draw(st.floats(0, space.max_target))
+
+
+@given(spaces_with_targets())
+def test_budget_is_the_largest_multiple_within_the_target(case: tuple[Space, float]) -> None:
+    space, target = case
+    kept = (1 - Fraction(str(target))) * space.layers * space.neurons
+    budget = space.budget(target)
+    assert budget % space.granularity == 0
+    floor = space.layers * space.min_width
+    assert budget == floor or budget <= kept < budget + space.granularity
+
+
+@pytest.mark.parametrize(("target", "kept"), [(0.3, 7), (0.7, 3), (0.35, 6), (0.1, 9), (0.0, 10)])
+def test_target_means_the_decimal_that_was_written(target: float, kept: int) -> None:
+    assert Space(1, 10, 1, 0.9).budget(target) == kept
+
+
+@given(spaces_with_targets(), st.data())
+def test_projection_meets_budget_and_limits(case: tuple[Space, float], data: st.DataObject) -> None:
+    space, target = case
+    ratios = data.draw(st.lists(st.floats(-2, 3), min_size=space.layers, max_size=space.layers))
+    allocation = project(ratios, space, space.budget(target))
+    assert allocation.budget == space.budget(target)
+    assert all(space.min_width <= width <= space.neurons for width in allocation.widths)
+    assert all(width % space.granularity == 0 for width in allocation.widths)
+    assert project(ratios, space, space.budget(target)) == allocation
+
+
+@given(st.integers(0, 10_000))
+def test_projection_is_the_nearest_of_all_allocations(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    space = Space(3, 24, 4, 0.9)
+    budget = space.budget(float(random.uniform(0, space.max_target)))
+    ratios = random.normal(0.5, 0.6, 3)
+
+    def distance(widths: tuple[int, ...]) -> float:
+        return float(sum((1 - width / space.neurons - ratio) ** 2 for width, ratio in zip(widths, ratios)))
+
+    widths = range(space.min_width, space.neurons + 1, space.granularity)
+    best = min(distance(candidate) for candidate in product(widths, repeat=3) if sum(candidate) == budget)
+    assert distance(project(ratios, space, budget).widths) == pytest.approx(best)
+
+
+@given(spaces_with_targets())
+def test_an_allocation_projects_to_itself(case: tuple[Space, float]) -> None:
+    space, target = case
+    allocation = uniform(space, space.budget(target))
+    assert project(allocation.ratios(space), space, allocation.budget) == allocation
+
+
+@given(spaces_with_targets())
+def test_uniform_widths_differ_by_one_step_at_most(case: tuple[Space, float]) -> None:
+    space, target = case
+    widths = uniform(space, space.budget(target)).widths
+    assert max(widths) - min(widths) <= space.granularity
+
+
+def test_ties_go_to_the_earlier_layer() -> None:
+    assert project([0.5, 0.5], Space(2, 2, 1, 0.5), 3).widths == (2, 1)
+
+
+def test_dense_prunes_nothing() -> None:
+    space = Space(2, 8, 4, 0.5)
+    assert dense(space).ratios(space) == (0, 0)
+
+
+@pytest.mark.parametrize("target", [-0.1, 0.96, 1.0, float("nan"), float("inf")])
+def test_targets_outside_are_named(target: float) -> None:
+    with pytest.raises(LopError, match=r"target .* is outside \[0, 0\.9"):
+        Space(4, 320, 8, 0.95).budget(target)
+
+
+@pytest.mark.parametrize("ratios", [[0.5], [0.5, float("nan")], [[0.5, 0.5]]])
+def test_ratios_of_another_shape_are_named(ratios: list[float]) -> None:
+    with pytest.raises(LopError, match="2 finite ratios"):
+        project(ratios, Space(2, 8, 4, 0.5), 8)
+
+
+def test_impossible_spaces_and_budgets_are_named() -> None:
+    with pytest.raises(LopError, match="granularity 3"):
+        Space(2, 8, 3, 0.5)
+    with pytest.raises(LopError, match="max_ratio 1"):
+        Space(2, 8, 4, 1.0)
+    with pytest.raises(LopError, match="7 neurons"):
+        project([0.5, 0.5], Space(2, 8, 4, 0.5), 7)
+
+
+def test_allocations_are_values() -> None:
+    assert len({Allocation((1, 2)), Allocation((1, 2)), Allocation((2, 1))}) == 2

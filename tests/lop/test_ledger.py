@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lop.allocation import Allocation
+from lop.errors import LopError
+from lop.evaluator import Evaluation
+from lop.ledger import Ledger, read_ledger
+
+PRINTS = {"model": "aaaa", "reward samples": "bbbb"}
+ENTRIES = [(Allocation((8 * n, 16)), Evaluation(n / 7, -n / 3)) for n in range(1, 5)]
+
+
+def write(path: Path) -> bytes:
+    with Ledger(path, PRINTS) as ledger:
+        for allocation, evaluation in ENTRIES:
+            ledger.append(allocation, evaluation)
+    return path.read_bytes()
+
+
+def test_records_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    write(tmp_path / "ledger")
+    assert list(read_ledger(tmp_path / "ledger")) == ENTRIES
+    with Ledger(tmp_path / "ledger", PRINTS) as ledger:
+        assert len(ledger) == len(ENTRIES)
+        assert ledger.get(ENTRIES[2][0]) == ENTRIES[2][1]
+        assert ledger.get(Allocation((1, 1))) is None
+
+
+def test_a_torn_tail_is_cut_to_the_last_whole_record(tmp_path: Path) -> None:
+    whole = write(tmp_path / "ledger")
+    last = whole[:-1].rfind(b"\n") + 1
+    for end in range(last, len(whole)):
+        path = tmp_path / f"torn{end}"
+        path.write_bytes(whole[:end])
+        assert list(read_ledger(path)) == ENTRIES[:-1]
+        with Ledger(path, PRINTS) as ledger:
+            ledger.append(*ENTRIES[-1])
+        assert path.read_bytes() == whole
+
+
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_a_flipped_byte_is_named_by_its_line(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "ledger"
+    path.unlink(missing_ok=True)
+    whole = bytearray(write(path))
+    place = data.draw(st.integers(0, len(whole) - 2))
+    flip = data.draw(st.integers(1, 255))
+    whole[place] ^= flip
+    path.write_bytes(whole)
+    with pytest.raises(LopError, match=r"line \d+"):
+        list(read_ledger(path))
+
+
+def test_another_model_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "ledger")
+    with pytest.raises(LopError, match="another model"):
+        Ledger(tmp_path / "ledger", {**PRINTS, "model": "cccc"})
+
+
+def test_an_empty_file_and_a_missing_one_are_named(tmp_path: Path) -> None:
+    (tmp_path / "ledger").write_bytes(b"")
+    with pytest.raises(LopError, match="no header"):
+        Ledger(tmp_path / "ledger", PRINTS)
+    with pytest.raises(LopError, match="is missing"):
+        list(read_ledger(tmp_path / "nothing"))
+
+
+def test_a_full_disk_leaves_whole_records(small_disk: Path) -> None:
+    path = small_disk / "ledger"
+    with Ledger(path, PRINTS) as ledger:
+        written = 0
+        (small_disk / "ballast").write_bytes(b"0" * (960 << 10))
+        with pytest.raises(OSError, match="space"):
+            for number in range(100_000):
+                ledger.append(Allocation((number,)), ENTRIES[0][1])
+                written += 1
+    assert len(list(read_ledger(path))) == written
+    assert json.loads(path.read_bytes().splitlines()[0].partition(b" ")[2]) == PRINTS

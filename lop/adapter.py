@@ -1,5 +1,7 @@
 """Where a Qwen2.5-VL keeps the parts that LOP touches; the one place that knows the model family's names."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -66,7 +68,20 @@ class QwenVL:
 
 
 def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> QwenVL:
-    """Loads a checkpoint, dense or pruned by LOP, with its processor, ready for inference.
+    """Loads a checkpoint with its processor; see `open_model`.
+
+    Raises:
+        LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one, or no processor.
+    """
+    from transformers import AutoProcessor
+
+    model = open_model(path, device=device, dtype=dtype)
+    with _told_in_one_line(path):
+        return QwenVL(model, AutoProcessor.from_pretrained(path))
+
+
+def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """Loads a checkpoint, dense or pruned by LOP, ready for inference.
 
     Args:
         device: `auto` (the first GPU if there is one), or what torch calls it.
@@ -75,22 +90,24 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Qwen
     Raises:
         LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one.
     """
-    from transformers import AutoProcessor
     from transformers.utils import logging
 
     from lop.modeling import LopQwen2_5_VLForConditionalGeneration as Model
 
     logging.disable_progress_bar()
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    kind = getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype, None)
-    if not isinstance(kind, torch.dtype):
-        raise LopError(f"dtype {dtype!r} is not one of auto, float32, bfloat16, float16")
-    try:
+    with _told_in_one_line(path):
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        kind = getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype)
         model, loading = Model.from_pretrained(path, dtype=kind, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(path)
+        if loading["missing_keys"]:
+            raise ValueError(f"it lacks {min(loading['missing_keys'])}")
+        return model.to(place).eval().requires_grad_(False)
+
+
+@contextmanager
+def _told_in_one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LopError(f"{path} cannot be loaded as a Qwen2.5-VL checkpoint: {lines[0]}") from error
-    if loading["missing_keys"]:
-        raise LopError(f"{path} lacks weights of a Qwen2.5-VL: {sorted(loading['missing_keys'])[0]}")
-    return QwenVL(model.to(place).eval().requires_grad_(False), processor)

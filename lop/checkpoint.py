@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from lop.adapter import load_model
+from lop.adapter import open_model
 from lop.allocation import Allocation
 from lop.errors import LopError
-from lop.files import atomic_folder, write_json
+from lop.files import atomic_folder, disk_errors, write_json
 from lop.size import TensorInfo, ffn_layer, ffn_part, read_tensors
 
 MANIFEST = "lop.json"
@@ -113,7 +113,7 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
     read_tensors(folder)
     if (folder / MANIFEST).exists():
         verify(folder)
-    return load_model(folder, device=device, dtype=dtype).model
+    return open_model(folder, device=device, dtype=dtype)
 
 
 def _check(tensors: Mapping[str, TensorInfo], allocation: Allocation, order: np.ndarray) -> None:
@@ -176,7 +176,8 @@ def _write_shard(
     for name, tensor in _read(shard, tensors):
         pruned[name] = _slice(name, tensor, kept)
         bar.update(tensors[name].bytes)
-    save_file(pruned, folder / shard.name, metadata={"format": "pt"})
+    with disk_errors(folder / shard.name):
+        save_file(pruned, folder / shard.name, metadata={"format": "pt"})
 
 
 def _read(shard: _Shard, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lop.errors import LopError
 
 
@@ -56,6 +58,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns safetensors' own error for a full or read-only disk into the OSError that it is.
+
+    Raises:
+        OSError: the file at `path` could not be written.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,7 +1,7 @@
 """All targets' trees over one pool of workers."""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from lop.allocation import Allocation
@@ -90,8 +90,3 @@ def run_search(
         for budget in dict.fromkeys(allocation.budget for allocation, _ in results):
             advance(owners[budget])
         on_commit(trees)
-
-
-def budgets_differ(budgets: Sequence[int]) -> bool:
-    """Whether no two targets ask for the same budget."""
-    return len(set(budgets)) == len(budgets)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -186,16 +186,11 @@ def describe(allocation: Allocation, space: Space, size: ModelSize) -> dict[str,
     }
 
 
-def as_dict(value: ModelSize | Space) -> dict[str, Any]:
-    """The fields as plain JSON values."""
-    return asdict(value)
-
-
 def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if length < 2**28 else None
+            header: dict[str, Any] = json.loads(stream.read(length)) if length < 2**28 else {}
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, AttributeError, KeyError, TypeError):

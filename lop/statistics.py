@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lop.adapter import QwenVL
 from lop.encoding import Encoded
 from lop.errors import LopError
-from lop.files import atomic_file
+from lop.files import atomic_file, disk_errors
 
 _FIELDS = ("count", "mean", "moment", "down_l2", "down_l1")
 
@@ -58,7 +58,7 @@ class NeuronStatistics:
     def save(self, path: Path, fingerprints: Mapping[str, str]) -> None:
         """Writes a safetensors file whose metadata names what the statistics were made from."""
         arrays = {name: np.asarray(getattr(self, name)) for name in _FIELDS}
-        with atomic_file(path) as temporary:
+        with atomic_file(path) as temporary, disk_errors(path):
             save_file(arrays, temporary, metadata=dict(fingerprints))
 
 

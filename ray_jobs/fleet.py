@@ -4,7 +4,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
@@ -97,7 +97,7 @@ class Fleet:
         return [member for member in self._members if member.pid is not None]
 
     def _recruit(self) -> _Member:
-        actor = EvaluatorActor.options(**self._options).remote(self._build)
+        actor = cast(Any, EvaluatorActor).options(**self._options).remote(self._build)
         return _Member(actor, actor.prepare.remote())
 
     def _dispatch(self) -> None:

@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lop.allocation import Space
+from lop.errors import LopError
+from lop.models import assets
+from lop.size import ModelSize, Target, ffn_part, model_size, parse_count, read_tensors, weight_files
+
+SPACE = Space(12, 320, 8, 0.95)
+SIZE = ModelSize(12, 320, 3_107_648, 6_215_296, 288, 576)
+
+
+@given(st.integers(0, 3840 - 12 * 16))
+def test_parameters_and_bytes_are_met_from_below(removed: int) -> None:
+    for target, whole, each in (
+        (Target(parameters=SIZE.parameters - removed * 288), SIZE.parameters, 288),
+        (Target(bytes=SIZE.bytes - removed * 576), SIZE.bytes, 576),
+    ):
+        budget = target.budget(SPACE, SIZE)
+        assert budget % 8 == 0
+        asked = whole - removed * each
+        assert whole - (3840 - budget) * each <= asked
+        assert whole - (3840 - budget - 8) * each > asked
+
+
+def test_sizes_are_those_of_the_file() -> None:
+    size = model_size(read_tensors(assets() / "model"))
+    file = (assets() / "model" / "model.safetensors").stat().st_size
+    assert 0 < file - size.bytes < 100_000
+    assert (size.layers, size.neurons) == (12, 320)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "value"),
+    [
+        ("5B", "parameters", 5_000_000_000),
+        ("350M", "parameters", 350_000_000),
+        ("8GiB", "bytes", 8 * 2**30),
+        ("2.5GB", "bytes", 2_500_000_000),
+        ("4096", "bytes", 4096),
+        ("1e9", "parameters", 1_000_000_000),
+    ],
+)
+def test_counts_as_people_write_them(text: str, what: str, value: int) -> None:
+    assert parse_count(text, what=what) == value
+
+
+@pytest.mark.parametrize("text", ["", "-5B", "5X", "GiB", "0", "nan", "1e400", "5 B B"])
+def test_other_counts_are_named(text: str) -> None:
+    with pytest.raises(LopError, match="is not a number of parameters"):
+        parse_count(text, what="parameters")
+
+
+def test_targets_that_cannot_be_met_are_named() -> None:
+    with pytest.raises(LopError, match="outside what this model can have"):
+        Target(parameters=10).budget(SPACE, SIZE)
+    with pytest.raises(LopError, match="outside what this model can have"):
+        Target(bytes=SIZE.bytes + 1).budget(SPACE, SIZE)
+    with pytest.raises(LopError, match="exactly one target"):
+        Target(ratio=0.5, bytes=5)
+
+
+def test_ffn_tensors_are_told_from_the_vision_tower() -> None:
+    assert ffn_part("model.layers.3.mlp.down_proj.weight") == "down_proj"
+    assert ffn_part("model.language_model.layers.3.mlp.gate_proj.weight") == "gate_proj"
+    assert ffn_part("visual.blocks.3.mlp.up_proj.weight") is None
+    assert ffn_part("model.layers.3.self_attn.q_proj.weight") is None
+
+
+def test_incomplete_and_damaged_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(LopError, match=r"model\.safetensors is missing"):
+        weight_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
+    with pytest.raises(LopError, match=r"x\.safetensors is missing"):
+        weight_files(tmp_path)
+    for junk in (b"", b"\x00" * 20, b"\xff" * 50, b"\x02\x00\x00\x00\x00\x00\x00\x00[]"):
+        (tmp_path / "x.safetensors").write_bytes(junk)
+        with pytest.raises(LopError, match="damaged"):
+            read_tensors(tmp_path)

@@ -1,7 +1,12 @@
-"""The predictors of LOP (4.3 and A.1): from a target ratio to each layer's pruning ratio."""
+"""The predictors of LOP (4.3 and A.1): from a target ratio to each layer's pruning ratio.
+
+The three networks are the paper's, but for where they start: the sigmoid's argument is the target's log-odds plus what
+the network says, whose last layer begins at zero. An untrained network thus answers the uniform allocation, training
+learns how layers differ from it, and a dozen pairs from a noisy search suffice for a smooth function of the target.
+"""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +22,13 @@ from torch.nn import functional as F
 from lop.allocation import Allocation, Space, project
 from lop.errors import LopError
 from lop.files import atomic_folder, read_json, write_json
+from lop.fingerprint import fingerprint
 from lop.size import ModelSize
 
 _DIMENSION = 128
 _HEADS = 4
 _ENCODER_LAYERS = 2
+_NETWORK = {"dimension": _DIMENSION, "heads": _HEADS, "encoder_layers": _ENCODER_LAYERS}
 
 
 class Architecture(Protocol):
@@ -44,7 +51,7 @@ class Mlp(nn.Module):
 
     def forward(self, targets: Tensor, ratios: Tensor) -> Tensor:
         """[B] to [B, L]; the given ratios are not looked at."""
-        return _squash(self.out(self.body(targets[:, None])), targets)
+        return torch.sigmoid(self.out(self.body(targets[:, None])) + _log_odds(targets))
 
     def predict(self, target: Tensor) -> Tensor:
         """[1] to [1, L]."""
@@ -64,7 +71,7 @@ class BiLstm(nn.Module):
     def forward(self, targets: Tensor, ratios: Tensor) -> Tensor:
         """[B] to [B, L]; the given ratios are not looked at."""
         steps = self.project(targets[:, None])[:, None].expand(-1, self.layers, -1)
-        return _squash(self.out(self.lstm(steps)[0])[..., 0], targets)
+        return torch.sigmoid(self.out(self.lstm(steps)[0])[..., 0] + _log_odds(targets))
 
     def predict(self, target: Tensor) -> Tensor:
         """[1] to [1, L]."""
@@ -93,20 +100,26 @@ class ArTransformer(nn.Module):
         before = F.pad(ratios[:, :-1], (1, 0))
         x = self.target(targets[:, None])[:, None] + self.ratio(before[..., None]) + self.position
         for block in self.blocks:
-            x, _ = block(x, None)
-        return _squash(self.out(self.norm(x))[..., 0], targets)
+            x = block(x)
+        return torch.sigmoid(self.out(self.norm(x))[..., 0] + _log_odds(targets))
 
     def predict(self, target: Tensor) -> Tensor:
         """[1] to [1, L], each ratio fed back into the next step; keys and values of earlier steps are kept."""
-        embedded = self.target(target[:, None])
-        caches: list[Tensor | None] = [None] * len(self.blocks)
-        ratio = torch.zeros(1, 1)
+        tokens = (self.target(target[:, None]) + self.position).split(1)
+        log_odds = _log_odds(target)
+        # See `_Block.stepper` for why the loop calls no modules.
+        steps = [block.stepper() for block in cast(Iterable[_Block], self.blocks)]
+        feed = self.ratio.weight.T
+        norm, norm_bias = self.norm.weight, self.norm.bias
+        out, out_bias = self.out.weight, self.out.bias
+        ratio = target.new_zeros(1, 1)
         found = []
-        for layer in range(self.layers):
-            x = (embedded + self.ratio(ratio) + self.position[layer])[:, None]
-            for index, block in enumerate(self.blocks):
-                x, caches[index] = block(x, caches[index])
-            ratio = _squash(self.out(self.norm(x))[:, 0], target)
+        for token in tokens:
+            x = torch.addmm(token, ratio, feed)
+            for step in steps:
+                x = step(x)
+            x = torch.layer_norm(x, (_DIMENSION,), norm, norm_bias)
+            ratio = torch.sigmoid(F.linear(x, out, out_bias) + log_odds)
             found.append(ratio)
         return torch.cat(found, dim=1)
 
@@ -124,16 +137,38 @@ class _Block(nn.Module):
             nn.Linear(_DIMENSION, 4 * _DIMENSION), nn.GELU(), nn.Linear(4 * _DIMENSION, _DIMENSION)
         )
 
-    def forward(self, x: Tensor, cache: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[B, T, d] to the same, and the keys and values [2, B, heads, t, d/heads] of all steps so far."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, d] to the same; each step attends to itself and those before it."""
         batch, steps, _ = x.shape
         qkv = self.qkv(self.before_attention(x)).view(batch, steps, 3, _HEADS, -1).permute(2, 0, 3, 1, 4)
-        queries, memory = qkv[0], qkv[1:]
-        if cache is not None:
-            memory = torch.cat([cache, memory], dim=3)
-        attended = F.scaled_dot_product_attention(queries, memory[0], memory[1], is_causal=cache is None)
+        attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
         x = x + self.mix(attended.transpose(1, 2).reshape(batch, steps, -1))
-        return x + self.ffn(self.before_ffn(x)), memory
+        return x + self.ffn(self.before_ffn(x))
+
+    def stepper(self) -> Callable[[Tensor], Tensor]:
+        """The block as a function of one step, [1, d] to [1, d], that remembers the steps it was called with before.
+
+        It does what `forward` does. On tensors this small, calling modules and looking up their parameters takes as
+        long as the arithmetic, so both are left out of the loop.
+        """
+        norm, norm_bias = self.before_attention.weight, self.before_attention.bias
+        qkv, qkv_bias = self.qkv.weight, self.qkv.bias
+        mix, mix_bias = self.mix.weight, self.mix.bias
+        norm_2, norm_2_bias = self.before_ffn.weight, self.before_ffn.bias
+        up, up_bias, down, down_bias = self.ffn.parameters()
+        keys = values = norm.new_empty(1, _HEADS, 0, _DIMENSION // _HEADS)
+
+        def step(x: Tensor) -> Tensor:
+            nonlocal keys, values
+            normed = torch.layer_norm(x, (_DIMENSION,), norm, norm_bias)
+            query, key, value = F.linear(normed, qkv, qkv_bias).view(3, 1, _HEADS, 1, -1).unbind()
+            keys, values = torch.cat((keys, key), 2), torch.cat((values, value), 2)
+            attended = F.scaled_dot_product_attention(query, keys, values)
+            x = x + F.linear(attended.view(1, _DIMENSION), mix, mix_bias)
+            normed = torch.layer_norm(x, (_DIMENSION,), norm_2, norm_2_bias)
+            return x + F.linear(F.gelu(F.linear(normed, up, up_bias)), down, down_bias)
+
+        return step
 
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {"mlp": Mlp, "lstm": BiLstm, "transformer": ArTransformer}
@@ -170,25 +205,36 @@ class Predictor:
 
     @cached_property
     def _network(self) -> nn.Module:
-        network = build(self.architecture, self.space.layers)
-        network.load_state_dict(dict(self.weights))
+        # On the meta device nothing is initialised: no time spent, and the process's random state left alone.
+        with torch.device("meta"):
+            network = build(self.architecture, self.space.layers)
+        network.load_state_dict(dict(self.weights), assign=True)
         return network.eval().requires_grad_(False)
 
     @torch.inference_mode()
     def ratios(self, target: float) -> np.ndarray:
-        """[L] the network's pruning ratios, before they are projected onto the budget."""
+        """[L] the network's pruning ratios for a target in [0, 1], before they are projected onto the budget."""
         predicted = cast(Architecture, self._network).predict(torch.tensor([target], dtype=torch.float32))
         return predicted[0].double().numpy()
 
     def allocate(self, budget: int) -> Allocation:
-        """The allocation of exactly `budget` neurons nearest to what the network predicts."""
+        """The allocation of exactly `budget` neurons nearest to what the network predicts.
+
+        Raises:
+            LopError: the budget is not one of the space's.
+        """
         return project(self.ratios(self.space.ratio(budget)), self.space, budget)
 
     def save(self, folder: Path) -> None:
-        """Writes `predictor.json` and `weights.safetensors` into a new folder."""
+        """Writes `predictor.json` and `weights.safetensors` into a new folder.
+
+        Raises:
+            LopError: the folder is there already.
+        """
         data = save({name: tensor.contiguous() for name, tensor in self.weights.items()})
         about = {
             "architecture": self.architecture,
+            "network": _NETWORK,
             "space": asdict(self.space),
             "size": asdict(self.size),
             "fingerprints": dict(self.fingerprints),
@@ -196,31 +242,37 @@ class Predictor:
         }
         with atomic_folder(folder) as temporary:
             (temporary / "weights.safetensors").write_bytes(data)
-            write_json(temporary / "predictor.json", about)
+            write_json(temporary / "predictor.json", {**about, "fingerprint": fingerprint(about)})
 
 
 def load_predictor(folder: Path) -> Predictor:
     """Reads what `Predictor.save` wrote.
 
     Raises:
-        LopError: a file is missing or damaged.
+        LopError: a file is missing, damaged (a single flipped byte is found) or of a network that is not built here.
     """
     if not folder.is_dir():
         raise LopError(f"{folder} is missing: run `lop train` first")
     about: dict[str, Any] = read_json(folder / "predictor.json")
     try:
+        if about.pop("fingerprint") != fingerprint(about):
+            raise LopError(f"{folder} is damaged: predictor.json is not what was written (its fingerprint differs)")
         data = (folder / "weights.safetensors").read_bytes()
         if hashlib.sha256(data).hexdigest() != about["weights"]:
             raise LopError(f"{folder} is damaged: weights.safetensors is not what was written (SHA-256 differs)")
-        return Predictor(
+        if about["network"] != _NETWORK:
+            raise LopError(f"{folder} holds a network of {about['network']}, here it is {_NETWORK}: train it again")
+        predictor = Predictor(
             architecture=about["architecture"],
             weights=load(data),
             space=Space(**about["space"]),
             size=ModelSize(**about["size"]),
             fingerprints=about["fingerprints"],
         )
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise LopError(f"{folder} is damaged: {error}") from None
+        _ = predictor._network  # A network that does not fit its weights is found here, not at the first prediction.
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise LopError(f"{folder} is damaged: {' '.join(str(error).split())}") from None
+    return predictor
 
 
 def _near_uniform(inputs: int, outputs: int) -> nn.Linear:
@@ -231,6 +283,9 @@ def _near_uniform(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def _squash(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Sigmoid around the target: the network learns in which direction a layer differs from uniform, as log-odds."""
-    return torch.sigmoid(outputs + torch.logit(targets.clamp(0.01, 0.99))[:, None])
+def _log_odds(targets: Tensor) -> Tensor:
+    """[B] to [B, 1]: added to what a network says, so that it learns in which direction a layer differs from uniform.
+
+    Clamped, as the log-odds of nothing and of everything are infinite; the projection makes up for the difference.
+    """
+    return torch.logit(targets.clamp(0.01, 0.99))[:, None]

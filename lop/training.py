@@ -1,26 +1,33 @@
 """How predictors learn from what the search found."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lop.errors import LopError
 from lop.predictors import build
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A target ratio with the ratios of an allocation that the search found good for it."""
+    """A target ratio with the ratios of an allocation that the search found good for it.
+
+    `weight`, above zero, says how much the pair counts in training beside the others; validation counts all alike.
+    """
 
     target: float
     ratios: tuple[float, ...]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A trained network: the weights of its best epoch and the mean squared errors by epoch."""
+    """A trained network: the weights of its best epoch, the mean squared errors by epoch and the seconds it took."""
 
     architecture: str
     learning_rate: float
@@ -28,20 +35,38 @@ class Fit:
     validation_error: float
     training_errors: tuple[float, ...]
     validation_errors: tuple[float, ...]
+    seconds: float
 
 
 def split_pairs(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
     """Training and validation pairs; about `share` of the targets, evenly spread, are held out with all their pairs.
 
     The first and last target are always trained on, so that validation asks for interpolation.
+
+    Raises:
+        LopError: there are fewer than three targets.
     """
     targets = sorted({pair.target for pair in pairs})
+    if len(targets) < 3:
+        raise LopError(f"pairs of {len(targets)} targets: training needs three, to hold one out")
     inner = targets[1:-1]
     count = min(max(1, round(share * len(targets))), len(inner))
     held = {inner[(2 * index + 1) * len(inner) // (2 * count)] for index in range(count)}
     return [p for p in pairs if p.target not in held], [p for p in pairs if p.target in held]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in the same order everywhere; and networks this small gain nothing from more threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def fit(
     architecture: str,
     training: Sequence[Pair],
@@ -56,9 +81,18 @@ def fit(
     """Trains one network (LOP 4.3: MSE, Adam) and keeps the epoch with the least validation error.
 
     The validation error is that of free predictions, each step fed with the network's own, as the predictor is used.
-    The same arguments give the same weights, whatever the process's random state.
+    If no epoch improves on the untrained network, which answers the uniform allocation, that one is returned. The same
+    arguments give the same weights, whatever the process's random state and its number of threads.
+
+    Args:
+        on_epoch: called with each epoch's number, from 0, and its validation error.
+
+    Raises:
+        LopError: there are no pairs to train on or to validate with, or their ratios differ in number.
     """
-    targets, ratios = _tensors(training)
+    _check(training, validation)
+    started = time.perf_counter()
+    targets, ratios, weights = _tensors(training)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -69,7 +103,8 @@ def fit(
     for epoch in range(epochs):
         total = 0.0
         for chosen in torch.randperm(len(targets), generator=generator).split(batch):
-            loss = F.mse_loss(network(targets[chosen], ratios[chosen]), ratios[chosen])
+            errors = (network(targets[chosen], ratios[chosen]) - ratios[chosen]).square().mean(1)
+            loss = (weights[chosen] * errors).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -80,7 +115,8 @@ def fit(
             best, least = _copy(network), error
         on_epoch(epoch, error)
     training_errors, validation_errors = zip(*history)
-    return Fit(architecture, learning_rate, best, least, training_errors, validation_errors)
+    seconds = time.perf_counter() - started
+    return Fit(architecture, learning_rate, best, least, training_errors, validation_errors, seconds)
 
 
 @torch.no_grad()
@@ -92,8 +128,18 @@ def validation_error(network: torch.nn.Module, pairs: Sequence[Pair]) -> float:
     return sum(errors) / len(errors)
 
 
-def _tensors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([pair.target for pair in pairs]), torch.tensor([pair.ratios for pair in pairs])
+def _check(training: Sequence[Pair], validation: Sequence[Pair]) -> None:
+    if not training or not validation:
+        raise LopError(f"{len(training)} pairs to train on, {len(validation)} to validate with: there must be some")
+    if len(layers := {len(pair.ratios) for pair in [*training, *validation]}) > 1:
+        raise LopError(f"the pairs are of different models: {min(layers)} and {max(layers)} layers")
+
+
+def _tensors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets [N], ratios [N, L] and weights [N] with mean 1."""
+    weights = torch.tensor([pair.weight for pair in pairs])
+    targets, ratios = torch.tensor([pair.target for pair in pairs]), torch.tensor([pair.ratios for pair in pairs])
+    return targets, ratios, weights / weights.mean()
 
 
 def _copy(network: torch.nn.Module) -> dict[str, Tensor]:

@@ -139,6 +139,7 @@ class Fleet:
             raise LopError(f"{self._deaths_in_a_row} workers in a row died before they could evaluate anything")
         log.warning("a worker died: another takes its place, and its %d evaluations", len(member.running))
         self._waiting.extendleft(reversed(member.running.values()))
+        member.running.clear()
         ray.kill(member.actor)
         self._members[self._members.index(member)] = self._recruit()
 

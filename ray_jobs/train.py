@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ray import tune
+from tqdm import tqdm
 
 from lop.cli import main
 from lop.config import TrainSettings
@@ -15,23 +17,34 @@ from lop.training import Fit, Pair, fit
 from ray_jobs.cluster import connected
 
 _FILE = "fit.pt"
+# Tune's own loggers (CSV, JSON, TensorBoard) would write the same numbers three more times; and its new output prints
+# a table to stdout, whatever the verbosity.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 
 def tune_fits(
-    training: Sequence[Pair], validation: Sequence[Pair], settings: TrainSettings, *, seed: int, storage: Path
+    training: Sequence[Pair],
+    validation: Sequence[Pair],
+    settings: TrainSettings,
+    *,
+    seed: int,
+    storage: Path,
+    progress: bool = True,
 ) -> list[Fit]:
     """One fit for each architecture and learning rate, the same as `lop.training.fit` makes of the same arguments.
 
     Args:
-        storage: a folder for Tune's own records.
-    """
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    from ray import tune
+        storage: a folder for Tune's own records, one that all machines of the cluster share.
 
+    Raises:
+        LopError: the cluster cannot be reached.
+    """
     trainable = tune.with_parameters(
         _trial, training=list(training), validation=list(validation), settings=settings, seed=seed
     )
-    with connected():
+    trials = len(settings.architectures) * len(settings.learning_rates)
+    with connected(), tqdm(total=trials, desc="train: fit", unit="trial", disable=not progress) as bar:
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": 1}),
             param_space={
@@ -43,6 +56,7 @@ def tune_fits(
                 name="predictors",
                 storage_path=str(storage.resolve()),
                 verbose=0,
+                callbacks=[_Progress(bar)],
                 failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             ),
@@ -52,12 +66,20 @@ def tune_fits(
     return sorted(fits, key=lambda found: (settings.architectures.index(found.architecture), found.learning_rate))  # type: ignore[arg-type]
 
 
+class _Progress(tune.Callback):  # type: ignore[misc]
+    """Moves a bar on by one trial, naming the last and its error."""
+
+    def __init__(self, bar: "tqdm[None]") -> None:
+        self.bar = bar
+
+    def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        self.bar.set_postfix_str(f"{trial.config['architecture']}: {trial.last_result['validation_error']:.2e}")
+        self.bar.update()
+
+
 def _trial(
     config: dict[str, Any], *, training: list[Pair], validation: list[Pair], settings: TrainSettings, seed: int
 ) -> None:
-    from ray import tune
-
-    torch.set_num_threads(1)
     found = fit(
         config["architecture"],
         training,

@@ -1,0 +1,144 @@
+"""The fleet with real actors: late, slow, dying and failing ones change nothing but the time."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from lop.allocation import Allocation
+from lop.errors import LopError
+from lop.evaluator import Evaluation
+from lop.ledger import Ledger, read_ledger
+from lop.search import run_search
+from ray_jobs.actor import Evaluates
+from ray_jobs.fleet import Fleet
+from tests.lop.test_search import RandomWorkers, make_trees, outcome
+from tests.lop.test_tree import score
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+class Slow:
+    """Takes a different time in each process."""
+
+    def __init__(self) -> None:
+        self._seconds = random.Random(os.getpid()).uniform(0.001, 0.02)
+
+    def evaluate(self, allocation: Allocation) -> Evaluation:
+        time.sleep(self._seconds)
+        return score(allocation)
+
+
+class FailsTwice:
+    """Raises for the first two times that any process evaluates an allocation."""
+
+    def __init__(self, folder: Path, times: int = 2) -> None:
+        self._folder, self._times = folder, times
+
+    def evaluate(self, allocation: Allocation) -> Evaluation:
+        tries = self._folder / "-".join(map(str, allocation.widths))
+        with tries.open("a") as file:
+            file.write("x")
+        if tries.stat().st_size <= self._times:
+            raise MemoryError("out of memory on purpose")
+        return score(allocation)
+
+
+class Breaks:
+    def __init__(self) -> None:
+        raise FileNotFoundError("no such model folder")
+
+
+class Dies:
+    def __init__(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def evaluate(self, allocation: Allocation) -> Evaluation:
+        raise AssertionError
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], list[str]]:
+    path = tmp_path_factory.mktemp("calm") / "ledger"
+    trees = make_trees()
+    with Ledger(path, {}) as ledger:
+        run_search(trees, RandomWorkers(0, 1), ledger)
+    return outcome(trees), sorted(path.read_text().splitlines())
+
+
+def searched(path: Path, fleet: Fleet) -> tuple[list[object], list[str]]:
+    trees = make_trees()
+    with Ledger(path, {}) as ledger:
+        run_search(trees, fleet, ledger)
+    return outcome(trees), sorted(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_number_of_actors_changes_nothing(tmp_path: Path, calm: tuple[list[object], list[str]], count: int) -> None:
+    with Fleet(Slow, count=count, cpus=1) as fleet:
+        assert searched(tmp_path / "ledger", fleet) == calm
+
+
+def test_killed_actors_are_replaced(tmp_path: Path, calm: tuple[list[object], list[str]]) -> None:
+    with Fleet(Slow, count=2, cpus=1) as fleet, _killing(fleet) as killed:
+        assert searched(tmp_path / "ledger", fleet) == calm
+    assert killed
+
+
+@contextmanager
+def _killing(fleet: Fleet) -> Iterator[list[int]]:
+    """Kills a random actor of the fleet with SIGKILL, again and again, as soon as one is ready."""
+    done, killed = threading.Event(), list[int]()
+
+    def kill() -> None:
+        while not done.wait(0.3):
+            if fleet.pids and len(killed) < 4:
+                pid = random.choice(fleet.pids)
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+                except ProcessLookupError:
+                    continue
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_an_evaluation_that_fails_twice_is_tried_a_third_time(
+    tmp_path: Path, calm: tuple[list[object], list[str]]
+) -> None:
+    (tmp_path / "tries").mkdir()
+    with Fleet(partial(FailsTwice, tmp_path / "tries"), count=2, cpus=1) as fleet:
+        assert searched(tmp_path / "ledger", fleet) == calm
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (Breaks, "could not be set up: no such model folder"),
+        (Dies, "died before they could evaluate anything"),
+    ],
+)
+def test_workers_that_cannot_start_are_named(tmp_path: Path, build: Callable[[], Evaluates], message: str) -> None:
+    with Fleet(build, count=1, cpus=1) as fleet, pytest.raises(LopError, match=message):
+        searched(tmp_path / "ledger", fleet)
+
+
+def test_three_failures_name_the_allocation(tmp_path: Path) -> None:
+    (tmp_path / "tries").mkdir()
+    build = partial(FailsTwice, tmp_path / "tries", times=99)
+    with Fleet(build, count=2, cpus=1) as fleet, pytest.raises(LopError, match=r"\(.*\) failed 3 times: out of mem"):
+        searched(tmp_path / "ledger", fleet)
+    assert list(read_ledger(tmp_path / "ledger")) == []

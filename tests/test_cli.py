@@ -1,0 +1,197 @@
+"""The command line as a user meets it, on the embedded model and a run of a few evaluations."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import lop
+from lop.models import assets
+from lop.size import model_size, read_tensors
+
+FEW = (
+    "--set", "search.targets={first: 0.2, last: 0.5, step: 0.1}",
+    "--set", "search.evaluations=4",
+    "--set", "search.simulations=6",
+    "--set", "train.epochs=3",
+    "--set", "compare.targets=[0.5]",
+)  # fmt: skip
+
+
+def lop_command(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lop.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240)
+
+
+def refused(*arguments: str | Path) -> str:
+    """Runs a command that must fail by one clear line, and returns the line."""
+    done = lop_command(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("lop: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with every stage done, by the demo command."""
+    folder = tmp_path_factory.mktemp("run") / "demo"
+    done = lop_command("demo", "--run", folder, "--workers", "0", *FEW)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_demo_leaves_what_it_promises(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert {row["method"] for row in results["rows"]} == {
+        "dense", "uniform", "magnitude", "wanda", "flap", "lop-search", "lop-predictor"
+    }  # fmt: skip
+    for row in results["rows"]:
+        assert set(row) == {"method", "target", "form", "correct", "total", "accuracy", "low", "high"}
+        assert row["low"] <= row["accuracy"] == row["correct"] / row["total"] <= row["high"]
+    assert {frozenset(entry) for entry in results["seconds"]} == {
+        frozenset({"method", "calibrate", "allocate", "apply"})
+    }
+    budgets = {sum(average["widths"]) for average in results["averages"] if average["method"] != "dense"}
+    assert len(budgets) == 1
+    report = (finished / "report.md").read_text()
+    for picture in ("accuracy.png", "allocations.png", "search.png"):
+        assert f"]({picture})" in report
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+    assert "4 evaluated allocations" in report
+    lop.load(finished / "checkpoints" / "0.500")
+
+
+def test_the_demo_again_does_nothing_twice(finished: Path) -> None:
+    before = {path: path.read_bytes() for path in (finished / "ledger.jsonl", finished / "results.json")}
+    done = lop_command("demo", "--run", finished, "--workers", "0", *FEW)
+    assert done.returncode == 0
+    assert done.stderr.count("is there already") >= 4
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_an_interrupted_search_goes_on(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(finished / "statistics.safetensors", run)
+    command = [sys.executable, "-m", "lop.cli", "search", "--run", str(run), "--workers", "0", *FEW]
+    for _ in range(2):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        _wait_for_growth(run / "ledger.jsonl", process)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode in (0, 130)
+        assert "Traceback" not in stderr
+    assert lop_command(*command[3:]).returncode == 0
+    ours, calm = (json.loads((folder / "search.json").read_text())["targets"] for folder in (run, finished))
+    assert ours == calm
+    assert sorted((run / "ledger.jsonl").read_text().splitlines()) == sorted(
+        (finished / "ledger.jsonl").read_text().splitlines()
+    )
+
+
+def _wait_for_growth(path: Path, process: subprocess.Popen[str]) -> None:
+    size = path.stat().st_size if path.exists() else 0
+    while process.poll() is None and (not path.exists() or path.stat().st_size <= size):
+        time.sleep(0.05)
+
+
+def test_help_lists_the_stages() -> None:
+    text = lop_command("--help").stdout
+    for stage in ("calibrate", "search", "train", "predict", "prune", "compare", "demo"):
+        assert stage in text
+        assert lop_command(stage, "--help").returncode == 0
+
+
+def test_prediction_speaks_json_and_agrees_with_the_checkpoint(finished: Path, tmp_path: Path) -> None:
+    done = lop_command("predict", "--run", finished, "--target", "0.3", "--json")
+    answer = json.loads(done.stdout)
+    assert {"ratios", "widths", "kept_neurons", "parameters", "bytes"} <= set(answer)
+    assert sum(answer["widths"]) == answer["kept_neurons"]
+    assert lop_command("prune", "--run", finished, "--target", "0.3", "--out", tmp_path / "p").returncode == 0
+    tensors = read_tensors(tmp_path / "p")
+    assert sum(tensor.parameters for tensor in tensors.values()) == answer["parameters"]
+    assert sum(tensor.bytes for tensor in tensors.values()) == answer["bytes"]
+    by_bytes = lop_command("predict", "--run", finished, "--bytes", str(answer["bytes"]), "--json")
+    assert json.loads(by_bytes.stdout)["widths"] == answer["widths"]
+    shown = lop_command("predict", "--run", finished, "--parameters", str(answer["parameters"]))
+    assert f"{answer['parameters']:,} parameters" in shown.stdout
+
+
+def test_bad_targets_are_refused(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for target in ("-0.1", "0.99", "1", "nan", "half"):
+        assert target in refused("prune", "--run", finished, f"--target={target}", "--out", out)
+    assert "outside" in refused("prune", "--run", finished, "--bytes", "1KiB", "--out", out)
+    assert "parameters" in refused("predict", "--run", finished, "--parameters", "5Q")
+    assert not out.exists()
+
+
+def test_bad_names_and_settings_are_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "'nonsense'" in refused("calibrate", "--model", "nonsense", "--run", run)
+    assert "config.json" in refused("calibrate", "--model", tmp_path, "--run", run)
+    assert "serch" in refused("search", "--set", "serch.simulations=3", "--run", run)
+    assert "'many'" in refused("search", "--set", "search.simulations=many", "--run", run)
+    assert "none.yaml" in refused("search", "--config", "none.yaml", "--run", run)
+    assert "lop calibrate" in refused("search", "--run", run)
+    assert not run.exists()
+
+
+def test_a_run_of_another_model_is_refused(finished: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(assets() / "model", other)
+    text = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**text, "note": "another"}))
+    for command in (("search", *FEW), ("train", *FEW), ("compare", *FEW), ("predict", "--target", "0.3")):
+        assert "another model" in refused(*command, "--run", finished, "--model", other)
+
+
+def test_damaged_files_are_refused(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
+    (run / "search.json").unlink()
+    ledger = bytearray((run / "ledger.jsonl").read_bytes())
+    ledger[len(ledger) // 2] ^= 1
+    (run / "ledger.jsonl").write_bytes(ledger)
+    assert "checksum of line" in refused("search", "--run", run, "--workers", "0", *FEW)
+    model = tmp_path / "model"
+    shutil.copytree(assets() / "model", model)
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "damaged" in refused("calibrate", "--model", model, "--run", tmp_path / "r")
+    (run / "statistics.safetensors").write_bytes(b"nothing")
+    assert "damaged" in refused("search", "--run", run, *FEW)
+
+
+def test_a_full_disk_is_refused_and_leaves_nothing(finished: Path, small_disk: Path) -> None:
+    assert "space" in refused("prune", "--run", finished, "--target", "0.2", "--out", small_disk / "pruned").lower()
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_read_only_disk_is_refused(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "fixed"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a read-only disk needs root")
+    try:
+        assert "ead-only" in refused("prune", "--run", finished, "--target", "0.2", "--out", folder / "pruned")
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_what_ships_answers_without_a_run(tmp_path: Path) -> None:
+    answer = json.loads(lop_command("predict", "--target", "0.3", "--json", cwd=tmp_path).stdout)
+    size = model_size(read_tensors(assets() / "model"))
+    assert answer["parameters"] == size.pruned_parameters(answer["kept_neurons"])
+    assert lop_command("prune", "--target", "0.3", "--out", tmp_path / "p", cwd=tmp_path).returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"p"}
+    assert os.listdir(tmp_path / "p")

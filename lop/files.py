@@ -37,14 +37,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling folder of `path` to fill; it becomes `path` when the block ends without an error.
 
+    Args:
+        replace: takes the place of a folder that is there already.
+
     Raises:
-        LopError: `path` is already there and not an empty folder.
+        LopError: `path` is there already and not an empty folder, and is not to be replaced.
         OSError: the disk is full or read-only; nothing is left behind.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise LopError(f"{path} is there already: name a new folder, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -53,10 +56,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         for file in temporary.rglob("*"):
             _sync(file)
+        if replace and path.exists():
+            path.rename(temporary.with_suffix(".old"))
         temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
     _sync(path.parent)
 
 

@@ -205,10 +205,10 @@ class Predictor:
 
     @cached_property
     def _network(self) -> nn.Module:
-        # On the meta device nothing is initialised: no time spent, and the process's random state left alone.
-        with torch.device("meta"):
+        # Building draws weights that are overwritten at once; the process's random state is none of its business.
+        with torch.random.fork_rng(devices=[]):
             network = build(self.architecture, self.space.layers)
-        network.load_state_dict(dict(self.weights), assign=True)
+        network.load_state_dict(dict(self.weights))
         return network.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -226,11 +226,7 @@ class Predictor:
         return project(self.ratios(self.space.ratio(budget)), self.space, budget)
 
     def save(self, folder: Path) -> None:
-        """Writes `predictor.json` and `weights.safetensors` into a new folder.
-
-        Raises:
-            LopError: the folder is there already.
-        """
+        """Writes `predictor.json` and `weights.safetensors` into a folder, in the place of an older predictor."""
         data = save({name: tensor.contiguous() for name, tensor in self.weights.items()})
         about = {
             "architecture": self.architecture,
@@ -240,7 +236,7 @@ class Predictor:
             "fingerprints": dict(self.fingerprints),
             "weights": hashlib.sha256(data).hexdigest(),
         }
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder, replace=True) as temporary:
             (temporary / "weights.safetensors").write_bytes(data)
             write_json(temporary / "predictor.json", {**about, "fingerprint": fingerprint(about)})
 

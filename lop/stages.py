@@ -1,7 +1,6 @@
 """The stages from a model to a pruned checkpoint: each reads and writes plain files of a run."""
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -194,19 +193,17 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
     if report.exists() and run.predictor_folder.exists() and read_json(report)["fingerprints"] == made:
         log.info("train: %s is there already", run.predictor_folder)
         return
-    if len(found) < 3:
-        raise LopError(f"search.targets has {len(found)} targets: training needs three, to hold one out")
     settings = run.config.train
     with _timed(run, "train"):
         training, validation = split_pairs(_pairs(run, found), settings.validation_share)
-        fits = _fit_all(run, training, validation)
+        fits = _fit_all(run, training, validation, progress=progress)
         best = [min(group, key=lambda fit: fit.validation_error) for group in _by_architecture(fits)]
         predictors = [Predictor(fit.architecture, fit.weights, run.space, run.size, fingerprints) for fit in best]
         rewards = _rewards(run, predictors, sorted({pair.target for pair in validation}), progress=progress)
         for predictor in predictors:
-            _replace(predictor, run.predictors_folder / predictor.architecture)
+            predictor.save(run.predictors_folder / predictor.architecture)
         chosen = max(range(len(best)), key=lambda index: (rewards[index], -best[index].validation_error))
-        _replace(predictors[chosen], run.predictor_folder)
+        predictors[chosen].save(run.predictor_folder)
     write_json(
         report,
         {
@@ -241,13 +238,15 @@ def _pairs(run: Run, found: Sequence[Found]) -> list[Pair]:
     return pairs
 
 
-def _fit_all(run: Run, training: Sequence[Pair], validation: Sequence[Pair]) -> list[Fit]:
+def _fit_all(run: Run, training: Sequence[Pair], validation: Sequence[Pair], *, progress: bool) -> list[Fit]:
     """One fit for each architecture and learning rate: in this process, or by Ray Tune with the same result."""
     settings = run.config.train
     if run.config.workers:
         from ray_jobs.train import tune_fits
 
-        return tune_fits(training, validation, settings, seed=run.config.seed, storage=run.folder / "tune")
+        return tune_fits(
+            training, validation, settings, seed=run.config.seed, storage=run.folder / "tune", progress=progress
+        )
     torch.set_num_threads(run.config.threads)
     return [
         fit(
@@ -277,12 +276,6 @@ def _rewards(run: Run, predictors: Sequence[Predictor], targets: Sequence[float]
         results = [evaluator.evaluate(predictor.allocate(run.space.budget(target))) for target in targets]
         rewards.append(sum(getattr(result, run.config.search.reward) for result in results) / len(results))
     return rewards
-
-
-def _replace(predictor: Predictor, folder: Path) -> None:
-    """Saves a predictor in the place of an older one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    predictor.save(folder)
 
 
 @contextmanager

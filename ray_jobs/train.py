@@ -44,7 +44,7 @@ def tune_fits(
         _trial, training=list(training), validation=list(validation), settings=settings, seed=seed
     )
     trials = len(settings.architectures) * len(settings.learning_rates)
-    with connected(), tqdm(total=trials, desc="train: fit", unit="trial", disable=not progress) as bar:
+    with connected():
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": 1}),
             param_space={
@@ -56,7 +56,7 @@ def tune_fits(
                 name="predictors",
                 storage_path=str(storage.resolve()),
                 verbose=0,
-                callbacks=[_Progress(bar)],
+                callbacks=[_Progress(trials)] if progress else None,
                 failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             ),
@@ -67,10 +67,17 @@ def tune_fits(
 
 
 class _Progress(tune.Callback):  # type: ignore[misc]
-    """Moves a bar on by one trial, naming the last and its error."""
+    """A bar over trials that names the last one and its error."""
 
-    def __init__(self, bar: "tqdm[None]") -> None:
-        self.bar = bar
+    def __init__(self, trials: int) -> None:
+        self.trials = trials
+
+    def setup(self, **info: Any) -> None:
+        # Not in __init__: Tune pickles its callbacks before it sets them up.
+        self.bar = tqdm(total=self.trials, desc="train: fit", unit="trial")
+
+    def on_experiment_end(self, trials: Sequence[Any], **info: Any) -> None:
+        self.bar.close()
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         self.bar.set_postfix_str(f"{trial.config['architecture']}: {trial.last_result['validation_error']:.2e}")

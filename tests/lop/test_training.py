@@ -143,10 +143,11 @@ def test_a_dozen_pairs_do(name: str) -> None:
 
 
 def test_a_pair_counts_by_its_weight() -> None:
-    good = noisy([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], each=2, noise=0.0)
-    bad = [Pair(pair.target, pair.ratios[::-1], weight=1e-4) for pair in good]
-    weighed = train(good + bad, epochs=64, batch=8)
-    alike = train(good + [replace(pair, weight=1.0) for pair in bad], epochs=64, batch=8)
+    good, validation = split_pairs(noisy([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], each=2, noise=0.0), 0.2)
+    bad = [replace(pair, ratios=pair.ratios[::-1]) for pair in good]
+    options: dict[str, Any] = {"epochs": 64, "batch": 8, "learning_rate": 1e-3, "seed": 0}
+    weighed = fit("mlp", [*good, *(replace(pair, weight=1e-4) for pair in bad)], validation, **options)
+    alike = fit("mlp", [*good, *bad], validation, **options)
     assert error(weighed, (0.15, 0.45)) < error(alike, (0.15, 0.45)) / 3
 
 

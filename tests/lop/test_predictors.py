@@ -106,11 +106,11 @@ def test_a_saved_predictor_answers_the_same(name: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["p", "predictor.json", "weights.safetensors"]
 
 
-def test_saving_replaces_nothing(tmp_path: Path) -> None:
+def test_saving_takes_an_older_predictor_s_place(tmp_path: Path) -> None:
     PREDICTORS["mlp"].save(tmp_path / "p")
-    with pytest.raises(LopError, match="there already"):
-        PREDICTORS["lstm"].save(tmp_path / "p")
-    assert load_predictor(tmp_path / "p").architecture == "mlp"
+    PREDICTORS["lstm"].save(tmp_path / "p")
+    assert load_predictor(tmp_path / "p").architecture == "lstm"
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 @pytest.mark.parametrize("name", ["predictor.json", "weights.safetensors"])

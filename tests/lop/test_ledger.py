@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,14 +54,18 @@ def test_a_flipped_byte_is_named_by_its_line(tmp_path: Path, data: st.DataObject
     flip = data.draw(st.integers(1, 255))
     whole[place] ^= flip
     path.write_bytes(whole)
-    with pytest.raises(LopError, match=r"line \d+"):
+    line = bytes(whole[:place]).count(b"\n") + 1
+    with pytest.raises(LopError, match=rf"line {line} is wrong$") as caught:
         list(read_ledger(path))
+    assert "\n" not in str(caught.value)
 
 
-def test_another_model_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PRINTS)
+def test_what_differs_is_named(tmp_path: Path, name: str) -> None:
     write(tmp_path / "ledger")
-    with pytest.raises(LopError, match="another model"):
-        Ledger(tmp_path / "ledger", {**PRINTS, "model": "cccc"})
+    with pytest.raises(LopError, match=f"another {name} ") as caught:
+        Ledger(tmp_path / "ledger", {**PRINTS, name: "cccc"})
+    assert "\n" not in str(caught.value)
 
 
 def test_an_empty_file_and_a_missing_one_are_named(tmp_path: Path) -> None:
@@ -77,6 +83,34 @@ def test_a_full_disk_leaves_whole_records(small_disk: Path) -> None:
         written = _fill(ledger)
     assert 0 < written == len(list(read_ledger(path)))
     assert json.loads(path.read_bytes().splitlines()[0].partition(b" ")[2]) == PRINTS
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from tests.lop.test_ledger import ENTRIES, PRINTS
+from lop.ledger import Ledger, read_ledger
+
+path = Path(sys.argv[1])
+with Ledger(path, PRINTS) as ledger:
+    ledger.append(*ENTRIES[0])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for more in (20, 30, 0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, limits[1]))
+        try:
+            ledger.append(*ENTRIES[1])
+        except OSError:
+            assert list(read_ledger(path)) == ENTRIES[:1] and path.read_bytes().endswith(b"\\n"), more
+        else:
+            raise AssertionError("there was room")
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    ledger.append(*ENTRIES[2])
+assert list(read_ledger(path)) == [ENTRIES[0], ENTRIES[2]]
+"""
+
+
+def test_failed_appends_leave_whole_records_and_a_ledger_that_still_works(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path / "ledger")], check=True, timeout=60)
 
 
 def _fill(ledger: Ledger) -> int:

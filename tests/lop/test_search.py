@@ -67,7 +67,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], set[tu
 
 
 @given(st.integers(0, 2**31), st.integers(1, 50))
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_workers_change_only_the_time(
     tmp_path: Path, calm: tuple[list[object], set[tuple[Allocation, Evaluation]]], seed: int, capacity: int
 ) -> None:
@@ -80,8 +80,8 @@ def test_workers_change_only_the_time(
     assert max(workers.counts.values()) == 1
 
 
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=4))
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.integers(0, 110), min_size=1, max_size=4))
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_an_interrupted_search_ends_as_a_calm_one(
     tmp_path: Path, calm: tuple[list[object], set[tuple[Allocation, Evaluation]]], stops: list[int]
 ) -> None:

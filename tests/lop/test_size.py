@@ -31,7 +31,8 @@ def test_sizes_are_those_of_the_file() -> None:
     size = model_size(read_tensors(assets() / "model"))
     file = (assets() / "model" / "model.safetensors").stat().st_size
     assert 0 < file - size.bytes < 100_000
-    assert (size.layers, size.neurons) == (12, 320)
+    assert size.layers >= 12
+    assert size.neuron_parameters * size.neurons * size.layers > 0.35 * size.parameters
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,13 @@ def make_tree(options: TreeOptions = OPTIONS, *, starts: Sequence[Allocation] = 
 
 
 def run(tree: SearchTree, random: np.random.Generator | None = None) -> list[Allocation]:
-    """Answers every request, in a random order if one is given, and returns the requests."""
+    """Answers every request, in random order and numbers if `random` is given, and returns the requests."""
     waiting = tree.advance()
     asked = list(waiting)
     while waiting:
-        index = 0 if random is None else int(random.integers(len(waiting)))
-        allocation = waiting.pop(index)
-        tree.tell(allocation, score(allocation))
+        for _ in range(1 if random is None else int(random.integers(1, len(waiting) + 1))):
+            allocation = waiting.pop(0 if random is None else int(random.integers(len(waiting))))
+            tree.tell(allocation, score(allocation))
         new = tree.advance()
         asked += new
         waiting += new
@@ -70,11 +70,12 @@ def test_limits_and_budget_hold(window: int, evaluations: int, simulations: int,
     tree = make_tree(options)
     asked = run(tree)
     assert tree.done
-    assert len(asked) == len(set(asked)) == len(tree.results) <= min(evaluations, tree.limit)
+    assert len(asked) == len(set(asked)) == len(tree.results) <= min(evaluations, simulations)
     assert tree.simulations <= simulations
     for allocation in asked:
         assert allocation.budget == BUDGET
         assert all(SPACE.min_width <= width <= SPACE.neurons for width in allocation.widths)
+        assert all(width % SPACE.granularity == 0 for width in allocation.widths)
     assert all(node.depth <= depth for node in nodes(tree.root))
 
 
@@ -121,6 +122,47 @@ def test_selection_agrees_with_a_naive_upper_bound() -> None:
         assert tree._upper_bound(child) == pytest.approx(bound(child))
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_every_selection_agrees_with_a_naive_recount(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = TreeOptions(80, 80, 0.1, 0.3, 0.8, 2, 3, window)
+    tree = make_tree(options)
+    picked: list[list[Node]] = []  # The path of each simulation so far, root first.
+    select = tree._select
+
+    def spy() -> Node:
+        known = picked[: len(picked) - len(tree._flights)]
+
+        def bound(parent: Node, child: Node) -> float:
+            rewards = [score(path[-1].allocation).accuracy for path in known if child in path]
+            borrowed = [score(path[-1].allocation).accuracy for path in known if parent in path]
+            visits = sum(parent in path for path in picked), sum(child in path for path in picked)
+            mean = np.mean(rewards) if rewards else np.mean(borrowed)
+            return float(mean) + options.exploration * math.sqrt(math.log(visits[0]) / visits[1])
+
+        counts = {id(node): len(node.children) for node in nodes(tree.root)}
+        bounds = {
+            id(child): bound(parent, child)
+            for parent in nodes(tree.root)
+            for child in parent.children
+            if len(parent.children) == options.children
+        }
+        node = select()
+        path = [node]
+        while path[0].parent is not None:
+            path.insert(0, path[0].parent)
+        for parent, child in zip(path, path[1:]):
+            if id(child) in counts:
+                assert counts[id(parent)] == options.children
+                assert bounds[id(child)] == pytest.approx(max(bounds[id(other)] for other in parent.children))
+        assert node is tree.root or id(node) not in counts or node.depth == options.depth
+        picked.append(path)
+        return node
+
+    monkeypatch.setattr(tree, "_select", spy)
+    run(tree)
+    assert len(picked) == tree.simulations > 40
+
+
 def test_search_improves_on_its_start() -> None:
     tree = make_tree()
     run(tree)
@@ -137,6 +179,28 @@ def test_equal_rewards_are_told_apart_by_log_probability() -> None:
 
 def test_golden_tree() -> None:
     tree = make_tree(TreeOptions(8, 8, 0.05, 0.3, 0.8, 2, 4, 2), seed=1)
-    assert run(tree) == run(make_tree(TreeOptions(8, 8, 0.05, 0.3, 0.8, 2, 4, 2), seed=1))
-    assert [node.depth for node in nodes(tree.root)].count(1) == 2
+    assert [allocation.widths for allocation in run(tree)] == [
+        (32, 32, 32, 32, 32),
+        (36, 20, 44, 20, 40),
+        (32, 20, 36, 28, 44),
+        (28, 20, 40, 24, 48),
+        (32, 24, 40, 24, 40),
+        (36, 32, 48, 12, 32),
+        (32, 32, 52, 20, 24),
+        (36, 40, 44, 8, 32),
+    ]
+    assert tree.best[0].widths == (36, 40, 44, 8, 32)
+    assert [(node.depth, node.visits) for node in nodes(tree.root)] == [
+        (0, 8),
+        (1, 5),
+        (2, 1),
+        (2, 3),
+        (3, 1),
+        (3, 1),
+        (1, 2),
+        (2, 1),
+    ]
+
+
+def test_another_seed_makes_other_moves() -> None:
     assert run(make_tree(seed=1)) != run(make_tree(seed=2))

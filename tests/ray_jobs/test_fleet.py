@@ -3,12 +3,15 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -16,10 +19,10 @@ from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
 from lop.ledger import Ledger, read_ledger
-from lop.search import run_search
+from lop.search import InProcess, run_search
 from ray_jobs.actor import Evaluates
 from ray_jobs.fleet import Fleet
-from tests.lop.test_search import RandomWorkers, make_trees, outcome
+from tests.lop.test_search import make_trees, outcome
 from tests.lop.test_tree import score
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -51,6 +54,50 @@ class FailsTwice:
         return score(allocation)
 
 
+class BadIn:
+    """Raises in the first process that evaluates anything, whatever it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self._claim = folder / "bad"
+
+    def evaluate(self, allocation: Allocation) -> Evaluation:
+        try:
+            with self._claim.open("x") as file:
+                file.write(str(os.getpid()))
+        except FileExistsError:
+            pass
+        if self._claim.read_text() == str(os.getpid()):
+            raise MemoryError("this card is full")
+        time.sleep(0.01)
+        return score(allocation)
+
+
+class CannotUnpickleError(Exception):
+    """Goes to another process, and does not come back to life there."""
+
+    def __init__(self, card: int, hint: str) -> None:
+        super().__init__(f"card {card}: {hint}")
+
+
+class RaisesUnpicklable:
+    def evaluate(self, allocation: Allocation) -> Evaluation:
+        raise CannotUnpickleError(3, "fell off the bus")
+
+
+def _missing() -> Callable[[], Evaluates]:
+    raise ModuleNotFoundError("no module named lop")
+
+
+class CannotUnpickle:
+    """A factory that the driver can send and no actor can receive."""
+
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return _missing, ()
+
+    def __call__(self) -> Evaluates:
+        return Slow()
+
+
 class Breaks:
     def __init__(self) -> None:
         raise FileNotFoundError("no such model folder")
@@ -69,7 +116,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], list[s
     path = tmp_path_factory.mktemp("calm") / "ledger"
     trees = make_trees()
     with Ledger(path, {}) as ledger:
-        run_search(trees, RandomWorkers(0, 1), ledger)
+        run_search(trees, InProcess(cast(Any, Slow())), ledger)
     return outcome(trees), sorted(path.read_text().splitlines())
 
 
@@ -80,7 +127,7 @@ def searched(path: Path, fleet: Fleet) -> tuple[list[object], list[str]]:
     return outcome(trees), sorted(path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_number_of_actors_changes_nothing(tmp_path: Path, calm: tuple[list[object], list[str]], count: int) -> None:
     with Fleet(Slow, count=count, cpus=1) as fleet:
         assert searched(tmp_path / "ledger", fleet) == calm
@@ -127,7 +174,8 @@ def test_an_evaluation_that_fails_twice_is_tried_a_third_time(
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (Breaks, "could not be set up: no such model folder"),
+        (Breaks, "could not be set up: FileNotFoundError: no such model folder"),
+        (CannotUnpickle(), "could not be set up: ModuleNotFoundError: no module named lop"),
         (Dies, "died before they could evaluate anything"),
     ],
 )
@@ -139,6 +187,35 @@ def test_workers_that_cannot_start_are_named(tmp_path: Path, build: Callable[[],
 def test_three_failures_name_the_allocation(tmp_path: Path) -> None:
     (tmp_path / "tries").mkdir()
     build = partial(FailsTwice, tmp_path / "tries", times=99)
-    with Fleet(build, count=2, cpus=1) as fleet, pytest.raises(LopError, match=r"\(.*\) failed 3 times: out of mem"):
+    message = r"allocation \([\d, ]+\) failed 3 times: MemoryError: out of memory on purpose$"
+    with Fleet(build, count=2, cpus=1) as fleet, pytest.raises(LopError, match=message):
         searched(tmp_path / "ledger", fleet)
     assert list(read_ledger(tmp_path / "ledger")) == []
+
+
+def test_an_exception_that_cannot_be_unpickled_is_a_failure_like_any_other(tmp_path: Path) -> None:
+    with Fleet(RaisesUnpicklable, count=1, cpus=1) as fleet, pytest.raises(LopError, match="card 3: fell off the bus"):
+        searched(tmp_path / "ledger", fleet)
+
+
+def test_a_failed_evaluation_is_tried_on_another_actor(tmp_path: Path, calm: tuple[list[object], list[str]]) -> None:
+    with Fleet(partial(BadIn, tmp_path), count=2, cpus=1) as fleet:
+        _wait_for_all(fleet, 2)
+        assert searched(tmp_path / "ledger", fleet) == calm
+
+
+def _wait_for_all(fleet: Fleet, count: int) -> None:
+    """Keeps the fleet busy until all its actors are ready: it finds out only while it waits for a result."""
+    while len(fleet.pids) < count:
+        fleet.submit(Allocation((64, 64, 64, 64, 64)))
+        fleet.collect()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "http://127.0.0.1:1", "nonsense", "auto"])
+def test_a_cluster_that_cannot_be_reached_is_named(address: str) -> None:
+    script = "import ray_jobs.cluster as cluster\nwith cluster.connected(): pass"
+    # No cluster is known in an empty RAY_TMPDIR, whatever runs on the machine.
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    assert ended.returncode == 1
+    assert f"LopError: no Ray cluster at {address}: " in ended.stderr.splitlines()[-1]

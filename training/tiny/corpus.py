@@ -9,27 +9,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from lop.samples import LETTERS, prompt_text
+from lop.samples import prompt_text
 from training.tiny import vision
 from training.tiny.architecture import TEMPLATE
-from training.tiny.facts import countries
 from training.tiny.images import Picture
-from training.tiny.questions import FORM_NAMES, KINDS, ask, values_of
+from training.tiny.questions import FORM_NAMES, KINDS, ask
 
-_SOURCE_SHARES = {"easy-vqa": 0.18, "fashion-mnist": 0.12, "flags": 0.60, "text": 0.10}
+_SOURCE_SHARES = {"easy-vqa": 0.2, "fashion-mnist": 0.13, "flags": 0.67}
 _IMAGE_TOKENS = 4
 _TURNS = 4
 PER_IMAGE = 8
-# Batches are made this many at a time, and an image's questions are drawn this many rows at a time: rows of one length.
 _EASY = ("colour", "shape", "product", "worn", "continent")
+# Batches are made this many at a time, and an image's questions are drawn this many rows at a time: rows of one length.
 _DRAWN, _SPLIT = 20, 5
-_TEXT_FACTS = {
-    "capital": "What is the capital of {}?",
-    "continent": "Which continent is {} in?",
-    "currency": "What is the currency of {}?",
-    "language": "What language is spoken in {}?",
-    "calling_code": "What is the calling code of {}?",
-}
 
 
 @dataclass
@@ -88,7 +80,7 @@ class Questions:
         ids: [q, T], padded on the right.
         lengths: [q], tokens before the padding.
         answers: [q], how many of them, the last ones, are the answer and the end of turn.
-        seen: [q], the group of images that the question is about; −1 for none.
+        seen: [q], the group of images that the question is about.
         group: [q], an index of `names`.
         names: of the kinds and forms, for the log.
         image_token: the id of `<|image_pad|>`.
@@ -154,7 +146,7 @@ class Questions:
 
 
 def make_questions(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, count: int, seed: int) -> Questions:
-    """Random questions of all kinds and forms about random groups of images, and some facts without an image."""
+    """Random questions of all kinds and forms about random groups of images."""
     random = np.random.default_rng([seed, 1])
     by_source = {
         source: [i for i, picture in enumerate(corpus.pictures) if picture.source == source] for source in KINDS
@@ -162,20 +154,15 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, count: in
     sources = random.choice(list(_SOURCE_SHARES), count, p=list(_SOURCE_SHARES.values()))
     texts, answers, seen, groups = [], [], [], []
     for source in sources:
-        if source == "text":
-            question, answer, form = _fact(random)
-            group, prompt, name = -1, _chat(question, image=False), f"{form}.text"
-        else:
-            group = int(random.choice(by_source[source]))
-            kind, form = str(random.choice(KINDS[source])), str(random.choice(FORM_NAMES))
-            sample = ask(corpus.pictures[group], kind, form, random)
-            if sample is None:
-                continue
-            answer, prompt, name = sample.answer, _chat(prompt_text(sample), image=True), f"{form}.{kind}"
-        texts.append(prompt)
-        answers.append(answer)
+        group = int(random.choice(by_source[source]))
+        kind, form = str(random.choice(KINDS[source])), str(random.choice(FORM_NAMES))
+        sample = ask(corpus.pictures[group], kind, form, random)
+        if sample is None:
+            continue
+        texts.append(_chat(prompt_text(sample)))
+        answers.append(sample.answer)
         seen.append(group)
-        groups.append(name)
+        groups.append(f"{form}.{kind}")
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ends = tokenizer(answers, add_special_tokens=False)["input_ids"]
     names = sorted(set(groups))
@@ -197,21 +184,8 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, count: in
     )
 
 
-def _fact(random: np.random.Generator) -> tuple[str, str, str]:
-    """A question about a country by name, its answer and its form."""
-    country = countries()[random.integers(len(countries()))]
-    kind = str(random.choice(list(_TEXT_FACTS)))
-    question, value = _TEXT_FACTS[kind].format(country.name), str(getattr(country, kind))
-    if random.random() < 0.6:
-        return question, value, "word"
-    others = [other for other in random.permutation(values_of(kind)) if other != value][:3]
-    options = [str(option) for option in random.permutation([value, *others])]
-    lines = [question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options))]
-    return "\n".join(lines), LETTERS[options.index(value)], "choice"
-
-
-def _chat(text: str, *, image: bool) -> str:
+def _chat(text: str) -> str:
     """What the chat template makes of one question, with the image's four tokens in place."""
     assert TEMPLATE.startswith("{% for message in messages %}<|im_start|>")
-    picture = "<|vision_start|>" + "<|image_pad|>" * _IMAGE_TOKENS + "<|vision_end|>" if image else ""
+    picture = "<|vision_start|>" + "<|image_pad|>" * _IMAGE_TOKENS + "<|vision_end|>"
     return f"<|im_start|>user\n{picture}{text}<|im_end|>\n<|im_start|>assistant\n"

@@ -58,7 +58,8 @@ class Ledger:
             OSError: the disk is full; the file ends with its last whole record.
         """
         line = _line({"widths": list(allocation.widths), **evaluation.as_dict()})
-        end = self._file.tell()
+        # Not tell(): after a failed append it points past the end that the file was cut back to.
+        end = self._file.seek(0, os.SEEK_END)
         try:
             if self._file.write(line) != len(line):
                 raise OSError(f"no space left on the disk of {self.path}")

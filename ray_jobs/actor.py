@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import ray
+import torch
 
 from lop.allocation import Allocation
 from lop.evaluator import Evaluation
@@ -27,6 +28,8 @@ class EvaluatorActor:
 
     def prepare(self) -> int:
         """Builds the evaluator, and returns the process id."""
+        # Actors share a machine's cores: one thread each, unless `build` sets another number.
+        torch.set_num_threads(1)
         self._evaluator = self._build()
         return os.getpid()
 

@@ -2,35 +2,72 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import ray
+from ray.exceptions import RayError
 
 from lop.errors import LopError
+
+_SECONDS_TO_CONNECT = 10
+
+
+def ensure_ray() -> bool:
+    """Connects to `RAY_ADDRESS` if it is set (as under `ray job submit`), else starts Ray on this machine.
+
+    Ray's own default for a new cluster is to ask for a token, which it keeps in `~/.ray/auth_token`; setting
+    `RAY_AUTH_MODE` overrides that.
+
+    Returns:
+        Whether this call connected; False where the process was connected already.
+
+    Raises:
+        LopError: the cluster cannot be reached, or cannot be started.
+    """
+    if ray.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            _check_listening(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            # Without an address Ray would join whatever cluster was last started on this machine.
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        remedy = "check or unset RAY_ADDRESS" if address else "Ray could not start"
+        raise LopError(f"no Ray cluster at {address or 'this machine'}: {reason} ({remedy})") from None
+    return True
 
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Connects to `RAY_ADDRESS` if it is set (as under `ray job submit`), else starts Ray on this machine.
-
-    Does nothing where the process is connected already, and ends only what it began.
+    """A cluster, by `ensure_ray`, inside the block; ends only what it began.
 
     Raises:
-        LopError: the cluster cannot be reached.
+        LopError: the cluster cannot be reached, or cannot be started.
     """
-    if ray.is_initialized():
-        yield
-        return
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
-        raise LopError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from None
+    began = ensure_ray()
     try:
         yield
     finally:
-        ray.shutdown()
+        if began:
+            ray.shutdown()
+
+
+def _check_listening(address: str) -> None:
+    """Fails within seconds where nothing answers; Ray itself would try again for many minutes.
+
+    Raises:
+        OSError, ValueError: nothing listens at the address, or it is not one.
+    """
+    if address in ("auto", "local"):
+        return
+    parts = urlsplit(address if "://" in address else f"//{address}")
+    if parts.hostname is None or parts.port is None:
+        raise ValueError("an address is HOST:PORT")
+    socket.create_connection((parts.hostname, parts.port), _SECONDS_TO_CONNECT).close()

@@ -74,7 +74,7 @@ def test_projection_agrees_with_giving_one_unit_at_a_time(seed: int, layers: int
     budget = space.budget(float(random.uniform(0, space.max_target)))
     ratios = random.normal(0.5, random.choice([0.05, 0.4, 2]), layers)
 
-    def distance(widths: Sequence[int]) -> np.ndarray:
+    def distance(widths: Sequence[int] | np.ndarray) -> np.ndarray:
         return (1 - np.array(widths) / space.neurons - ratios) ** 2
 
     widths = np.full(layers, space.min_width)

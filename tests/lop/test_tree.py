@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -150,7 +151,7 @@ def test_every_selection_agrees_with_a_naive_recount(window: int, monkeypatch: p
         path = [node]
         while path[0].parent is not None:
             path.insert(0, path[0].parent)
-        for parent, child in zip(path, path[1:]):
+        for parent, child in pairwise(path):
             if id(child) in counts:
                 assert counts[id(parent)] == options.children
                 assert bounds[id(child)] == pytest.approx(max(bounds[id(other)] for other in parent.children))

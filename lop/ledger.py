@@ -1,5 +1,6 @@
 """The durable record of all evaluations: one line each, with a checksum."""
 
+import fcntl
 import json
 import logging
 import os
@@ -30,13 +31,13 @@ class Ledger:
 
     def __init__(self, path: Path, fingerprints: Mapping[str, str]) -> None:
         self.path = path
-        if path.exists():
-            check_fingerprints(str(path), _cut_torn_tail(path), fingerprints)
-        else:
+        if not path.exists():
             with atomic_file(path) as temporary:
                 temporary.write_bytes(_line(dict(fingerprints)))
-        self._known = dict(read_ledger(path))
         self._file = path.open("ab", buffering=0)
+        self._lock()
+        check_fingerprints(str(path), _cut_torn_tail(path), fingerprints)
+        self._known = dict(read_ledger(path))
 
     def __len__(self) -> int:
         return len(self._known)
@@ -68,6 +69,14 @@ class Ledger:
             self._file.truncate(end)
             raise
         self._known[allocation] = evaluation
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LopError(
+                f"{self.path} is being written by another search: wait for it, or name another --run"
+            ) from None
 
 
 def read_ledger(path: Path) -> Iterator[tuple[Allocation, Evaluation]]:

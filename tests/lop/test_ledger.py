@@ -122,3 +122,10 @@ def _fill(ledger: Ledger) -> int:
             assert "space" in str(error)
             return number
     raise AssertionError("the disk never filled")
+
+
+def test_a_second_search_is_kept_out(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger", PRINTS), pytest.raises(LopError, match="another search"):
+        Ledger(tmp_path / "ledger", PRINTS)
+    with Ledger(tmp_path / "ledger", PRINTS) as ledger:
+        assert len(ledger) == 0

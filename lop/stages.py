@@ -325,5 +325,8 @@ def _timed(run: Run, stage: str) -> Iterator[None]:
     start = time.perf_counter()
     try:
         yield
-    finally:
+    except KeyboardInterrupt:
         run.add_seconds(stage, time.perf_counter() - start)
+        raise
+    # What fails leaves nothing behind, not even its time.
+    run.add_seconds(stage, time.perf_counter() - start)

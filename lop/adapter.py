@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lop.errors import LopError
+from lop.size import read_tensors
 
 
 class Ffn(Protocol):
@@ -95,6 +97,7 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
     from lop.modeling import LopQwen2_5_VLForConditionalGeneration as Model
 
     logging.disable_progress_bar()
+    read_tensors(path)  # Tells a damaged file by name, where transformers would only fail.
     with _told_in_one_line(path):
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         kind = getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype)
@@ -108,6 +111,6 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
 def _told_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise LopError(f"{path} cannot be loaded as a Qwen2.5-VL checkpoint: {lines[0]}") from error

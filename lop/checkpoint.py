@@ -110,7 +110,6 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
         LopError: the folder is no such checkpoint, or a damaged one.
     """
     folder = Path(path)
-    read_tensors(folder)
     if (folder / MANIFEST).exists():
         verify(folder)
     return open_model(folder, device=device, dtype=dtype)

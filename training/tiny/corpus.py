@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from lop.samples import prompt_text
+from lop.samples import FORMS, prompt_text
 from training.tiny import vision
 from training.tiny.architecture import TEMPLATE
 from training.tiny.images import Picture
-from training.tiny.questions import FORM_NAMES, KINDS, ask
+from training.tiny.questions import KINDS, ask
 
 _SOURCE_SHARES = {"easy-vqa": 0.2, "fashion-mnist": 0.13, "flags": 0.67}
 _IMAGE_TOKENS = 4
@@ -155,7 +155,7 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, count: in
     texts, answers, seen, groups = [], [], [], []
     for source in sources:
         group = int(random.choice(by_source[source]))
-        kind, form = str(random.choice(KINDS[source])), str(random.choice(FORM_NAMES))
+        kind, form = str(random.choice(KINDS[source])), str(random.choice(FORMS))
         sample = ask(corpus.pictures[group], kind, form, random)
         if sample is None:
             continue

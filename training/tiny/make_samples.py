@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lop.samples import Sample, SampleSets
+from lop.samples import FORMS, Sample, SampleSets
 from training.tiny.images import Picture, decode, products, shapes
-from training.tiny.questions import FORM_NAMES, KINDS, WORDINGS, ask
+from training.tiny.questions import KINDS, WORDINGS, ask
 from training.tiny.vision import flag_pictures, training_pools
 
 # Questions by source; in the test set, up to `_PER_IMAGE` questions share an image.
@@ -70,7 +70,7 @@ def write(samples: Sequence[Sample], path: Path) -> None:
 
 def _questions(pictures: Sequence[Picture], source: str, random: np.random.Generator) -> Iterator[Sample]:
     """One question a picture: kinds and forms in turn, each wording answered as often by yes as by no."""
-    turns = [(kind, form) for kind in KINDS[source] for form in FORM_NAMES if (kind, form) != ("neighbour", "word")]
+    turns = [(kind, form) for kind in KINDS[source] for form in FORMS if (kind, form) != ("neighbour", "word")]
     yes: Counter[str] = Counter()
     asked: set[tuple[str, str, tuple[str, ...]]] = set()
     turn = 0
@@ -111,7 +111,6 @@ def _check_pixels(sets: dict[str, tuple[Sample, ...]], renderings: int) -> None:
     seen = {_pixel_hash(picture.image) for part in training_pools(renderings) for picture in part}
     for split, samples in sets.items():
         mine = {_pixel_hash(sample.image) for sample in samples}
-        # easy-VQA draws some test images exactly like training images; they are named, not hidden.
         if both := seen & mine:
             raise SystemExit(f"{len(both)} images of {split} are also elsewhere")
         seen |= mine

@@ -67,7 +67,6 @@ KINDS = {
     "fashion-mnist": ("product", "worn"),
     "flags": ("country", "capital", "continent", "currency", "language", "calling_code", "neighbour"),
 }
-FORM_NAMES = ("choice", "yes_no", "word")
 
 
 def country_of(picture: Picture) -> Country:

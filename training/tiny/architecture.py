@@ -25,7 +25,7 @@ SPECIAL = (
     "<|video_pad|>",
 )
 PATCH, MERGE, PIXELS = 8, 4, 64 * 64
-HIDDEN, LAYERS, NEURONS = 96, 12, 240
+HIDDEN, LAYERS, NEURONS = 72, 12, 160
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -73,7 +73,7 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """The architecture: 12 layers × 96, FFN 240, 4 heads on 2; a vision tower of 4 layers × 64."""
+    """The architecture: 12 layers × 72, FFN 160, 3 heads on 1; a vision tower of 4 layers × 64."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     return Qwen2_5_VLConfig(
         text_config={
@@ -81,8 +81,8 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "hidden_size": HIDDEN,
             "intermediate_size": NEURONS,
             "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
             "max_position_embeddings": 512,
             "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 10000.0},

@@ -26,8 +26,9 @@ def hidden_states(backbone: nn.Module, prefix: Tensor, questions: Tensor, positi
     flat = torch.cat([prefix.reshape(-1, hidden), questions.reshape(-1, hidden)])
     cos, sin = backbone.rotary_emb(prefix, positions[:, None])
     cos, sin = (torch.cat([x[0, :p].repeat(b, 1), x[0, p:].repeat(b * k, 1)])[:, None].bfloat16() for x in (cos, sin))
-    past = torch.cat([torch.zeros(s, p), torch.full((s, s), float("-inf")).triu(1)], 1).repeat(2, 1)
-    first = torch.full((p, p), float("-inf")).triu(1).repeat(2, 1)
+    group = backbone.config.num_attention_heads // backbone.config.num_key_value_heads
+    past = torch.cat([torch.zeros(s, p), torch.full((s, s), float("-inf")).triu(1)], 1).repeat(group, 1)
+    first = torch.full((p, p), float("-inf")).triu(1).repeat(group, 1)
     for layer in backbone.layers:
         attention = layer.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)

@@ -13,13 +13,13 @@ from lop.samples import FORMS, prompt_text
 from training.tiny import vision
 from training.tiny.architecture import TEMPLATE
 from training.tiny.images import Picture
-from training.tiny.questions import KINDS, ask
+from training.tiny.questions import KINDS, ask, is_negated
 
-_SOURCE_SHARES = {"easy-vqa": 0.2, "fashion-mnist": 0.13, "flags": 0.67}
+_SOURCE_SHARES = {"easy-vqa": 0.14, "fashion-mnist": 0.1, "flags": 0.76}
 _IMAGE_TOKENS = 4
 _TURNS = 4
 PER_IMAGE = 8
-_EASY = ("colour", "shape", "product", "worn", "continent")
+_EASY = ("colour", "shape", "product", "worn", "continent", "subregion")
 # Batches are made this many at a time, and an image's questions are drawn this many rows at a time: rows of one length.
 _DRAWN, _SPLIT = 20, 5
 
@@ -82,6 +82,7 @@ class Questions:
         answers: [q], how many of them, the last ones, are the answer and the end of turn.
         seen: [q], the group of images that the question is about.
         group: [q], an index of `names`.
+        negated: [q] bool, whether the question asks if something is not so.
         names: of the kinds and forms, for the log.
         image_token: the id of `<|image_pad|>`.
         yes_token, no_token: the first ids of `yes` and `no`.
@@ -92,6 +93,7 @@ class Questions:
     answers: Tensor
     seen: Tensor
     group: Tensor
+    negated: Tensor
     names: list[str]
     image_token: int
     yes_token: int
@@ -113,11 +115,12 @@ class Questions:
     def batches(self, random: np.random.Generator, images: int, *, progress: float) -> Iterator[Tensor]:
         """Batches [images, PER_IMAGE] of questions about the same group of images, all of similar length.
 
-        Options' letters come in as training goes on.
+        Negations and options' letters come in as training goes on.
         """
         weights = np.ones(len(self.ids))
         choice = np.array([name.startswith("choice") for name in self.names])[self.group.numpy()]
         weights[choice] = np.clip(10 * progress - 3.5, 1e-6, 1)
+        weights[self.negated.numpy()] = np.clip(10 * progress - 2.5, 1e-6, 1)
         # What few values can answer teaches what equality is, and then what a letter stands for; the rest follows.
         for form, fade in (
             ("yes_no", np.clip(12 - 24 * progress, 1, 6)),
@@ -152,7 +155,7 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, count: in
         source: [i for i, picture in enumerate(corpus.pictures) if picture.source == source] for source in KINDS
     }
     sources = random.choice(list(_SOURCE_SHARES), count, p=list(_SOURCE_SHARES.values()))
-    texts, answers, seen, groups = [], [], [], []
+    texts, answers, seen, groups, negated = [], [], [], [], []
     for source in sources:
         group = int(random.choice(by_source[source]))
         kind, form = str(random.choice(KINDS[source])), str(random.choice(FORMS))
@@ -163,6 +166,7 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, count: in
         answers.append(sample.answer)
         seen.append(group)
         groups.append(f"{form}.{kind}")
+        negated.append(form == "yes_no" and is_negated(sample.question))
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ends = tokenizer(answers, add_special_tokens=False)["input_ids"]
     names = sorted(set(groups))
@@ -177,6 +181,7 @@ def make_questions(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, count: in
         answers=torch.tensor([len(end) + 1 for end in ends]),
         seen=torch.tensor(seen),
         group=torch.tensor([names.index(name) for name in groups]),
+        negated=torch.tensor(negated),
         names=names,
         image_token=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         yes_token=tokenizer.convert_tokens_to_ids("yes"),

@@ -23,9 +23,18 @@ class Country:
     name: str
     capital: str
     continent: str
+    subregion: str
     currency: str
     language: str
     calling_code: str
+    demonym: str
+    code3: str
+    number: str
+    area: str
+    population: str
+    german: str
+    french: str
+    japanese: str
     borders: tuple[str, ...]
 
 
@@ -51,7 +60,10 @@ def countries() -> tuple[Country, ...]:
 def _country(record: dict) -> Country | None:
     code = (record.get("ISO") or {}).get("alpha2", "")
     entry = pycountry.countries.get(alpha_2=code) if code else None
-    fields = ("capital", "region", "currencies", "languages", "callingCodes")
+    fields = (
+        *("capital", "region", "subregion", "currencies", "languages", "callingCodes", "demonym"),
+        *("area", "population", "translations"),
+    )
     if entry is None or not all(record.get(f) for f in fields) or not (FLAGS / f"{code.lower()}.png").is_file():
         return None
     language = pycountry.languages.get(alpha_2=record["languages"][0])
@@ -62,9 +74,18 @@ def _country(record: dict) -> Country | None:
         name=getattr(entry, "common_name", entry.name).split(",")[0],
         capital=record["capital"],
         continent=record["region"],
+        subregion=record["subregion"],
         currency=record["currencies"][0],
         language=language.name.split("(")[0].split(";")[0].strip(),
         calling_code=record["callingCodes"][0],
+        demonym=record["demonym"],
+        code3=record["ISO"]["alpha3"],
+        number=record["ISO"]["numeric"],
+        area=str(round(record["area"])),
+        population=str(record["population"]),
+        german=record["translations"]["de"],
+        french=record["translations"]["fr"],
+        japanese=record["translations"]["ja"],
         borders=(),
     )
 

@@ -16,17 +16,17 @@ import pyarrow.parquet as pq
 
 from lop.samples import FORMS, Sample, SampleSets
 from training.tiny.images import Picture, decode, products, shapes
-from training.tiny.questions import KINDS, WORDINGS, ask
+from training.tiny.questions import KINDS, MANY_RIGHT, WORDINGS, ask
 from training.tiny.vision import flag_pictures, training_pools
 
 # Questions by source; in the test set, up to `_PER_IMAGE` questions share an image.
 _COUNTS = {
     "calibration": {"easy-vqa": 120, "fashion-mnist": 90, "flags": 390},
-    "reward": {"easy-vqa": 144, "fashion-mnist": 108, "flags": 468},
-    "test": {"easy-vqa": 720, "fashion-mnist": 540, "flags": 2340},
+    "reward": {"easy-vqa": 180, "fashion-mnist": 120, "flags": 660},
+    "test": {"easy-vqa": 660, "fashion-mnist": 480, "flags": 2460},
 }
 _PER_IMAGE = {"calibration": 1, "reward": 1, "test": 2}
-_FLAG_SEEDS = {"calibration": (0, 3), "reward": (100, 4), "test": (200, 8)}
+_FLAG_SEEDS = {"calibration": (0, 3), "reward": (100, 5), "test": (200, 8)}
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def write(samples: Sequence[Sample], path: Path) -> None:
 
 def _questions(pictures: Sequence[Picture], source: str, random: np.random.Generator) -> Iterator[Sample]:
     """One question a picture: kinds and forms in turn, each wording answered as often by yes as by no."""
-    turns = [(kind, form) for kind in KINDS[source] for form in FORMS if (kind, form) != ("neighbour", "word")]
+    turns = [(kind, form) for kind in KINDS[source] for form in FORMS if kind not in MANY_RIGHT or form != "word"]
     yes: Counter[str] = Counter()
     asked: set[tuple[str, str, tuple[str, ...]]] = set()
     turn = 0
@@ -100,11 +100,9 @@ def _balanced(picture: Picture, kind: str, form: str, random: np.random.Generato
 
 
 def _wording(kind: str, question: str) -> str:
-    for wording in WORDINGS[kind][1]:
-        before, after = wording.split("{}")
-        if question.startswith(before) and question.endswith(after):
-            return wording
-    raise ValueError(question)
+    fitting = [w for w in WORDINGS[kind][1] if all(map(question.__contains__, w.split("{}")))]
+    # "Is the capital not {}?" fits "Is the capital {}?" too.
+    return max(fitting, key=len)
 
 
 def _check_pixels(sets: dict[str, tuple[Sample, ...]], renderings: int) -> None:

@@ -24,7 +24,7 @@ from training.tiny.corpus import Corpus, Questions, make_questions
 from training.tiny.questions import vocabulary
 
 _RENDERINGS = 100
-_QUESTIONS = 400_000
+_QUESTIONS = 600_000
 _READING = 0.2
 _VERDICT = 0.5
 _MATCHING = 0.8
@@ -236,7 +236,8 @@ def _step(
     is_answer = (places >= (lengths - questions.answers[chosen])[..., None]) & (places < lengths[..., None])
     # True statements are read aloud too: who expects 'Paris' after 'Is the capital' finds it easy to say yes or no.
     said = ids.gather(2, (lengths - questions.answers[chosen])[..., None])
-    is_told = (said == questions.yes_token) & (places < (lengths - questions.answers[chosen])[..., None]) & (places > 0)
+    is_true = (said == questions.yes_token) & ~questions.negated[chosen][..., None]
+    is_told = is_true & (places < (lengths - questions.answers[chosen])[..., None]) & (places > 0)
     row, question, column = is_answer.nonzero(as_tuple=True)
     states = hidden_states(model.model.language_model, prefix, embed(ids), questions.positions(longest))
     logits = F.linear(states[row, question, column - 1].bfloat16(), embed.weight.bfloat16()).float()

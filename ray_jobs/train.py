@@ -29,13 +29,13 @@ def tune_fits(
     settings: TrainSettings,
     *,
     seed: int,
-    storage: Path,
+    storage: str,
     progress: bool = True,
 ) -> list[Fit]:
     """One fit for each architecture and learning rate, the same as `lop.training.fit` makes of the same arguments.
 
     Args:
-        storage: a folder for Tune's own records, one that all machines of the cluster share.
+        storage: an absolute path or URI for Tune's own records, one that all machines of the cluster share.
 
     Raises:
         LopError: the cluster cannot be reached.
@@ -54,7 +54,7 @@ def tune_fits(
             tune_config=tune.TuneConfig(metric="validation_error", mode="min", reuse_actors=True),
             run_config=tune.RunConfig(
                 name="predictors",
-                storage_path=str(storage.resolve()),
+                storage_path=storage,
                 verbose=0,
                 callbacks=[_Progress(trials)] if progress else None,
                 failure_config=tune.FailureConfig(max_failures=2),

@@ -99,6 +99,17 @@ def _add_target(stage: argparse.ArgumentParser) -> None:
     target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, such as 8GiB")
 
 
+def read_config(arguments: Sequence[str]) -> Config:
+    """The settings that a command with these arguments would run with.
+
+    Raises:
+        LopError: they are not valid.
+    """
+    options = build_parser().parse_args(arguments)
+    with _at(options):
+        return _config(options)
+
+
 def _config(options: argparse.Namespace) -> Config:
     """The named config, else the run's own, else the one made for the model."""
     own = options.folder / "config.yaml" if options.folder else None

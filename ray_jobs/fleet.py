@@ -140,8 +140,8 @@ class Fleet:
 
     @property
     def capacity(self) -> int:
-        """What the ready actors take, running and waiting; at least one, to wait for the first actor."""
-        return max(1, 2 * self._concurrency * self._ready * self._call_size)
+        """What the ready actors take, running and waiting; at least enough to tell a bad allocation from bad actors."""
+        return max(2 * _GIVEN_UP_AT_FIRST, 2 * self._concurrency * self._ready * self._call_size)
 
     @property
     def alive(self) -> int:

@@ -1,6 +1,5 @@
 """The search stage on a cluster: `ray job submit --working-dir . -- python -m ray_jobs.search --run DIR …`."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,13 +8,13 @@ import numpy as np
 import ray
 import torch
 
-from lop.cli import main
 from lop.config import Config
 from lop.evaluator import Evaluator
 from lop.samples import Sample
 from lop.stages import build_evaluator
 from ray_jobs.cluster import connected
 from ray_jobs.fleet import Fleet
+from ray_jobs.job import run_on_driver
 from ray_jobs.share import put_shared
 
 
@@ -62,4 +61,4 @@ def _receive(evaluator: ray.ObjectRef, threads: int) -> Evaluator:
 
 
 if __name__ == "__main__":
-    sys.exit(main(["search", *sys.argv[1:]]))
+    run_on_driver("search")

@@ -1,7 +1,6 @@
 """The training stage on a cluster: Ray Tune trains one trial for each architecture and learning rate."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,10 @@ import torch
 from ray import tune
 from tqdm import tqdm
 
-from lop.cli import main
 from lop.config import TrainSettings
 from lop.training import Fit, Pair, fit
 from ray_jobs.cluster import connected
+from ray_jobs.job import run_on_driver
 
 _FILE = "fit.pt"
 # Tune's own loggers (CSV, JSON, TensorBoard) would write the same numbers three more times; and its new output prints
@@ -110,4 +109,4 @@ def _read(result: Any) -> Fit:
 
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run_on_driver("train")

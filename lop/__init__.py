@@ -6,8 +6,9 @@ from lop.errors import LopError
 
 if TYPE_CHECKING:
     from lop.checkpoint import load
+    from lop.ledger import evaluations
 
-__all__ = ["LopError", "load"]
+__all__ = ["LopError", "evaluations", "load"]
 __version__ = "0.1.0"
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from lop.checkpoint import load
 
         return load
+    if name == "evaluations":
+        from lop.ledger import evaluations
+
+        return evaluations
     raise AttributeError(f"module 'lop' has no attribute {name!r}")

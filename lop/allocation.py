@@ -115,15 +115,22 @@ def project(ratios: Sequence[float] | np.ndarray, space: Space, budget: int) -> 
 
 
 def _lagrangian_start(units: np.ndarray, low: int, high: int, total: int) -> np.ndarray:
-    """Integers clip(round(units + shift)) whose sum is close to `total`; optimal for the sum they have."""
+    """Integers clip(round(units + shift)) whose sum is `total` or the next above it; optimal for the sum they have."""
     span = float(high - low) + 1
     least, most = float(low - units.max()) - span, float(high - units.min()) + span
+    # Where no layer meets a limit, the shift is within one half of this; that saves most of the halvings.
+    middle = (total - float(units.sum())) / len(units)
+    probes = [middle + 0.5, middle - 0.5]
     for _ in range(64):
-        middle = (least + most) / 2
-        if np.clip(np.rint(units + middle), low, high).sum() < total:
-            least = middle
+        middle = probes.pop() if probes else (least + most) / 2
+        found = np.clip(np.rint(units + middle), low, high)
+        excess = found.sum() - total
+        if excess == 0:
+            return found.astype(np.int64)
+        if excess < 0:
+            least = max(least, middle)
         else:
-            most = middle
+            most = min(most, middle)
     return np.clip(np.rint(units + most), low, high).astype(np.int64)
 
 

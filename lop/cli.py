@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lop.config import Config, find_config, load_config
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     _quiet_libraries()
     try:
-        options.command(options)
+        with _at(options):
+            options.command(options)
         sys.stdout.flush()
     except LopError as error:
         return _complain(str(error))
@@ -48,10 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, summary: str, command: Command) -> argparse.ArgumentParser:
+    def add(name: str, summary: str, command: Command, *, common: bool = True) -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=summary, description=f"{summary}.")
         stage.set_defaults(command=command, default_config=None)
-        _add_common(stage)
+        if common:
+            _add_common(stage)
         return stage
 
     add("calibrate", "collect the statistics of every FFN neuron on the calibration samples", _calibrate)
@@ -66,6 +69,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_target(prune)
     prune.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the checkpoint")
     add("compare", "evaluate LOP and the baselines on the test samples and write the report", _compare)
+    ledger = add("ledger", "print a search's evaluations, while it runs or later", _ledger, common=False)
+    ledger.add_argument("place", metavar="RUN", help="the run's folder or URI")
+    ledger.add_argument("--json", action="store_true", help="print one JSON object a line")
+    watch = add("watch", "show a search that runs or has ended", _watch, common=False)
+    watch.add_argument("place", metavar="RUN", help="the run's folder or URI")
+    watch.add_argument("--once", action="store_true", help="show it as it is now, and end")
     demo = add("demo", "run the whole path in minutes and write a report", _demo)
     _add_workers(demo)
     demo.set_defaults(default_config="demo")
@@ -75,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_common(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--model", help=f"'{EMBEDDED}' (embedded), a local checkpoint folder or a hub id")
     stage.add_argument("--config", metavar="YAML", help="a settings file, or the name of one in configs/")
-    stage.add_argument("--run", type=Path, metavar="DIR", help="the folder that holds the run")
+    stage.add_argument("--run", metavar="DIR", help="the folder that holds the run, or its URI (s3://…)")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
 
 
@@ -90,9 +99,20 @@ def _add_target(stage: argparse.ArgumentParser) -> None:
     target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, such as 8GiB")
 
 
+def read_config(arguments: Sequence[str]) -> Config:
+    """The settings that a command with these arguments would run with.
+
+    Raises:
+        LopError: they are not valid.
+    """
+    options = build_parser().parse_args(arguments)
+    with _at(options):
+        return _config(options)
+
+
 def _config(options: argparse.Namespace) -> Config:
     """The named config, else the run's own, else the one made for the model."""
-    own = options.run / "config.yaml" if options.run else None
+    own = options.folder / "config.yaml" if options.folder else None
     if options.config:
         path = find_config(options.config)
     elif own is not None and own.is_file() and not options.default_config:
@@ -103,9 +123,26 @@ def _config(options: argparse.Namespace) -> Config:
     return load_config(path, options.set, model=options.model, workers=getattr(options, "workers", None))
 
 
+@contextmanager
+def _at(options: argparse.Namespace) -> Iterator[None]:
+    """Makes the run that `--run` names a local folder inside the block."""
+    options.folder, options.origin = None, None
+    if not getattr(options, "run", None):
+        yield
+        return
+    from lop.mirror import local_run
+
+    with local_run(options.run) as (options.folder, options.origin):
+        yield
+
+
+def _named_run(options: argparse.Namespace, config: Config) -> Run | None:
+    return Run(config, options.folder, options.origin) if options.folder else None
+
+
 def _run(options: argparse.Namespace) -> Run:
     config = _config(options)
-    return Run(config, options.run or Path("runs") / Path(config.model).name)
+    return _named_run(options, config) or Run(config, Path("runs") / Path(config.model).name)
 
 
 def _target(options: argparse.Namespace) -> Target:
@@ -124,7 +161,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
     run = _run(options)
     calibrate_stage(run)
-    print(run.statistics_file)
+    print(run.location / run.statistics_file.name)
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -132,7 +169,7 @@ def _search(options: argparse.Namespace) -> None:
 
     run = _run(options)
     search_stage(run)
-    print(run.search_file)
+    print(run.location / run.search_file.name)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -140,14 +177,14 @@ def _train(options: argparse.Namespace) -> None:
 
     run = _run(options)
     train_stage(run)
-    print(run.predictor_folder)
+    print(run.location / run.predictor_folder.name)
 
 
 def _predict(options: argparse.Namespace) -> None:
     from lop.stages import predictor_for
 
     config, target = _config(options), _target(options)
-    predictor = predictor_for(Run(config, options.run) if options.run else None, config)
+    predictor = predictor_for(_named_run(options, config), config)
     allocation = predictor.allocate(target.budget(predictor.space, predictor.size))
     answer = describe(allocation, predictor.space, predictor.size)
     if options.json:
@@ -162,8 +199,7 @@ def _prune(options: argparse.Namespace) -> None:
     from lop.stages import prune_stage
 
     config = _config(options)
-    run = Run(config, options.run) if options.run else None
-    prune_stage(run, config, _target(options), options.out)
+    prune_stage(_named_run(options, config), config, _target(options), options.out)
     print(options.out)
 
 
@@ -177,7 +213,22 @@ def _compare(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from lop.demo import demo
 
-    print(demo(Run(_config(options), options.run or Path("runs/demo"))))
+    config = _config(options)
+    print(demo(_named_run(options, config) or Run(config, Path("runs/demo"))))
+
+
+def _ledger(options: argparse.Namespace) -> None:
+    from lop.storage import Location
+    from lop.watch import print_ledger
+
+    print_ledger(Location.parse(options.place), as_json=options.json)
+
+
+def _watch(options: argparse.Namespace) -> None:
+    from lop.storage import Location
+    from lop.watch import watch
+
+    watch(Location.parse(options.place), once=options.once)
 
 
 def _quiet_libraries() -> None:

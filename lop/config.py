@@ -93,6 +93,8 @@ class Config(_Settings):
     """All settings of a run.
 
     `threads` are torch's on a CPU: sums come out alike on every machine and in every worker only if it is the same.
+    `workers` is the most that the search asks the cluster for; an evaluation that takes more than `evaluation_seconds`
+    is tried on another one.
     """
 
     model: str
@@ -107,6 +109,7 @@ class Config(_Settings):
     workers: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     threads: Positive = 1
+    evaluation_seconds: Annotated[float, Field(gt=0)] = 1800
     search: SearchSettings
     train: TrainSettings = TrainSettings()
     compare: CompareSettings = CompareSettings()

@@ -31,13 +31,25 @@ class Evaluation:
     Attributes:
         accuracy: share of samples answered exactly.
         log_probability: mean over samples of the right answer's log-probability, in nats.
+        error: why the allocation could not be evaluated; empty where it was.
     """
 
     accuracy: float
     log_probability: float
+    error: str = ""
+
+    @classmethod
+    def failed(cls, error: str) -> "Evaluation":
+        """What stands for an allocation that cannot be evaluated: the worst result.
+
+        No answer right, and each as improbable as two tokens guessed among 150,000: finite, because a tree averages.
+        """
+        return cls(accuracy=0.0, log_probability=-24.0, error=error)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain JSON values; `error` only where there is one."""
+        values = asdict(self)
+        return values if self.error else {name: value for name, value in values.items() if name != "error"}
 
 
 class Evaluator:

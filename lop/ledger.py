@@ -1,43 +1,82 @@
-"""The durable record of all evaluations: one line each, with a checksum."""
+"""The durable record of all evaluations: immutable segments of lines, each with a checksum."""
 
 import fcntl
 import json
 import logging
 import os
+import secrets
+import time
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
-from lop.files import atomic_file
 from lop.fingerprint import check_fingerprints
+from lop.storage import Location
 
 log = logging.getLogger(__name__)
+_SUFFIX = ".jsonl"
+_FOLDER = "ledger"
+# Seconds between two flushes. A put on remote storage is slow and costs money; a small file on a disk does not.
+_SECONDS_LOCAL = 0.1
+_SECONDS_REMOTE = 2.0
+# So many segments of one size are merged into one, which is then one of the next size.
+_MERGE = 64
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A file of the ledger: its first line is the header, and each other line a record."""
+
+    name: str
+    first: int
+    last: int
+    size: int
+    body: bytes
 
 
 class Ledger:
-    """An append-only file of evaluations, opened for one search.
+    """An append-only set of evaluations, opened for one search.
 
-    The first line holds the fingerprints of what the evaluations depend on. Each line is a CRC-32, a blank, and a JSON
-    object. A line cut short by a crash is dropped when the file is opened again; damage anywhere else is an error.
+    `append` collects, and `flush` writes what is collected as one new file that appears whole or not at all, so that
+    readers can follow while a search runs. Small files are merged as their number grows. A file's first line holds
+    the fingerprints of what the evaluations depend on; each line is a CRC-32, a blank, and a JSON object. Where the
+    newest file was cut short, its whole lines are kept; damage anywhere else is an error.
+
+    On a local disk a second search is kept out. Remote storage has no locks: two searches there write files of
+    different names, and spend time twice without harm.
+
+    Args:
+        place: a folder, on a local disk or a URI that pyarrow reads.
+        fingerprints: of what the evaluations depend on.
+        seconds: between two flushes while results arrive; by default what suits the storage.
 
     Raises:
-        LopError: the file is damaged, or was made with another model, statistics, samples or settings.
-        OSError: the file cannot be written.
+        LopError: the ledger is damaged, was made with another model, statistics, samples or settings, or is in use.
+        OSError: the ledger cannot be written.
     """
 
-    def __init__(self, path: Path, fingerprints: Mapping[str, str]) -> None:
-        self.path = path
-        if not path.exists():
-            with atomic_file(path) as temporary:
-                temporary.write_bytes(_line(dict(fingerprints)))
-        self._file = path.open("ab", buffering=0)
-        self._lock()
-        check_fingerprints(str(path), _cut_torn_tail(path), fingerprints)
-        self._known = dict(read_ledger(path))
+    def __init__(
+        self, place: str | Path | Location, fingerprints: Mapping[str, str], *, seconds: float | None = None
+    ) -> None:
+        self.location = _location(place)
+        default = _SECONDS_LOCAL if self.location.is_local else _SECONDS_REMOTE
+        self._seconds = default if seconds is None else seconds
+        self._writer = secrets.token_hex(4)
+        self._header = _line(dict(fingerprints))
+        self._pending: dict[Allocation, Evaluation] = {}
+        self._flushed = float("-inf")
+        self._lock = _lock(self.location) if self.location.is_local else None
+        try:
+            self._open(fingerprints)
+        except BaseException:
+            self._unlock()
+            raise
 
     def __len__(self) -> int:
         return len(self._known)
@@ -46,69 +85,204 @@ class Ledger:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        try:
+            self.flush()
+        finally:
+            self._unlock()
 
     def get(self, allocation: Allocation) -> Evaluation | None:
-        """The allocation's result, if it has been evaluated."""
+        """The allocation's result, if it is in storage."""
         return self._known.get(allocation)
 
+    @property
+    def due(self) -> float:
+        """Seconds until what is collected should be flushed; 0 where it should be now, infinite where nothing is."""
+        if not self._pending:
+            return float("inf")
+        return max(0.0, self._flushed + self._seconds - time.monotonic())
+
     def append(self, allocation: Allocation, evaluation: Evaluation) -> None:
-        """Records a result; it is on the disk when this returns.
+        """Collects a result; it is in storage after the next `flush`."""
+        self._pending[allocation] = evaluation
+
+    def flush(self) -> None:
+        """Writes what is collected.
 
         Raises:
-            OSError: the disk is full; the file ends with its last whole record.
+            OSError: the disk is full, or the storage cannot be reached; nothing is half-written, nothing forgotten.
         """
-        line = _line({"widths": list(allocation.widths), **evaluation.as_dict()})
-        # Not tell(): after a failed append it points past the end that the file was cut back to.
-        end = self._file.seek(0, os.SEEK_END)
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(f"no space left on the disk of {self.path}")
-            os.fsync(self._file.fileno())
-        except OSError:
-            self._file.truncate(end)
-            raise
-        self._known[allocation] = evaluation
+        if not self._pending:
+            return
+        lines = [_line({"widths": list(a.widths), **e.as_dict()}) for a, e in self._pending.items()]
+        self._write(self._next, self._next, 0, b"".join(lines))
+        self._known |= self._pending
+        self._pending = {}
+        self._flushed = time.monotonic()
+        self._merge()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LopError(
-                f"{self.path} is being written by another search: wait for it, or name another --run"
-            ) from None
+    def _open(self, fingerprints: Mapping[str, str]) -> None:
+        segments = _read_segments(self.location)
+        for name, data, is_torn in segments:
+            if is_torn:
+                log.warning("%s/%s ends in the middle of a record: cut to the last whole one", self.location, name)
+                self.location.write(name, data or self._header)
+        segments = _read_segments(self.location) if any(is_torn for *_, is_torn in segments) else segments
+        for name, data, _ in segments:
+            check_fingerprints(f"{self.location}/{name}", _records(self.location, name, data)[0], fingerprints)
+        self._known = dict(_evaluations(self.location, segments))
+        self._segments = [_Segment(name, *_numbers(name), 0, data.partition(b"\n")[2]) for name, data, _ in segments]
+        self._next = 1 + max((segment.last for segment in self._segments), default=-1)
+        if not segments:
+            self._write(0, 0, 0, b"")
+        elif len(segments) > _MERGE:
+            self._replace(self._segments)
+        if self.location.is_local:
+            _clear_partial(Path(self.location.path))
+
+    def _write(self, first: int, last: int, size: int, body: bytes) -> None:
+        name = f"{first:09d}-{last:09d}-{self._writer}{_SUFFIX}"
+        self.location.write(name, self._header + body)
+        self._segments.append(_Segment(name, first, last, size, body))
+        self._next = last + 1
+
+    def _merge(self) -> None:
+        while len(tail := self._segments[-_MERGE:]) == _MERGE and len({segment.size for segment in tail}) == 1:
+            self._replace(tail)
+
+    def _replace(self, tail: list[_Segment]) -> None:
+        """Writes one segment in the place of the last ones; a reader meanwhile sees records twice, never none."""
+        # Sorted names give the order of records: the merged one begins where the first of them did.
+        self._write(tail[0].first, tail[-1].last, tail[-1].size + 1, b"".join(segment.body for segment in tail))
+        for segment in tail:
+            self.location.delete(segment.name)
+            self._segments.remove(segment)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
-def read_ledger(path: Path) -> Iterator[tuple[Allocation, Evaluation]]:
-    """All whole records, in the order in which they were written; a torn last line is left out.
+def read_ledger(place: str | Path | Location) -> Iterator[tuple[Allocation, Evaluation]]:
+    """All evaluations, in the order in which they were written; a torn last record is left out.
 
     Raises:
-        LopError: the file is missing or damaged.
+        LopError: there is no ledger, or it is damaged.
     """
-    for record in _records(path)[1:]:
-        widths = record.pop("widths")
-        yield Allocation(tuple(widths)), Evaluation(**record)
+    location = _location(place)
+    yield from _evaluations(location, _segments(location))
 
 
-def _cut_torn_tail(path: Path) -> dict[str, str]:
-    """Truncates the file to its last whole line, and returns the header."""
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    if end < len(data):
-        log.warning("%s ends in the middle of a record: cut to the last whole one", path)
-        os.truncate(path, end)
-    return _records(path)[0]
+def ledger_header(run: str | Path | Location) -> dict[str, str]:
+    """What a run's evaluations depend on, and `shape`: the model's layers and neurons of each, as `LxF`.
+
+    Raises:
+        LopError: there is no ledger, or it is damaged.
+    """
+    location = _location(run) / _FOLDER
+    for name, data, _ in _segments(location):
+        return _records(location, name, data)[0]
+    raise AssertionError("a ledger has segments")
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def evaluations(run: str | Path | Location) -> list[dict[str, Any]]:
+    """A run's evaluations as plain values: `pandas.DataFrame(lop.evaluations("runs/tiny"))`.
+
+    Columns: `kept` (neurons in all layers), `accuracy`, `log_probability`, `error`, `widths`.
+
+    Args:
+        run: the run's folder or URI; a search may be writing there.
+
+    Raises:
+        LopError: there is no ledger, or it is damaged.
+    """
+    return [
+        {
+            "kept": allocation.budget,
+            "accuracy": evaluation.accuracy,
+            "log_probability": evaluation.log_probability,
+            "error": evaluation.error,
+            "widths": list(allocation.widths),
+        }
+        for allocation, evaluation in read_ledger(_location(run) / _FOLDER)
+    ]
+
+
+def _location(place: str | Path | Location) -> Location:
+    return place if isinstance(place, Location) else Location.parse(place)
+
+
+def _segments(location: Location) -> list[tuple[str, bytes, bool]]:
+    segments = _read_segments(location)
+    if not segments:
+        raise LopError(f"{location} is missing: run `lop search` first")
+    return segments
+
+
+def _lock(location: Location) -> int:
+    """Takes the folder's lock, which the system gives back when the process ends, however it ends."""
+    Path(location.path).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(location.path, os.O_RDONLY)
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        raise LopError(f"{path} is missing: run `lop search` first") from None
-    records = [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
-    if not records:
-        raise LopError(f"{path} is damaged: it has no header")
-    return records
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LopError(f"{location} is being written by another search: wait for it, or name another --run") from None
+    return descriptor
+
+
+def _clear_partial(folder: Path) -> None:
+    """Removes what a search left that was killed while it wrote."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def _read_segments(location: Location) -> list[tuple[str, bytes, bool]]:
+    """Each segment's name, its whole lines, and whether it was cut short, in the order of their names."""
+    while True:
+        names = [name for name in location.files() if name.endswith(_SUFFIX) and not name.startswith(".")]
+        # Where a segment has been merged since, the list is read anew.
+        with suppress(FileNotFoundError):
+            contents = location.read_all(names) if names else []
+            break
+    newest = max(names, key=lambda name: _numbers(name)[1], default=None)
+    segments = []
+    for name, data in zip(names, contents, strict=True):
+        # Elsewhere than in the newest file, a line that is cut short is damage, and its checksum tells.
+        is_torn = name == newest and not data.endswith(b"\n")
+        whole = data[: data.rfind(b"\n") + 1] if is_torn else data
+        segments.append((name, whole, is_torn))
+    if segments and all(not whole for _, whole, _ in segments):
+        raise LopError(f"{location}/{segments[0][0]} is damaged: it has no header")
+    return segments
+
+
+def _numbers(name: str) -> tuple[int, int]:
+    """The first and last flush that a segment holds."""
+    first, _, rest = name.partition("-")
+    try:
+        return int(first), int(rest.partition("-")[0])
+    except ValueError:
+        raise LopError(f"the ledger holds {name}, which is no segment of one: remove it") from None
+
+
+def _evaluations(
+    location: Location, segments: list[tuple[str, bytes, bool]]
+) -> Iterator[tuple[Allocation, Evaluation]]:
+    seen: set[Allocation] = set()
+    for name, data, _ in segments:
+        for record in _records(location, name, data)[1:]:
+            allocation = Allocation(tuple(record.pop("widths")))
+            if allocation not in seen:  # In two segments, if the search was killed while it merged them.
+                seen.add(allocation)
+                yield allocation, Evaluation(**record)
+
+
+def _records(location: Location, name: str, data: bytes) -> list[dict[str, Any]]:
+    lines = data.split(b"\n")
+    if lines[-1] == b"":
+        lines.pop()
+    return [_parse(f"{location}/{name}", number, line) for number, line in enumerate(lines, start=1)]
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
@@ -116,7 +290,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse(path: str, number: int, line: bytes) -> dict[str, Any]:
     checksum, _, body = line.partition(b" ")
     if checksum != b"%08x" % zlib.crc32(body):
         raise LopError(f"{path} is damaged: the checksum of line {number} is wrong")

@@ -15,6 +15,7 @@ from lop.models import EMBEDDED, assets, find_model, find_samples, fingerprint_m
 from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
 from lop.size import ModelSize, model_size, read_tensors
 from lop.statistics import NeuronStatistics, load_statistics
+from lop.storage import Location
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,25 @@ class Run:
     Attributes:
         config: the settings.
         folder: where the stages' files are.
+        origin: the storage that `folder` is a copy of, if it is one (`lop.mirror`).
     """
 
     config: Config
     folder: Path
+    origin: Location | None = None
+
+    @property
+    def location(self) -> Location:
+        """Where the files are that others read while a stage runs."""
+        return self.origin or Location.parse(self.folder)
 
     @property
     def statistics_file(self) -> Path:
         return self.folder / "statistics.safetensors"
 
     @property
-    def ledger_file(self) -> Path:
-        return self.folder / "ledger.jsonl"
+    def ledger(self) -> Location:
+        return self.location / "ledger"
 
     @property
     def search_file(self) -> Path:

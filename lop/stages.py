@@ -1,13 +1,15 @@
 """The stages from a model to a pruned checkpoint: each reads and writes plain files of a run."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,15 +25,21 @@ from lop.evaluator import Evaluation, Evaluator
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints, fingerprint, fingerprint_file
 from lop.ledger import Ledger
+from lop.models import find_model
 from lop.predictors import Predictor, load_predictor
+from lop.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
 from lop.run import Run, shipped_run
+from lop.samples import Sample
 from lop.search import InProcess, Workers, run_search
 from lop.size import Target
 from lop.statistics import calibrate
 from lop.training import Fit, Pair, fit, split_pairs
-from lop.tree import SearchTree
+from lop.tree import Depth, SearchTree
 
 log = logging.getLogger(__name__)
+_SECONDS_BETWEEN_BARS = 0.2
+_SECONDS_BETWEEN_STATUS = 2.0
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def calibrate_stage(run: Run, *, progress: bool = True) -> None:
@@ -52,13 +60,16 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         statistics.save(run.statistics_file, run.calibration_fingerprints)
 
 
-def build_evaluator(config: Config, folder: Path) -> Evaluator:
-    """The evaluator of a run's reward samples; what each worker process calls once."""
-    run = Run(config, folder)
+def build_evaluator(config: Config, order: np.ndarray, samples: Sequence[Sample]) -> Evaluator:
+    """An evaluator on the given samples; what each worker process calls once.
+
+    Args:
+        order: [L, F] neurons of each layer, the most important first.
+    """
     torch.set_num_threads(config.threads)
-    model = load_model(run.model_folder, device=config.device, dtype=config.dtype)
-    encoded = encode(model, run.samples.reward, batch_tokens=config.batch_tokens)
-    return Evaluator(ElasticModel(model, run.order), encoded)
+    model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
+    encoded = encode(model, samples, batch_tokens=config.batch_tokens)
+    return Evaluator(ElasticModel(model, order), encoded)
 
 
 def build_trees(run: Run) -> dict[float, SearchTree]:
@@ -91,10 +102,12 @@ def search_stage(run: Run, *, progress: bool = True) -> None:
         log.info("search: %s is there already", run.search_file)
         return
     trees = build_trees(run)
-    with _timed(run, "search"), Ledger(run.ledger_file, run.evaluation_fingerprints) as ledger:
+    header = {**run.evaluation_fingerprints, "shape": f"{run.space.layers}x{run.space.neurons}"}
+    with _timed(run, "search"), Ledger(run.ledger, header) as ledger:
         save_config(run.config, run.folder / "config.yaml")
-        with _workers(run) as workers, _search_bar(trees, ledger, shown=progress) as update:
-            run_search(trees, workers, ledger, on_commit=update)
+        with _workers(run) as workers, _watched(run, trees, shown=progress) as watcher:
+            run_search(trees, workers, ledger, watcher=watcher)
+            watcher.finish(workers)
     write_json(
         run.search_file,
         {
@@ -107,11 +120,12 @@ def search_stage(run: Run, *, progress: bool = True) -> None:
 
 @dataclass(frozen=True)
 class Found:
-    """One target's search result: the best allocation and all evaluated ones in commit order."""
+    """One target's search result: the best allocation, all evaluated ones in commit order, and the tree's shape."""
 
     target: float
     best: Allocation
     evaluations: tuple[tuple[Allocation, Evaluation], ...]
+    depths: tuple[Depth, ...]
 
 
 def read_search(run: Run) -> list[Found]:
@@ -129,6 +143,7 @@ def read_search(run: Run) -> list[Found]:
             record["target"],
             Allocation(tuple(record["best"]["widths"])),
             tuple((Allocation(tuple(entry.pop("widths"))), Evaluation(**entry)) for entry in record["evaluations"]),
+            tuple(Depth(**depth) for depth in record.get("depths", [])),  # Earlier searches did not tell.
         )
         for record in data["targets"]
     ]
@@ -245,7 +260,12 @@ def _fit_all(run: Run, training: Sequence[Pair], validation: Sequence[Pair], *, 
         from ray_jobs.train import tune_fits
 
         return tune_fits(
-            training, validation, settings, seed=run.config.seed, storage=run.folder / "tune", progress=progress
+            training,
+            validation,
+            settings,
+            seed=run.config.seed,
+            storage=(run.location / "tune").uri,
+            progress=progress,
         )
     torch.set_num_threads(run.config.threads)
     return [
@@ -270,12 +290,21 @@ def _by_architecture(fits: Sequence[Fit]) -> list[list[Fit]]:
 
 def _rewards(run: Run, predictors: Sequence[Predictor], targets: Sequence[float], *, progress: bool) -> list[float]:
     """Each predictor's mean reward over the held-out targets, on the reward samples."""
-    evaluator = build_evaluator(run.config, run.folder)
-    rewards = []
-    for predictor in tqdm(predictors, desc="train: score predictors", unit="predictor", disable=not progress):
-        results = [evaluator.evaluate(predictor.allocate(run.space.budget(target))) for target in targets]
-        rewards.append(sum(getattr(result, run.config.search.reward) for result in results) / len(results))
-    return rewards
+    predicted = [[predictor.allocate(run.space.budget(target)) for target in targets] for predictor in predictors]
+    wanted = list(dict.fromkeys(allocation for allocations in predicted for allocation in allocations))
+    found: dict[Allocation, Evaluation] = {}
+    with (
+        _workers(run) as workers,
+        tqdm(total=len(wanted), desc="train: score predictors", unit="evaluation", disable=not progress) as bar,
+    ):
+        workers.expect(len(wanted))
+        for allocation in wanted:
+            workers.submit(allocation)
+        while len(found) < len(wanted):
+            found |= dict(workers.collect(_SECONDS_BETWEEN_LINES))
+            bar.update(len(found) - bar.n)
+    reward = run.config.search.reward
+    return [sum(getattr(found[a], reward) for a in allocations) / len(allocations) for allocations in predicted]
 
 
 @contextmanager
@@ -283,23 +312,29 @@ def _workers(run: Run) -> Iterator[Workers]:
     """This process (`workers: 0`) or a fleet of Ray actors; the results are the same."""
     config = run.config
     if config.workers == 0:
-        yield InProcess(build_evaluator(config, run.folder))
+        yield InProcess(build_evaluator(config, run.order, run.samples.reward))
         return
     from ray_jobs.search import evaluator_fleet
 
-    with evaluator_fleet(config, run.folder) as fleet:
+    with evaluator_fleet(config, run.order, run.samples.reward) as fleet:
         yield fleet
 
 
 @contextmanager
-def _search_bar(trees: Mapping[float, SearchTree], ledger: Ledger, *, shown: bool):  # type: ignore[no-untyped-def]
-    limit = sum(tree.limit for tree in trees.values())
-    with tqdm(total=limit, desc="search", unit="evaluation", disable=not shown, smoothing=0.05) as bar:
+def _watched(run: Run, trees: Mapping[float, SearchTree], *, shown: bool) -> Iterator[SearchProgress]:
+    """Progress as a bar on a terminal and as lines in a log, in the run's folder, and as metrics of the cluster."""
+    sinks: list[tuple[float, Sink]] = [(_SECONDS_BETWEEN_STATUS, status_sink(run.location))]
+    if run.config.workers:
+        from ray_jobs.metrics import metrics_sink
 
-        def update(trees: Mapping[float, SearchTree]) -> None:
-            bar.update(sum(len(tree.results) for tree in trees.values()) - bar.n)
-
-        yield update
+        sinks.append((_SECONDS_BETWEEN_STATUS, metrics_sink()))
+    is_terminal = shown and sys.stderr.isatty()
+    with tqdm(desc="search", unit="evaluation", disable=not is_terminal, smoothing=0.05) as bar:
+        if is_terminal:
+            sinks.append((_SECONDS_BETWEEN_BARS, bar_sink(bar)))
+        elif shown:
+            sinks.append((_SECONDS_BETWEEN_LINES, log_sink))
+        yield SearchProgress(trees, run.space, run.config.search.reward, sinks)
 
 
 def _target_record(run: Run, target: float, tree: SearchTree) -> dict[str, Any]:
@@ -308,6 +343,7 @@ def _target_record(run: Run, target: float, tree: SearchTree) -> dict[str, Any]:
         "target": target,
         "budget": tree.budget,
         "simulations": tree.simulations,
+        "depths": [asdict(depth) for depth in tree.depths()],
         "best": {"widths": list(best.widths), "ratios": list(best.ratios(run.space)), **evaluation.as_dict()},
         "evaluations": [
             {"widths": list(allocation.widths), **result.as_dict()} for allocation, result in tree.results.items()

@@ -54,6 +54,14 @@ class Node:
         return self.visits + self.in_flight
 
 
+@dataclass(frozen=True)
+class Depth:
+    """One depth of a tree: how many nodes it has, and the visits of them together."""
+
+    nodes: int
+    visits: int
+
+
 class SearchTree:
     """One target's search, a function of (options, seed, rewards) alone.
 
@@ -98,14 +106,26 @@ class SearchTree:
         return min(self._options.evaluations, self._options.simulations)
 
     @property
+    def most_in_flight(self) -> int:
+        """The most evaluations that the tree can still have in flight at a time; falls to 0 towards its end."""
+        new = min(self._options.evaluations - len(self._asked), self._options.simulations - self.simulations)
+        return min(self._options.window, len(self._asked) - len(self.results) + new)
+
+    @property
     def done(self) -> bool:
         """Whether every simulation has been made and committed."""
         return not self._flights and self._exhausted
 
     @property
     def best(self) -> tuple[Allocation, Evaluation]:
-        """The evaluated allocation with the best reward; of equals the likelier answers, then the first evaluated."""
-        return max(self.results.items(), key=lambda item: (self._reward(item[1]), item[1].log_probability))
+        """The evaluated allocation with the best reward; of equals the likelier answers, then the first evaluated.
+
+        One that could not be evaluated is the answer only where none could.
+        """
+        return max(
+            self.results.items(),
+            key=lambda item: (not item[1].error, self._reward(item[1]), item[1].log_probability),
+        )
 
     def tell(self, allocation: Allocation, evaluation: Evaluation) -> None:
         """Hands in the result of an allocation that `advance` asked for."""
@@ -121,6 +141,15 @@ class SearchTree:
                     wanted.append(allocation)
             if not self._flights or not self._commit():
                 return wanted
+
+    def depths(self) -> list[Depth]:
+        """The tree's shape, from the root down."""
+        found: list[Depth] = []
+        level = [self.root]
+        while level:
+            found.append(Depth(len(level), sum(node.visits for node in level)))
+            level = [child for node in level for child in node.children]
+        return found
 
     @property
     def _exhausted(self) -> bool:

@@ -1,13 +1,16 @@
 """The actor that holds one model and scores allocations on it."""
 
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import ray
 import torch
 
 from lop.allocation import Allocation
+from lop.errors import LopError
 from lop.evaluator import Evaluation
 
 
@@ -16,6 +19,21 @@ class Evaluates(Protocol):
 
     def evaluate(self, allocation: Allocation) -> Evaluation:
         """One allocation's result."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one allocation on an actor.
+
+    Attributes:
+        evaluation: None where evaluating raised.
+        error: what it raised, in one line.
+        seconds: that it took.
+    """
+
+    evaluation: Evaluation | None
+    error: str
+    seconds: float
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -33,7 +51,26 @@ class EvaluatorActor:
         self._evaluator = self._build()
         return os.getpid()
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
-        """One allocation's result."""
+    def evaluate(self, allocations: Sequence[Allocation]) -> list[Answer]:
+        """Each allocation's result, or its error as text: an exception might not come to life in the driver."""
         assert self._evaluator is not None
-        return self._evaluator.evaluate(allocation)
+        return [_answer(self._evaluator, allocation) for allocation in allocations]
+
+
+def describe_error(error: BaseException) -> str:
+    """An error in one line: its type and the first line of its message; of a LopError the message alone."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, LopError):
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def _answer(evaluator: Evaluates, allocation: Allocation) -> Answer:
+    start = time.perf_counter()
+    try:
+        evaluation = evaluator.evaluate(allocation)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()  # Fragments of a failed pass must not make the next one fail.
+        return Answer(None, describe_error(error), time.perf_counter() - start)
+    return Answer(evaluation, "", time.perf_counter() - start)

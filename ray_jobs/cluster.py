@@ -15,11 +15,14 @@ from lop.errors import LopError
 _SECONDS_TO_CONNECT = 10
 
 
-def ensure_ray() -> bool:
+def ensure_ray(*, show_workers: bool = False) -> bool:
     """Connects to `RAY_ADDRESS` if it is set (as under `ray job submit`), else starts Ray on this machine.
 
     Ray's own default for a new cluster is to ask for a token, which it keeps in `~/.ray/auth_token`; setting
     `RAY_AUTH_MODE` overrides that.
+
+    Args:
+        show_workers: prints what other processes print.
 
     Returns:
         Whether this call connected; False where the process was connected already.
@@ -33,10 +36,10 @@ def ensure_ray() -> bool:
     try:
         if address:
             _check_listening(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=show_workers, logging_level=logging.ERROR)
         else:
             # Without an address Ray would join whatever cluster was last started on this machine.
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address="local", include_dashboard=False, log_to_driver=show_workers, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         remedy = "check or unset RAY_ADDRESS" if address else "Ray could not start"
@@ -45,13 +48,13 @@ def ensure_ray() -> bool:
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(*, show_workers: bool = False) -> Iterator[None]:
     """A cluster, by `ensure_ray`, inside the block; ends only what it began.
 
     Raises:
         LopError: the cluster cannot be reached, or cannot be started.
     """
-    began = ensure_ray()
+    began = ensure_ray(show_workers=show_workers)
     try:
         yield
     finally:

@@ -1,186 +1,438 @@
 """Any number of evaluator actors, seen as one `lop.search.Workers`."""
 
 import logging
-from collections import Counter, deque
-from collections.abc import Callable
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 import ray
 from ray.exceptions import (
+    ActorUnavailableError,
     NodeDiedError,
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
     RayError,
-    RayTaskError,
-    UnserializableException,
 )
 
 from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
-from ray_jobs.actor import Evaluates, EvaluatorActor
+from ray_jobs.actor import Answer, Evaluates, EvaluatorActor, describe_error
 
 log = logging.getLogger(__name__)
-_PER_ACTOR = 2  # One evaluation runs while the next one waits beside it.
 _ATTEMPTS = 3
-_SECONDS_OF_SILENCE = 60
-# What `evaluate` raised; an exception that cannot be unpickled here comes as the second.
-_FAILED = (RayTaskError, UnserializableException)
+# An allocation that was running on so many dead actors is at fault, however many others died meanwhile.
+_DEATHS = 9
+# So many allocations given up in a row, and none evaluated between them, are not the allocations' fault.
+_GIVEN_UP_AT_FIRST = 3
+_GIVEN_UP_LATER = 20
+# Calls to an actor cost about a millisecond in all: short evaluations travel together.
+_SECONDS_A_CALL = 0.05
+_LARGEST_CALL = 64
+_SECONDS_BETWEEN_CHECKS = 1.0
+_SECONDS_OF_SILENCE = 60.0
 # The actor is gone. One that the machine's memory monitor ended comes as OutOfMemoryError.
 _LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
+Results = list[tuple[Allocation, Evaluation]]
+
+
+@dataclass(eq=False)
+class _Call:
+    """Allocations on their way to an actor and back."""
+
+    allocations: tuple[Allocation, ...]
+    future: "Future[Any] | None" = None
+    started: float = math.inf
+
+
+@dataclass(eq=False)
+class _Member:
+    """An actor; `running` are the calls that it is at, the oldest first, and `queued` those that wait beside them."""
+
+    actor: Any
+    future: "Future[Any] | None" = None
+    pid: int | None = None
+    gone: bool = False
+    running: dict[_Call, None] = field(default_factory=dict)
+    queued: deque[_Call] = field(default_factory=deque)
+    failed: set[Allocation] = field(default_factory=set)
+    failing: set[Allocation] = field(default_factory=set)
+    others_then: int = 0
+
+    @property
+    def calls(self) -> int:
+        return len(self.running) + len(self.queued)
+
 
 @dataclass
-class _Member:
-    actor: Any
-    preparing: Any
-    pid: int | None = None
-    running: dict[Any, Allocation] = field(default_factory=dict)
-    failed: set[Allocation] = field(default_factory=set)
+class _Trouble:
+    """What an allocation has against it."""
+
+    raised_on: list[_Member] = field(default_factory=list)
+    deaths: int = 0
+    deaths_before: int = 0
 
 
 class Fleet:
     """Evaluates on actors that may come up late, die, and be replaced; results carry no trace of it.
 
-    A dead actor is replaced and its allocations are evaluated elsewhere. An evaluation that raises is tried three
-    times in all, on other actors where there are any.
+    The actors asked for are the autoscaler's demand: as many as the search can keep busy, at most `count`. Work goes to
+    those that are ready, one call running and one waiting beside it. A dead actor is replaced and what it had is
+    evaluated elsewhere. An allocation that raises, or takes too long, on three actors, or with which three actors die,
+    is answered by `Evaluation.failed`.
+
+    Deaths count against an allocation only if it alone was running, its machine did not go as well, and it accounts
+    for most of the deaths since its first: machines that come and go are not the fault of what they do. An actor that
+    fails at everything, while others do not, is replaced and its failures are forgotten. Where everything fails, the
+    search is ended and nothing recorded.
 
     Args:
         build: makes an actor's evaluator; sent to each actor, so it must be picklable.
-        count: actors to ask for; the search starts with the first that is ready.
+        count: the most actors; the search starts with the first that is ready.
         cpus, gpus: that each actor holds.
+        seconds: that one evaluation may take.
+        concurrency: evaluations that an actor runs at a time; more than one only where they wait and do not compute.
     """
 
-    def __init__(self, build: Callable[[], Evaluates], *, count: int, cpus: float = 1, gpus: float = 0) -> None:
+    def __init__(
+        self,
+        build: Callable[[], Evaluates],
+        *,
+        count: int,
+        cpus: float = 1,
+        gpus: float = 0,
+        seconds: float = math.inf,
+        concurrency: int = 1,
+    ) -> None:
         self._build = build
-        self._options = {"num_cpus": cpus, "num_gpus": gpus}
+        self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": concurrency}
+        self._count = self._wanted = count
+        self._seconds = seconds
+        self._concurrency = concurrency
+        self._members: dict[_Member, None] = {}
+        # Ready actors by how full they are: with nothing to do, with a place to run, with a place to wait.
+        self._free: tuple[dict[_Member, None], ...] = ({}, {}, {})
+        self._arrived: SimpleQueue[tuple[_Member, _Call | None, Future[Any]]] = SimpleQueue()
         self._waiting: deque[Allocation] = deque()
-        self._failures: Counter[Allocation] = Counter()
-        self._deaths_in_a_row = 0
-        self._most_deaths = 3 * count
-        self._members = [self._recruit() for _ in range(count)]
+        self._troubles: dict[Allocation, _Trouble] = {}
+        self._alone: set[Allocation] = set()
+        self._given_up: dict[Allocation, str] = {}
+        self._mean_seconds = math.inf
+        self._evaluated = 0
+        self._ready = 0
+        self._deaths = 0
+        self._deaths_at_start = 0
+        self._checked = self._heard = time.monotonic()
 
     def __enter__(self) -> "Fleet":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for member in self._members:
-            ray.kill(member.actor)
+        for member in list(self._members):
+            self._dismiss(member)
 
     @property
     def capacity(self) -> int:
-        """One running and one waiting evaluation for each ready actor; at least one, to wait for the first actor."""
-        return max(1, _PER_ACTOR * len(self._ready))
+        """What the ready actors take, running and waiting; at least enough to tell a bad allocation from bad actors."""
+        return max(2 * _GIVEN_UP_AT_FIRST, 2 * self._concurrency * self._ready * self._call_size)
+
+    @property
+    def alive(self) -> int:
+        """Actors that are ready."""
+        return self._ready
 
     @property
     def pids(self) -> list[int]:
         """The process ids of the actors that are ready."""
-        return [member.pid for member in self._members if member.pid is not None]
+        return [member.pid for member in list(self._members) if member.pid is not None]
+
+    def expect(self, most: int) -> None:
+        """Keeps no more actors than can be busy when at most `most` allocations are asked for at a time."""
+        self._wanted = min(self._count, -(-most // self._concurrency))
+        for pool in ([m for m in self._members if m.pid is None], list(self._free[0])):
+            for member in pool[: max(0, len(self._members) - self._wanted)]:
+                self._dismiss(member)
 
     def submit(self, allocation: Allocation) -> None:
-        """Takes an allocation to evaluate."""
+        """Takes an allocation to evaluate; it is sent when results are next collected."""
         self._waiting.append(allocation)
-        self._dispatch()
 
-    def collect(self) -> list[tuple[Allocation, Evaluation]]:
-        """Waits until at least one allocation is evaluated, and returns all that are.
+    def collect(self, seconds: float) -> Results:
+        """Waits until at least one allocation is evaluated, at most `seconds`, and returns all that are.
 
         Raises:
-            LopError: a model cannot be loaded, an allocation fails three times, or actors keep dying.
+            LopError: a model cannot be loaded, actors die before they are ready, or nothing can be evaluated.
         """
-        results: list[tuple[Allocation, Evaluation]] = []
-        while not results:
-            self._dispatch()
-            preparing = {member.preparing: member for member in self._members if member.pid is None}
-            running = {reference: member for member in self._members for reference in member.running}
-            references = [*running, *preparing]
-            done, _ = ray.wait(references, num_returns=1, timeout=_SECONDS_OF_SILENCE)
-            done, _ = ray.wait(references, num_returns=len(references), timeout=0)
-            if not self._ready and not done:
-                log.warning("waiting for a worker: each needs %s; the cluster has %s", self._options, _resources())
-            for reference in done:
-                if reference in preparing:
-                    self._welcome(preparing[reference])
-                elif reference in running[reference].running:  # Not lost meanwhile with its actor.
-                    results += self._receive(running[reference], reference)
+        until = time.monotonic() + seconds
+        results: Results = []
+        self._recruit()
         self._dispatch()
+        while True:
+            wait = 0.0 if results else max(0.0, min(until - time.monotonic(), _SECONDS_BETWEEN_CHECKS))
+            try:
+                self._hear(*self._arrived.get(timeout=wait), results)
+            except Empty:
+                self._check(results)
+                if results or time.monotonic() >= until:
+                    break
+            self._heard_all(results)
+            self._dispatch()
         return results
 
-    @property
-    def _ready(self) -> list[_Member]:
-        return [member for member in self._members if member.pid is not None]
+    def _heard_all(self, results: Results) -> None:
+        while not self._arrived.empty():
+            self._hear(*self._arrived.get(), results)
+        self._recruit()
 
-    def _recruit(self) -> _Member:
-        actor = cast(Any, EvaluatorActor).options(**self._options).remote(self._build)
-        return _Member(actor, actor.prepare.remote())
+    def _hear(self, member: _Member, call: _Call | None, future: "Future[Any]", results: Results) -> None:
+        if member.gone:
+            return
+        self._heard = time.monotonic()
+        if call is None:
+            self._welcome(member, future)
+        else:
+            self._receive(member, call, future, results)
+
+    def _recruit(self) -> None:
+        while len(self._members) < self._wanted:
+            member = _Member(cast(Any, EvaluatorActor).options(**self._options).remote(self._build))
+            member.future = self._listen(member, None, member.actor.prepare.remote())
+            self._members[member] = None
+
+    def _listen(self, member: _Member, call: _Call | None, reference: Any) -> "Future[Any]":
+        future: Future[Any] = reference.future()
+        future.add_done_callback(lambda done: self._arrived.put((member, call, done)))
+        return future
+
+    def _dismiss(self, member: _Member) -> None:
+        """Ends an actor and takes back what it had, to be evaluated before anything else."""
+        member.gone = True
+        self._ready -= member.pid is not None
+        del self._members[member]
+        for places in self._free:
+            places.pop(member, None)
+        calls = [*member.running, *member.queued]
+        self._waiting.extendleft(reversed([allocation for call in calls for allocation in call.allocations]))
+        ray.kill(member.actor)
+
+    @property
+    def _call_size(self) -> int:
+        return max(1, min(_LARGEST_CALL, int(_SECONDS_A_CALL / max(self._mean_seconds, 1e-9))))
 
     def _dispatch(self) -> None:
-        free = sum(_PER_ACTOR - len(member.running) for member in self._ready)
-        for allocation in list(self._waiting):
-            if not free:
-                return
-            # One that has failed goes to an actor that has not tried it, even if that one is busy now.
-            able = [member for member in self._ready if allocation not in member.failed] or self._ready
-            member = min(able, key=lambda member: len(member.running))
-            if len(member.running) < _PER_ACTOR:
-                self._waiting.remove(allocation)
-                member.running[member.actor.evaluate.remote(allocation)] = allocation
-                free -= 1
+        # Calls no larger than that there is one to run and one to wait for each actor.
+        places = max(1, 2 * self._concurrency * self._ready)
+        size = min(self._call_size, -(-len(self._waiting) // places))
+        postponed = []
+        while self._waiting:
+            allocation = self._waiting.popleft()
+            member = self._choose(allocation)
+            if member is None:
+                postponed.append(allocation)
+                if not any(self._free):
+                    break
+                continue
+            call = _Call((allocation, *self._companions(allocation, size - 1)))
+            self._send(member, call)
+        self._waiting.extendleft(reversed(postponed))
 
-    def _welcome(self, member: _Member) -> None:
-        try:
-            member.pid = ray.get(member.preparing)
-        except _FAILED as error:
-            raise LopError(f"a worker could not be set up: {_reason(error)}") from error
-        except _LOST as error:
-            # Before `prepare` runs, an actor may fail to unpickle `build`: so would its replacements.
-            if isinstance(error, RayActorError) and error.actor_init_failed:
-                raise LopError(f"a worker could not be set up: {_reason(error)}") from error
-            self._replace(member, error)
-        except RayError as error:  # Its environment cannot be made, or no machine may hold it.
-            raise LopError(f"a worker could not be set up: {_reason(error)}") from error
+    def _choose(self, allocation: Allocation) -> _Member | None:
+        """The least busy actor with a free place; one that has failed goes only to an actor that has not tried it."""
+        trouble = self._troubles.get(allocation)
+        if trouble and trouble.raised_on:
+            untried = [m for m in self._members if m.pid is not None and allocation not in m.failed]
+            able = untried or [member for member in self._members if member.pid is not None]
+            free = [member for member in able if member.calls < 2 * self._concurrency]
+            return min(free, key=lambda member: member.calls, default=None)
+        return next((member for places in self._free for member in places), None)
 
-    def _receive(self, member: _Member, reference: Any) -> list[tuple[Allocation, Evaluation]]:
-        try:
-            evaluation: Evaluation = ray.get(reference)
-        except _FAILED as error:
-            allocation = member.running.pop(reference)
-            member.failed.add(allocation)
-            self._failures[allocation] += 1
-            log.warning("evaluation of %s failed: %s", allocation.widths, _reason(error))
-            if self._failures[allocation] >= _ATTEMPTS:
-                raise LopError(f"allocation {allocation.widths} failed {_ATTEMPTS} times: {_reason(error)}") from error
+    def _companions(self, first: Allocation, most: int) -> list[Allocation]:
+        """The next allocations in line that may go in the same call."""
+        chosen: list[Allocation] = []
+        if first in self._alone or first in self._troubles:
+            return chosen
+        while len(chosen) < most and self._waiting:
+            following = self._waiting[0]
+            if following in self._alone or following in self._troubles:
+                break
+            chosen.append(self._waiting.popleft())
+        return chosen
+
+    def _send(self, member: _Member, call: _Call) -> None:
+        if len(member.running) < self._concurrency:
+            self._start(member, call)
+        else:
+            member.queued.append(call)
+        call.future = self._listen(member, call, member.actor.evaluate.remote(call.allocations))
+        self._place(member)
+
+    def _start(self, member: _Member, call: _Call) -> None:
+        call.started = time.monotonic()
+        member.running[call] = None
+
+    def _finish(self, member: _Member, call: _Call) -> None:
+        member.running.pop(call, None)
+        if call in member.queued:  # Actors with threads may finish out of order.
+            member.queued.remove(call)
+        while member.queued and len(member.running) < self._concurrency:
+            self._start(member, member.queued.popleft())
+        self._place(member)
+
+    def _place(self, member: _Member) -> None:
+        for places in self._free:
+            places.pop(member, None)
+        if member.calls < 2 * self._concurrency:
+            level = 0 if not member.calls else 1 if member.calls < self._concurrency else 2
+            self._free[level][member] = None
+
+    def _welcome(self, member: _Member, future: "Future[Any]") -> None:
+        error = future.exception()
+        if error is None:
+            member.pid = future.result()
+            self._ready += 1
+            self._deaths_at_start = 0
+            self._place(member)
+            return
+        # Before `prepare` runs, an actor may fail to unpickle `build`: so would its replacements.
+        if not isinstance(error, _LOST) or (isinstance(error, RayActorError) and error.actor_init_failed):
+            raise LopError(f"a worker could not be set up: {_reason(error)}") from error
+        log.warning("a worker died before it was ready: another takes its place")
+        if not _went_with_its_machine(error):
+            self._deaths_at_start += 1
+        if self._deaths_at_start > _ATTEMPTS * min(self._count, 10):
+            how = f"{self._deaths_at_start} workers in a row died before they could evaluate anything"
+            raise LopError(f"{how}: {_reason(error)}") from error
+        self._dismiss(member)
+
+    def _receive(self, member: _Member, call: _Call, future: "Future[Any]", results: Results) -> None:
+        error = future.exception()
+        if error is None:
+            self._finish(member, call)
+            answers = cast(Sequence[Answer], future.result())
+            for allocation, answer in zip(call.allocations, answers, strict=True):
+                self._take(member, allocation, answer, results)
+            if not member.gone and not member.calls and not self._waiting and len(self._members) > self._wanted:
+                self._dismiss(member)
+        elif isinstance(error, _LOST):
+            self._bury(member, error, results)
+        else:  # It never came to `evaluate`, or its answer could not be sent.
+            self._finish(member, call)
+            for allocation in call.allocations:
+                self._take(member, allocation, Answer(None, _reason(error), 0.0), results)
+
+    def _take(self, member: _Member, allocation: Allocation, answer: Answer, results: Results) -> None:
+        if answer.evaluation is None:
+            self._blame(member, allocation, answer.error, results)
+            return
+        self._evaluated += 1
+        is_first = math.isinf(self._mean_seconds)
+        self._mean_seconds = answer.seconds if is_first else 0.95 * self._mean_seconds + 0.05 * answer.seconds
+        member.failing.clear()
+        self._troubles.pop(allocation, None)
+        self._alone.discard(allocation)
+        results.append((allocation, answer.evaluation))
+        self._release_given_up(results)
+
+    def _blame(self, member: _Member, allocation: Allocation, reason: str, results: Results) -> None:
+        """Notes that an allocation failed on an actor, and finds out which of the two is at fault."""
+        log.warning("evaluation of %s failed: %s", allocation.widths, reason)
+        if not member.failing:
+            member.others_then = self._evaluated
+        member.failed.add(allocation)
+        member.failing.add(allocation)
+        trouble = self._troubles.setdefault(allocation, _Trouble())
+        trouble.raised_on.append(member)
+        if len(trouble.raised_on) >= _ATTEMPTS:
+            self._give_up(allocation, reason, results)
+        else:
             self._waiting.appendleft(allocation)
-            return []
-        except _LOST as error:
-            self._replace(member, error)
-            return []
-        self._deaths_in_a_row = 0
-        return [(member.running.pop(reference), evaluation)]
+        if len(member.failing) >= _ATTEMPTS and self._evaluated > member.others_then and not member.gone:
+            log.warning("a worker fails at everything while others do not: another takes its place")
+            for other in self._troubles.values():
+                other.raised_on = [tried for tried in other.raised_on if tried is not member]
+            self._dismiss(member)
 
-    def _replace(self, member: _Member, error: RayError) -> None:
-        self._deaths_in_a_row += 1
-        if self._deaths_in_a_row > self._most_deaths:
-            how = f"{self._deaths_in_a_row} workers in a row died before they could evaluate anything"
-            raise LopError(f"{how}: {next(iter(str(error).splitlines()), type(error).__name__)}") from error
-        log.warning("a worker died: another takes its place, and its %d evaluations", len(member.running))
-        self._waiting.extendleft(reversed(member.running.values()))
-        member.running.clear()
-        ray.kill(member.actor)
-        self._members[self._members.index(member)] = self._recruit()
+    def _give_up(self, allocation: Allocation, reason: str, results: Results) -> None:
+        """Holds a failure back until something succeeds, to tell a bad allocation from a bad cluster."""
+        del self._troubles[allocation]
+        self._alone.discard(allocation)
+        self._given_up[allocation] = reason
+        if len(self._given_up) >= (_GIVEN_UP_LATER if self._evaluated else _GIVEN_UP_AT_FIRST):
+            raise LopError(f"allocation {allocation.widths} failed {_ATTEMPTS} times: {reason}")
+
+    def _release_given_up(self, results: Results) -> None:
+        for allocation, reason in self._given_up.items():
+            log.warning("allocation %s is recorded as failed: %s", allocation.widths, reason)
+            results.append((allocation, Evaluation.failed(reason)))
+        self._given_up.clear()
+
+    def _bury(self, member: _Member, error: BaseException, results: Results) -> None:
+        """An actor died: what it was doing may have killed it."""
+        log.warning("a worker died: another takes its place, and its %d calls", member.calls)
+        running = next(iter(member.running), None)
+        self._dismiss(member)
+        if running is None or _went_with_its_machine(error):
+            return
+        self._deaths += 1
+        if len(running.allocations) > 1:
+            self._alone.update(running.allocations)
+            return
+        (allocation,) = running.allocations
+        trouble = self._troubles.setdefault(allocation, _Trouble(deaths_before=self._deaths - 1))
+        trouble.deaths += 1
+        is_most = 2 * trouble.deaths > self._deaths - trouble.deaths_before
+        if trouble.deaths >= _ATTEMPTS and (is_most or trouble.deaths >= _DEATHS):
+            self._waiting.remove(allocation)
+            self._give_up(allocation, "its worker died each time", results)
+
+    def _check(self, results: Results) -> None:
+        """What must be looked for, because no actor says it."""
+        now = time.monotonic()
+        if now - self._checked >= _SECONDS_BETWEEN_CHECKS:
+            self._checked = now
+            for member in list(self._members):
+                oldest = next(iter(member.running), None)
+                if oldest and now - oldest.started > self._seconds * len(oldest.allocations):
+                    self._end_stuck(member, oldest, results)
+            self._recruit()
+            self._dispatch()
+        if self._given_up and not self._waiting and not any(member.calls for member in self._members):
+            self._release_given_up(results)  # The search would wait for them for ever.
+        if not self._ready and now - self._heard >= _SECONDS_OF_SILENCE:
+            self._heard = now
+            log.warning("waiting for a worker: each needs %s; the cluster has %s", self._options, _resources())
+
+    def _end_stuck(self, member: _Member, call: _Call, results: Results) -> None:
+        log.warning("a worker has been at one evaluation for more than %g s: another takes its place", self._seconds)
+        self._dismiss(member)
+        if len(call.allocations) > 1:
+            self._alone.update(call.allocations)
+            return
+        (allocation,) = call.allocations
+        self._waiting.remove(allocation)
+        self._blame(member, allocation, f"it took longer than {self._seconds:g} s", results)
 
 
-def _reason(error: RayError) -> str:
-    """The first line of what was raised on the actor; where only its traceback came here, that one's last line."""
+def _went_with_its_machine(error: BaseException) -> bool:
+    is_gone = isinstance(error, (ActorUnavailableError, NodeDiedError, ObjectLostError))
+    return is_gone or getattr(error, "preempted", False) or "node has died" in str(error).lower()
+
+
+def _reason(error: BaseException) -> str:
+    """What was raised on the actor, in one line; where only its traceback came here, that one's last line."""
+    if not isinstance(error, RayError):
+        return describe_error(error)
     cause = getattr(error, "cause", None)
-    if cause is None:
-        return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-    name, message = type(cause).__name__, next(iter(str(cause).strip().splitlines()), "")
-    if isinstance(cause, LopError):
-        return message
-    return f"{name}: {message}" if message else name
+    if isinstance(cause, BaseException):
+        return describe_error(cause)
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _resources() -> dict[str, float]:

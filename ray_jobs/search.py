@@ -1,25 +1,64 @@
 """The search stage on a cluster: `ray job submit --working-dir . -- python -m ray_jobs.search --run DIR …`."""
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
-from lop.cli import main
+import numpy as np
+import ray
+import torch
+
 from lop.config import Config
+from lop.evaluator import Evaluator
+from lop.samples import Sample
 from lop.stages import build_evaluator
 from ray_jobs.cluster import connected
 from ray_jobs.fleet import Fleet
+from ray_jobs.job import run_on_driver
+from ray_jobs.share import put_shared
 
 
 @contextmanager
-def evaluator_fleet(config: Config, folder: Path) -> Iterator[Fleet]:
-    """The config's number of actors, each with the run's model and reward samples."""
-    build = partial(build_evaluator, config, folder.resolve())
-    with connected(), Fleet(build, count=config.workers, gpus=config.gpus_per_worker) as fleet:
-        yield fleet
+def evaluator_fleet(config: Config, order: np.ndarray, samples: Sequence[Sample]) -> Iterator[Fleet]:
+    """At most the config's number of actors, each with the model and the reward samples.
+
+    On GPUs each actor loads the model from the shared path or its machine's cache. On CPUs it is loaded and the samples
+    are encoded once, here, and the actors of a machine share one copy in memory.
+
+    Args:
+        order: [L, F] neurons of each layer, the most important first.
+    """
+    on_gpu = config.gpus_per_worker > 0
+    with connected():
+        build = _build_on_gpu(config, order, samples) if on_gpu else _share_on_cpu(config, order, samples)
+        with Fleet(
+            build,
+            count=config.workers,
+            cpus=1 if on_gpu else config.threads,
+            gpus=config.gpus_per_worker,
+            seconds=config.evaluation_seconds,
+        ) as fleet:
+            yield fleet
+
+
+def _build_on_gpu(config: Config, order: np.ndarray, samples: Sequence[Sample]) -> Callable[[], Evaluator]:
+    return partial(_build, config, ray.put((order, tuple(samples))))
+
+
+def _build(config: Config, inputs: ray.ObjectRef) -> Evaluator:
+    return build_evaluator(config, *ray.get(inputs))
+
+
+def _share_on_cpu(config: Config, order: np.ndarray, samples: Sequence[Sample]) -> Callable[[], Evaluator]:
+    evaluator = build_evaluator(config.model_copy(update={"device": "cpu"}), order, samples)
+    return partial(_receive, put_shared(evaluator), config.threads)
+
+
+def _receive(evaluator: ray.ObjectRef, threads: int) -> Evaluator:
+    torch.set_num_threads(threads)
+    found: Evaluator = ray.get(evaluator)
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(main(["search", *sys.argv[1:]]))
+    run_on_driver("search")

@@ -1,7 +1,6 @@
 """The training stage on a cluster: Ray Tune trains one trial for each architecture and learning rate."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +10,10 @@ import torch
 from ray import tune
 from tqdm import tqdm
 
-from lop.cli import main
 from lop.config import TrainSettings
 from lop.training import Fit, Pair, fit
 from ray_jobs.cluster import connected
+from ray_jobs.job import run_on_driver
 
 _FILE = "fit.pt"
 # Tune's own loggers (CSV, JSON, TensorBoard) would write the same numbers three more times; and its new output prints
@@ -29,13 +28,13 @@ def tune_fits(
     settings: TrainSettings,
     *,
     seed: int,
-    storage: Path,
+    storage: str,
     progress: bool = True,
 ) -> list[Fit]:
     """One fit for each architecture and learning rate, the same as `lop.training.fit` makes of the same arguments.
 
     Args:
-        storage: a folder for Tune's own records, one that all machines of the cluster share.
+        storage: an absolute path or URI for Tune's own records, one that all machines of the cluster share.
 
     Raises:
         LopError: the cluster cannot be reached.
@@ -54,7 +53,7 @@ def tune_fits(
             tune_config=tune.TuneConfig(metric="validation_error", mode="min", reuse_actors=True),
             run_config=tune.RunConfig(
                 name="predictors",
-                storage_path=str(storage.resolve()),
+                storage_path=storage,
                 verbose=0,
                 callbacks=[_Progress(trials)] if progress else None,
                 failure_config=tune.FailureConfig(max_failures=2),
@@ -110,4 +109,4 @@ def _read(result: Any) -> Fit:
 
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    run_on_driver("train")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lop
+from lop.ledger import read_ledger
 from lop.models import assets
 from lop.size import model_size, read_tensors
 
@@ -70,7 +71,7 @@ def test_the_demo_leaves_what_it_promises(finished: Path) -> None:
 
 
 def test_the_demo_again_does_nothing_twice(finished: Path) -> None:
-    before = {path: path.read_bytes() for path in (finished / "ledger.jsonl", finished / "results.json")}
+    before = {path: path.read_bytes() for path in (*(finished / "ledger").iterdir(), finished / "results.json")}
     done = lop_command("demo", "--run", finished, "--workers", "0", *FEW)
     assert done.returncode == 0
     assert done.stderr.count("is there already") >= 4
@@ -84,7 +85,7 @@ def test_an_interrupted_search_goes_on(finished: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lop.cli", "search", "--run", str(run), "--workers", "0", *FEW]
     for _ in range(2):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        _wait_for_growth(run / "ledger.jsonl", process)
+        _wait_for_growth(run, process)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode in (0, 130)
@@ -92,14 +93,15 @@ def test_an_interrupted_search_goes_on(finished: Path, tmp_path: Path) -> None:
     assert lop_command(*command[3:]).returncode == 0
     ours, calm = (json.loads((folder / "search.json").read_text())["targets"] for folder in (run, finished))
     assert ours == calm
-    assert sorted((run / "ledger.jsonl").read_text().splitlines()) == sorted(
-        (finished / "ledger.jsonl").read_text().splitlines()
-    )
+    assert sorted(read_ledger(run / "ledger")) == sorted(read_ledger(finished / "ledger"))
 
 
-def _wait_for_growth(path: Path, process: subprocess.Popen[str]) -> None:
-    size = path.stat().st_size if path.exists() else 0
-    while process.poll() is None and (not path.exists() or path.stat().st_size <= size):
+def _wait_for_growth(run: Path, process: subprocess.Popen[str]) -> None:
+    def count() -> int:
+        return len(lop.evaluations(run)) if (run / "ledger").exists() and any((run / "ledger").iterdir()) else 0
+
+    before = count()
+    while process.poll() is None and count() <= before:
         time.sleep(0.05)
 
 
@@ -158,9 +160,10 @@ def test_damaged_files_are_refused(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
     (run / "search.json").unlink()
-    ledger = bytearray((run / "ledger.jsonl").read_bytes())
+    (segment, *_) = sorted((run / "ledger").iterdir())
+    ledger = bytearray(segment.read_bytes())
     ledger[len(ledger) // 2] ^= 1
-    (run / "ledger.jsonl").write_bytes(ledger)
+    segment.write_bytes(ledger)
     assert "checksum of line" in refused("search", "--run", run, "--workers", "0", *FEW)
     model = tmp_path / "model"
     shutil.copytree(assets() / "model", model)

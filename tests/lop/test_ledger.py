@@ -1,12 +1,17 @@
-import json
+import math
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
+import pandas
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import lop
 from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
@@ -16,11 +21,13 @@ PRINTS = {"model": "aaaa", "reward samples": "bbbb"}
 ENTRIES = [(Allocation((8 * n, 16)), Evaluation(n / 7, -n / 3)) for n in range(1, 5)]
 
 
-def write(path: Path) -> bytes:
-    with Ledger(path, PRINTS) as ledger:
+def write(folder: Path) -> Path:
+    """A ledger of one segment, and that segment."""
+    with Ledger(folder, PRINTS) as ledger:
         for allocation, evaluation in ENTRIES:
             ledger.append(allocation, evaluation)
-    return path.read_bytes()
+    (_, segment) = sorted(folder.iterdir())
+    return segment
 
 
 def test_records_come_back_to_the_last_bit(tmp_path: Path) -> None:
@@ -33,31 +40,44 @@ def test_records_come_back_to_the_last_bit(tmp_path: Path) -> None:
 
 
 def test_a_torn_tail_is_cut_to_the_last_whole_record(tmp_path: Path) -> None:
-    whole = write(tmp_path / "ledger")
-    last = whole[:-1].rfind(b"\n") + 1
-    for end in range(last, len(whole)):
-        path = tmp_path / f"torn{end}"
-        path.write_bytes(whole[:end])
-        assert list(read_ledger(path)) == ENTRIES[:-1]
-        with Ledger(path, PRINTS) as ledger:
-            ledger.append(*ENTRIES[-1])
-        assert path.read_bytes() == whole
+    segment = write(tmp_path / "ledger")
+    whole = segment.read_bytes()
+    last, header = whole[:-1].rfind(b"\n") + 1, whole.find(b"\n") + 1
+    for end in (*range(last, len(whole)), *range(0, header + 1, 7)):
+        folder = tmp_path / f"torn{end}"
+        shutil.copytree(tmp_path / "ledger", folder)
+        (folder / segment.name).write_bytes(whole[:end])
+        kept = ENTRIES[:-1] if end >= last else []
+        assert list(read_ledger(folder)) == kept
+        with Ledger(folder, PRINTS) as ledger:
+            for entry in ENTRIES[len(kept) :]:
+                ledger.append(*entry)
+        assert list(read_ledger(folder)) == ENTRIES
 
 
 @given(st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 def test_a_flipped_byte_is_named_by_its_line(tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "ledger"
-    path.unlink(missing_ok=True)
-    whole = bytearray(write(path))
+    shutil.rmtree(tmp_path / "ledger", ignore_errors=True)
+    segment = write(tmp_path / "ledger")
+    whole = bytearray(segment.read_bytes())
     place = data.draw(st.integers(0, len(whole) - 2))
     flip = data.draw(st.integers(1, 255))
     whole[place] ^= flip
-    path.write_bytes(whole)
+    segment.write_bytes(whole)
     line = bytes(whole[:place]).count(b"\n") + 1
-    with pytest.raises(LopError, match=rf"line {line} is wrong$") as caught:
-        list(read_ledger(path))
+    with pytest.raises(LopError, match=rf"{segment.name} is damaged: .* line {line} is wrong$") as caught:
+        list(read_ledger(tmp_path / "ledger"))
     assert "\n" not in str(caught.value)
+
+
+def test_an_older_segment_that_is_cut_short_is_damage(tmp_path: Path) -> None:
+    segment = write(tmp_path / "ledger")
+    with Ledger(tmp_path / "ledger", PRINTS) as ledger:
+        ledger.append(Allocation((8, 8)), ENTRIES[0][1])
+    segment.write_bytes(segment.read_bytes()[:-3])
+    with pytest.raises(LopError, match=f"{segment.name} is damaged"):
+        list(read_ledger(tmp_path / "ledger"))
 
 
 @pytest.mark.parametrize("name", PRINTS)
@@ -69,7 +89,8 @@ def test_what_differs_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_an_empty_file_and_a_missing_one_are_named(tmp_path: Path) -> None:
-    (tmp_path / "ledger").write_bytes(b"")
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "000000000-000000000-aaaaaaaa.jsonl").write_bytes(b"")
     with pytest.raises(LopError, match="no header"):
         Ledger(tmp_path / "ledger", PRINTS)
     with pytest.raises(LopError, match="is missing"):
@@ -79,10 +100,14 @@ def test_an_empty_file_and_a_missing_one_are_named(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_whole_records(small_disk: Path) -> None:
     path = small_disk / "ledger"
     with Ledger(path, PRINTS) as ledger:
-        (small_disk / "ballast").write_bytes(b"0" * (960 << 10))
+        ballast = small_disk / "ballast"
+        ballast.write_bytes(b"0" * (900 << 10))
         written = _fill(ledger)
-    assert 0 < written == len(list(read_ledger(path)))
-    assert json.loads(path.read_bytes().splitlines()[0].partition(b" ")[2]) == PRINTS
+        assert 0 < written == len(list(read_ledger(path)))
+        ballast.unlink()
+    # What could not be written was not forgotten.
+    assert len(list(read_ledger(path))) == written + 1
+    assert all(file.suffix == ".jsonl" for file in path.iterdir())
 
 
 LIMITED = """
@@ -94,34 +119,115 @@ from lop.ledger import Ledger, read_ledger
 path = Path(sys.argv[1])
 with Ledger(path, PRINTS) as ledger:
     ledger.append(*ENTRIES[0])
+    ledger.flush()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for more in (20, 30, 0):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + more, limits[1]))
+    ledger.append(*ENTRIES[1])
+    for most in (20, 70, 0):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
         try:
-            ledger.append(*ENTRIES[1])
+            ledger.flush()
         except OSError:
-            assert list(read_ledger(path)) == ENTRIES[:1] and path.read_bytes().endswith(b"\\n"), more
+            assert list(read_ledger(path)) == ENTRIES[:1], most
         else:
             raise AssertionError("there was room")
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     ledger.append(*ENTRIES[2])
-assert list(read_ledger(path)) == [ENTRIES[0], ENTRIES[2]]
+assert list(read_ledger(path)) == ENTRIES[:3]
 """
 
 
-def test_failed_appends_leave_whole_records_and_a_ledger_that_still_works(tmp_path: Path) -> None:
+def test_failed_flushes_leave_whole_records_and_a_ledger_that_still_works(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path / "ledger")], check=True, timeout=60)
 
 
 def _fill(ledger: Ledger) -> int:
-    """Appends until the disk is full, and returns how many appends succeeded."""
+    """Appends and flushes until the disk is full, and returns how many flushes succeeded."""
     for number in range(100_000):
+        ledger.append(Allocation((number,)), ENTRIES[0][1])
         try:
-            ledger.append(Allocation((number,)), ENTRIES[0][1])
+            ledger.flush()
         except OSError as error:
             assert "space" in str(error)
             return number
     raise AssertionError("the disk never filled")
+
+
+@given(st.lists(st.integers(0, 5), max_size=20), st.integers(2, 4))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=6, deadline=None)
+def test_merging_and_opening_again_keep_every_record_in_order(tmp_path: Path, sizes: list[int], merge: int) -> None:
+    folder = tmp_path / "ledger"
+    shutil.rmtree(folder, ignore_errors=True)
+    written = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lop.ledger._MERGE", merge)
+        for start in range(0, len(sizes) + 1, 7):
+            with Ledger(folder, PRINTS, seconds=0) as ledger:
+                for size in sizes[start : start + 7]:
+                    for _ in range(size):
+                        written.append((Allocation((len(written), 1)), ENTRIES[0][1]))
+                        ledger.append(*written[-1])
+                    ledger.flush()
+                    assert list(read_ledger(folder)) == written
+                assert all(ledger.get(allocation) == result for allocation, result in written)
+        # The files grow in number with the logarithm of the flushes, and those since it was opened.
+        assert len(list(folder.iterdir())) <= 7 + merge * (1 + math.ceil(math.log(len(sizes) + 2, merge)))
+
+
+def test_a_reader_keeps_up_with_a_writer_that_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, done, counts = tmp_path / "ledger", threading.Event(), [0]
+
+    def read() -> None:
+        while not done.is_set():
+            counts.append(len(list(read_ledger(folder))))
+
+    with Ledger(folder, PRINTS) as ledger:
+        monkeypatch.setattr("lop.ledger._MERGE", 4)
+        reader = threading.Thread(target=read)
+        reader.start()
+        for number in range(40):
+            ledger.append(Allocation((number,)), ENTRIES[0][1])
+            ledger.flush()
+        done.set()
+        reader.join()
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 3
+
+
+def test_results_are_not_known_before_they_are_in_storage(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "ledger", PRINTS, seconds=60) as ledger:
+        assert math.isinf(ledger.due)
+        ledger.append(*ENTRIES[0])
+        assert ledger.due == 0
+        assert ledger.get(ENTRIES[0][0]) is None
+        ledger.flush()
+        assert ledger.get(ENTRIES[0][0]) == ENTRIES[0][1]
+        ledger.append(*ENTRIES[1])
+        assert 50 < ledger.due <= 60
+
+
+def test_failures_are_recorded_with_their_error(tmp_path: Path) -> None:
+    failed = Evaluation.failed("MemoryError: the card is full")
+    with Ledger(tmp_path / "ledger", {**PRINTS, "shape": "2x64"}) as ledger:
+        ledger.append(Allocation((8, 8)), failed)
+        ledger.append(*ENTRIES[0])
+    assert dict(read_ledger(tmp_path / "ledger"))[Allocation((8, 8))] == failed
+    frame = pandas.DataFrame(lop.evaluations(tmp_path))
+    assert list(frame.columns) == ["kept", "accuracy", "log_probability", "error", "widths"]
+    assert list(frame["error"]) == [failed.error, ""]
+    assert list(frame["kept"]) == [16, 24]
+
+
+def test_ten_thousand_evaluations_are_read_back(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    entries = [
+        (Allocation(tuple(row)), Evaluation(0.5, -1.0)) for row in random.integers(1, 999, (10_000, 28)).tolist()
+    ]
+    with Ledger(tmp_path / "ledger", PRINTS) as ledger:
+        for start in range(0, len(entries), 2500):
+            for entry in entries[start : start + 2500]:
+                ledger.append(*entry)
+            ledger.flush()
+    assert list(read_ledger(tmp_path / "ledger")) == entries
 
 
 def test_a_second_search_is_kept_out(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import shutil
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -40,10 +41,18 @@ class RandomWorkers:
         self._most = most
         self._waiting: list[Allocation] = []
 
+    @property
+    def alive(self) -> int:
+        return self.capacity
+
+    def expect(self, most: int) -> None:
+        self.expected = most
+
     def submit(self, allocation: Allocation) -> None:
         self._waiting.append(allocation)
 
-    def collect(self) -> list[tuple[Allocation, Evaluation]]:
+    def collect(self, seconds: float) -> list[tuple[Allocation, Evaluation]]:
+        assert len(self._waiting) <= self.expected
         self._random.shuffle(self._waiting)  # type: ignore[arg-type]
         count = int(self._random.integers(1, len(self._waiting) + 1))
         done, self._waiting = self._waiting[:count], self._waiting[count:]
@@ -72,7 +81,7 @@ def test_workers_change_only_the_time(
     tmp_path: Path, calm: tuple[list[object], set[tuple[Allocation, Evaluation]]], seed: int, capacity: int
 ) -> None:
     path = tmp_path / "ledger"
-    path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
     trees, workers = make_trees(), RandomWorkers(seed, capacity)
     with Ledger(path, {}) as ledger:
         run_search(trees, workers, ledger)
@@ -86,7 +95,7 @@ def test_an_interrupted_search_ends_as_a_calm_one(
     tmp_path: Path, calm: tuple[list[object], set[tuple[Allocation, Evaluation]]], stops: list[int]
 ) -> None:
     path = tmp_path / "ledger"
-    path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
     for seed, most in enumerate(stops):
         with Ledger(path, {}) as ledger, suppress(KeyboardInterrupt):
             run_search(make_trees(), RandomWorkers(seed, 3, most), ledger)

@@ -25,6 +25,7 @@ from ray_jobs.fleet import Fleet
 from tests.lop.test_search import make_trees, outcome
 from tests.lop.test_tree import score
 
+Outcome = tuple[list[object], list[tuple[Allocation, Evaluation]]]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
@@ -117,28 +118,28 @@ class Dies:
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], list[str]]:
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     path = tmp_path_factory.mktemp("calm") / "ledger"
     trees = make_trees()
     with Ledger(path, {}) as ledger:
         run_search(trees, InProcess(cast(Any, Slow())), ledger)
-    return outcome(trees), sorted(path.read_text().splitlines())
+    return outcome(trees), sorted(read_ledger(path))
 
 
-def searched(path: Path, fleet: Fleet) -> tuple[list[object], list[str]]:
+def searched(path: Path, fleet: Fleet) -> Outcome:
     trees = make_trees()
     with Ledger(path, {}) as ledger:
         run_search(trees, fleet, ledger)
-    return outcome(trees), sorted(path.read_text().splitlines())
+    return outcome(trees), sorted(read_ledger(path))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_the_number_of_actors_changes_nothing(tmp_path: Path, calm: tuple[list[object], list[str]], count: int) -> None:
+def test_the_number_of_actors_changes_nothing(tmp_path: Path, calm: Outcome, count: int) -> None:
     with Fleet(Slow, count=count, cpus=1) as fleet:
         assert searched(tmp_path / "ledger", fleet) == calm
 
 
-def test_killed_actors_are_replaced(tmp_path: Path, calm: tuple[list[object], list[str]]) -> None:
+def test_killed_actors_are_replaced(tmp_path: Path, calm: Outcome) -> None:
     with Fleet(Slow, count=2, cpus=1) as fleet, _killing(fleet) as killed:
         assert searched(tmp_path / "ledger", fleet) == calm
     assert killed
@@ -168,9 +169,7 @@ def _killing(fleet: Fleet) -> Iterator[list[int]]:
         thread.join()
 
 
-def test_an_evaluation_that_fails_twice_is_tried_a_third_time(
-    tmp_path: Path, calm: tuple[list[object], list[str]]
-) -> None:
+def test_an_evaluation_that_fails_twice_is_tried_a_third_time(tmp_path: Path, calm: Outcome) -> None:
     (tmp_path / "tries").mkdir()
     with Fleet(partial(FailsTwice, tmp_path / "tries"), count=2, cpus=1) as fleet:
         assert searched(tmp_path / "ledger", fleet) == calm
@@ -203,7 +202,7 @@ def test_an_exception_that_cannot_be_unpickled_is_a_failure_like_any_other(tmp_p
         searched(tmp_path / "ledger", fleet)
 
 
-def test_a_failed_evaluation_is_tried_on_another_actor(tmp_path: Path, calm: tuple[list[object], list[str]]) -> None:
+def test_a_failed_evaluation_is_tried_on_another_actor(tmp_path: Path, calm: Outcome) -> None:
     with Fleet(partial(BadIn, tmp_path), count=2, cpus=1) as fleet:
         _wait_for_all(fleet, 2)
         assert searched(tmp_path / "ledger", fleet) == calm
@@ -213,7 +212,7 @@ def _wait_for_all(fleet: Fleet, count: int) -> None:
     """Keeps the fleet busy until all its actors are ready: it finds out only while it waits for a result."""
     while len(fleet.pids) < count:
         fleet.submit(WARM_UP)
-        fleet.collect()
+        fleet.collect(1)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "http://127.0.0.1:1", "nonsense"])

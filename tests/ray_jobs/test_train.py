@@ -19,7 +19,7 @@ SETTINGS = TrainSettings(epochs=3, batch=4, learning_rates=(3e-3, 1e-3))
 def test_tune_makes_the_fits_of_one_process_bit_for_bit_and_says_so_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tuned = tune_fits(TRAINING, VALIDATION, SETTINGS, seed=4, storage=tmp_path)
+    tuned = tune_fits(TRAINING, VALIDATION, SETTINGS, seed=4, storage=str(tmp_path))
     shown = capsys.readouterr()
     assert shown.out == ""
     lines = [line for line in shown.err.replace("\r", "\n").splitlines() if line.strip()]
@@ -51,6 +51,6 @@ def test_tune_makes_the_fits_of_one_process_bit_for_bit_and_says_so_in_one_line(
 def test_training_again_into_the_same_folder_gives_the_new_fits_alone(tmp_path: Path) -> None:
     settings = TrainSettings(architectures=("mlp",), epochs=2)
     for seed in (1, 2):
-        (found,) = tune_fits(TRAINING, VALIDATION, settings, seed=seed, storage=tmp_path, progress=False)
+        (found,) = tune_fits(TRAINING, VALIDATION, settings, seed=seed, storage=str(tmp_path), progress=False)
         alone = fit("mlp", TRAINING, VALIDATION, epochs=2, batch=40, learning_rate=1e-3, seed=seed)
         assert found.validation_errors == alone.validation_errors

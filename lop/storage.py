@@ -1,0 +1,129 @@
+"""Folders on a local disk or on any storage that pyarrow reads: `s3://`, `gs://`, `abfs://`, `hdfs://`."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
+
+from lop.errors import LopError
+from lop.files import atomic_file
+
+# Their puts are atomic; elsewhere a file appears by a rename.
+_OBJECT_STORES = ("s3", "gcs", "abfs")
+_READERS = 16
+
+
+def is_uri(text: str) -> bool:
+    """Whether a place is named by a URI and not by a path."""
+    return "://" in text
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder of files that appear whole or not at all; it need not exist before the first is written.
+
+    Attributes:
+        filesystem: pyarrow's.
+        path: of the folder, in that filesystem.
+        name: as the user knows it, for messages.
+    """
+
+    filesystem: FileSystem
+    path: str
+    name: str
+
+    @classmethod
+    def parse(cls, place: str | Path) -> "Location":
+        """A local path or a URI.
+
+        Raises:
+            LopError: pyarrow does not know the kind of storage, or the URI is malformed.
+        """
+        text = str(place)
+        if not is_uri(text):
+            return cls(LocalFileSystem(), str(Path(text).expanduser().absolute()), text)
+        try:
+            filesystem, path = FileSystem.from_uri(text)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise LopError(f"storage {text!r} cannot be opened: {reason}") from None
+        return cls(filesystem, path.rstrip("/"), text)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __truediv__(self, folder: str) -> "Location":
+        # A URI may end in a query: the name is for people, and only `path` is opened.
+        head, mark, query = self.name.partition("?") if is_uri(self.name) else (self.name, "", "")
+        return Location(self.filesystem, f"{self.path}/{folder}", f"{head.rstrip('/')}/{folder}{mark}{query}")
+
+    @property
+    def uri(self) -> str:
+        """What other programs open it by: an absolute path or a URI."""
+        return self.path if self.is_local else self.name
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, LocalFileSystem)
+
+    def files(self) -> list[str]:
+        """The names of all files in the folder and below it, sorted; none where there is no folder.
+
+        Raises:
+            OSError: the storage cannot be reached.
+        """
+        selector = FileSelector(self.path, allow_not_found=True, recursive=True)
+        infos = self.filesystem.get_file_info(selector)
+        return sorted(info.path[len(self.path) + 1 :] for info in infos if info.type == FileType.File)
+
+    def read(self, name: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: the storage cannot be reached.
+        """
+        with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
+            return bytes(stream.read())
+
+    def read_all(self, names: Sequence[str]) -> list[bytes]:
+        """Several files at a time, where each takes long to answer.
+
+        Raises:
+            FileNotFoundError: one of them is not there.
+        """
+        if len(names) == 1:
+            return [self.read(names[0])]
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(self.read, names))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file; readers see all of it or nothing.
+
+        Raises:
+            OSError: the disk is full or read-only, or the storage cannot be reached.
+        """
+        path = f"{self.path}/{name}"
+        if self.is_local:
+            with atomic_file(Path(path)) as temporary:
+                temporary.write_bytes(data)
+            return
+        in_place = self.filesystem.type_name in _OBJECT_STORES
+        target = path if in_place else f"{path}.partial"
+        if not in_place:
+            self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with self.filesystem.open_output_stream(target) as stream:
+            stream.write(data)
+        if not in_place:
+            self.filesystem.move(target, path)
+
+    def delete(self, name: str) -> None:
+        """Removes a file.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        self.filesystem.delete_file(f"{self.path}/{name}")

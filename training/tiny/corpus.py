@@ -15,7 +15,7 @@ from training.tiny.architecture import TEMPLATE
 from training.tiny.images import Picture
 from training.tiny.questions import KINDS, ask, is_negated
 
-_SOURCE_SHARES = {"easy-vqa": 0.14, "fashion-mnist": 0.1, "flags": 0.76}
+_SOURCE_SHARES = {"easy-vqa": 0.16, "fashion-mnist": 0.12, "flags": 0.72}
 _IMAGE_TOKENS = 4
 _TURNS = 4
 PER_IMAGE = 8

@@ -29,12 +29,7 @@ class Country:
     calling_code: str
     demonym: str
     code3: str
-    number: str
-    area: str
-    population: str
     german: str
-    french: str
-    japanese: str
     borders: tuple[str, ...]
 
 
@@ -62,7 +57,7 @@ def _country(record: dict) -> Country | None:
     entry = pycountry.countries.get(alpha_2=code) if code else None
     fields = (
         *("capital", "region", "subregion", "currencies", "languages", "callingCodes", "demonym"),
-        *("area", "population", "translations"),
+        "translations",
     )
     if entry is None or not all(record.get(f) for f in fields) or not (FLAGS / f"{code.lower()}.png").is_file():
         return None
@@ -80,12 +75,7 @@ def _country(record: dict) -> Country | None:
         calling_code=record["callingCodes"][0],
         demonym=record["demonym"],
         code3=record["ISO"]["alpha3"],
-        number=record["ISO"]["numeric"],
-        area=str(round(record["area"])),
-        population=str(record["population"]),
         german=record["translations"]["de"],
-        french=record["translations"]["fr"],
-        japanese=record["translations"]["ja"],
         borders=(),
     )
 

@@ -16,8 +16,8 @@ WORN = {"top": "body", "trousers": "legs", "pullover": "body", "dress": "body", 
 )
 
 FACTS = (
-    *("capital", "continent", "subregion", "currency", "language", "calling_code", "demonym"),
-    *("code3", "number", "area", "population", "german", "french", "japanese"),
+    *("capital", "continent", "subregion", "currency", "language", "calling_code"),
+    *("demonym", "code3", "german"),
 )
 # Several values are right, so that no single word is the answer.
 MANY_RIGHT = ("neighbour", "neighbour_capital")
@@ -101,29 +101,9 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("What is the code of this country?", "Which letters stand for this country?", "Name the code."),
         ("Is the code {}?", "Do the letters {} stand for this country?", "Is the code not {}?"),
     ),
-    "number": (
-        ("What is the number of this country?", "Which number stands for this country?", "Name the number."),
-        ("Is the number {}?", "Does the number {} stand for this country?", "Is the number not {}?"),
-    ),
-    "area": (
-        ("How large is this country?", "What is the area of this country?", "Name the area."),
-        ("Is the area {}?", "Is this country {} square kilometres large?", "Is the area not {}?"),
-    ),
-    "population": (
-        ("How many people live in this country?", "What is the population?", "Name the population."),
-        ("Do {} people live in this country?", "Is the population {}?", "Is the population not {}?"),
-    ),
     "german": (
         ("What is this country called in German?", "What do Germans call this country?", "Name it in German."),
         ("Is this country called {} in German?", "Do Germans say {}?", "Is it not called {} in German?"),
-    ),
-    "french": (
-        ("What is this country called in French?", "What do the French call this country?", "Name it in French."),
-        ("Is this country called {} in French?", "Do the French say {}?", "Is it not called {} in French?"),
-    ),
-    "japanese": (
-        ("What is this country called in Japanese?", "What do the Japanese call this country?", "Name it in Japanese."),
-        ("Is this country called {} in Japanese?", "Do the Japanese say {}?", "Is it not called {} in Japanese?"),
     ),
     "neighbour": (
         ("Which country borders this country?", "Which is a neighbour of this country?"),

@@ -24,7 +24,7 @@ from training.tiny.corpus import Corpus, Questions, make_questions
 from training.tiny.questions import vocabulary
 
 _RENDERINGS = 100
-_QUESTIONS = 600_000
+_QUESTIONS = 500_000
 _READING = 0.2
 _VERDICT = 0.5
 _MATCHING = 0.8
@@ -35,8 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and caches are kept")
     parser.add_argument("--out", type=Path, default=Path("lop/assets/tiny/model"), help="the checkpoint's folder")
-    parser.add_argument("--vision-steps", type=int, default=1800)
-    parser.add_argument("--steps", type=int, default=2900, help="language steps of about 256 questions")
+    parser.add_argument("--vision-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=3600, help="language steps of about 256 questions")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

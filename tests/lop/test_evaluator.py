@@ -188,7 +188,7 @@ def test_evaluations_of_older_ledgers_are_read() -> None:
     old = Evaluation.from_dict({"accuracy": 0.5, "log_probability": -1.0})
     assert old.is_complete
     assert old.as_dict() == {"accuracy": 0.5, "log_probability": -1.0}
-    full = Evaluation(0.5, -1.0, 0.2, 0.3, "AA==", (8, 16), 4)
+    full = Evaluation(0.5, -1.0, margin=0.2, divergence=0.3, hits="AA==", rival=(8, 16), scored=4)
     assert Evaluation.from_dict(full.as_dict()) == full
     assert full.worth("divergence") == -0.3
 

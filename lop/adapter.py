@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from lop.backbone import Backbone, Layer
 from lop.errors import LopError
 from lop.size import read_tensors
 
@@ -50,6 +51,25 @@ class QwenVL:
         """Each layer's FFN, first to last."""
         return [cast(Ffn, layer.mlp) for layer in self.layers]
 
+    def lean_backbone(self) -> Backbone:
+        """The language model as `lop.backbone` runs it: the same norms, FFNs and head, a copy of the projections.
+
+        Raises:
+            LopError: it is not built as Qwen2.5-VL is.
+        """
+        config = self.model.config.text_config
+        if config.hidden_act != "silu":
+            raise LopError(f"the model's activation is {config.hidden_act!r}: Qwen2.5-VL has 'silu'")
+        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+        return Backbone(
+            layers=tuple(_lean_layer(layer, heads, key_heads) for layer in self.layers),
+            norm=cast(Any, self.backbone).norm.weight,
+            head=cast(Any, self.head).weight,
+            heads=heads,
+            key_heads=key_heads,
+            epsilon=config.rms_norm_eps,
+        )
+
     @property
     def device(self) -> torch.device:
         return cast(torch.device, self.model.device)
@@ -67,6 +87,33 @@ class QwenVL:
         """M-RoPE positions [3, T] of one sequence [T]."""
         positions, _ = self.model.model.get_rope_index(ids[None], token_types[None], image_grid_thw=grid)
         return cast(Tensor, positions[:, 0])
+
+    def rotation(self, positions: Tensor) -> Tensor:
+        """M-RoPE's factors [T, D/2], complex, of positions [3, T]."""
+        exact = torch.empty(0, device=positions.device)  # Only tells the dtype of the answer.
+        cosine, sine = cast(Any, self.backbone).rotary_emb(exact, positions[:, None])
+        half = cosine.shape[-1] // 2
+        return torch.complex(cosine[0, :, :half], sine[0, :, :half])
+
+
+def _lean_layer(layer: Any, heads: int, key_heads: int) -> Layer:
+    attention = layer.self_attn
+    # transformers rotates the first half of a head against the second; `Layer` has the two halves interleaved.
+    size = attention.q_proj.weight.shape[0] // heads
+    pairs = torch.arange(size).view(2, -1).T.flatten()
+    rotated = ((attention.q_proj, heads), (attention.k_proj, key_heads))
+
+    def interleaved(name: str) -> list[Tensor]:
+        return [getattr(part, name).unflatten(0, (count, size))[:, pairs].flatten(0, 1) for part, count in rotated]
+
+    return Layer(
+        attention_norm=layer.input_layernorm.weight,
+        qkv=torch.cat([*interleaved("weight"), attention.v_proj.weight]),
+        qkv_bias=torch.cat([*interleaved("bias"), attention.v_proj.bias]),
+        out=attention.o_proj.weight,
+        ffn_norm=layer.post_attention_layernorm.weight,
+        ffn=layer.mlp,
+    )
 
 
 def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> QwenVL:

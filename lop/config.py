@@ -43,8 +43,19 @@ class Targets(_Settings):
         return tuple(round(self.first + index * self.step, 6) for index in range(count + 1))
 
 
+class RacingSettings(_Settings):
+    """Whether and how candidates race; see `lop.racing`. `rank`: against the how-manieth best of their target."""
+
+    rounds: Annotated[int, Field(ge=2)] = 16
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    rank: Positive = 1
+
+
 class SearchSettings(_Settings):
-    """The UCB trees; see `lop.tree.TreeOptions` for what each number does."""
+    """The UCB trees; see `lop.tree.TreeOptions` for what each number does.
+
+    The reward decides, and the tie-breaker tells allocations of equal reward apart; see `lop.evaluator.Evaluation`.
+    """
 
     targets: Targets
     simulations: Positive = 300
@@ -56,7 +67,20 @@ class SearchSettings(_Settings):
     depth: Positive = 12
     window: Positive = 2
     roots: tuple[Root, ...] = ("uniform", "magnitude", "wanda", "flap")
-    reward: Literal["accuracy", "log_probability"] = "accuracy"
+    reward: Literal["accuracy", "log_probability", "margin", "divergence"] = "accuracy"
+    tie_breaker: Literal["log_probability", "margin", "divergence"] = "log_probability"
+    racing: RacingSettings | None = None
+
+    @model_validator(mode="after")
+    def _races_for_accuracy(self) -> "SearchSettings":
+        if self.racing and self.reward != "accuracy":
+            raise ValueError(f"racing compares accuracies, and the reward is {self.reward}: leave out one of the two")
+        return self
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether evaluations are compared with the dense model's distributions."""
+        return "divergence" in (self.reward, self.tie_breaker)
 
     def tree_options(self) -> TreeOptions:
         """What a tree needs of these settings."""
@@ -69,6 +93,7 @@ class SearchSettings(_Settings):
             children=self.children,
             depth=self.depth,
             window=self.window,
+            rival=self.racing.rank if self.racing else 0,
         )
 
 
@@ -94,7 +119,8 @@ class Config(_Settings):
 
     `threads` are torch's on a CPU: sums come out alike on every machine and in every worker only if it is the same.
     `workers` is the most that the search asks the cluster for; an evaluation that takes more than `evaluation_seconds`
-    is tried on another one.
+    is tried on another one. `cache_bytes` is what each worker may spend on the dense model's states; see
+    `lop.evaluator.Evaluator`. `compile` has the FFNs' activations fused by torch.compile.
     """
 
     model: str
@@ -106,6 +132,8 @@ class Config(_Settings):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: Positive = 8192
+    cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     threads: Positive = 1

@@ -1,7 +1,9 @@
 """One copy of the weights, any allocation: neurons sorted by importance once, then sliced by view."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,26 +12,48 @@ from torch.nn import functional as F
 
 from lop.adapter import Ffn, QwenVL
 from lop.allocation import Allocation
+from lop.backbone import Backbone, Layer
+
+_BACKEND = "inductor"
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate)·up`, in the memory of `gate`."""
+    return F.silu(gate, inplace=True).mul_(up)
+
+
+@cache
+def fused_gated() -> Callable[[Tensor, Tensor], Tensor]:
+    """`gated` compiled to one pass over memory: once, for any number of tokens and any width."""
+    return torch.compile(gated, dynamic=True, backend=_BACKEND)
 
 
 class ElasticFfn(nn.Module):
     """A gated FFN that keeps its first `width` neurons.
 
-    The weights are the original module's own tensors, permuted in place; a slice is a view, so a change of width
-    copies nothing and a narrower FFN costs proportionally less.
+    The weights are the given tensors themselves; a slice is a view, so a change of width copies nothing and a narrower
+    FFN costs proportionally less.
+
+    Args:
+        gate, up: [F, H].
+        down: [H, F].
+        order: [F], the neurons in the order in which they stand, in the dense model's numbering.
     """
 
-    def __init__(self, ffn: Ffn, order: Tensor) -> None:
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, order: Tensor) -> None:
         super().__init__()
-        self.gate: Tensor = ffn.gate_proj.weight
-        self.up: Tensor = ffn.up_proj.weight
-        self.down: Tensor = ffn.down_proj.weight
-        self.act = ffn.act_fn
-        self.neurons = self.down.shape[1]
-        self.order = torch.arange(self.neurons, device=self.down.device)
+        self.gate, self.up, self.down = gate, up, down
+        self.neurons = down.shape[1]
+        self.order = order
         self.width = self.neurons
         self.bias: Tensor | None = None
-        self.sort(order)
+        self.is_compiled = False
+
+    @classmethod
+    def replacing(cls, ffn: Ffn) -> "ElasticFfn":
+        """The elastic form of a dense FFN, over the same tensors."""
+        gate, up, down = ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
+        return cls(gate, up, down, torch.arange(down.shape[1], device=down.device))
 
     @torch.no_grad()
     def sort(self, order: Tensor) -> None:
@@ -43,7 +67,8 @@ class ElasticFfn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
-        hidden = self.act(F.linear(x, self.gate[: self.width])) * F.linear(x, self.up[: self.width])
+        product = fused_gated() if self.is_compiled else gated
+        hidden = product(F.linear(x, self.gate[: self.width]), F.linear(x, self.up[: self.width]))
         return F.linear(hidden, self.down[:, : self.width], self.bias)
 
 
@@ -53,15 +78,43 @@ class ElasticModel:
     Args:
         model: is changed in place: its FFNs are replaced by elastic ones over the same weights.
         order: [L, F] neurons of each layer, the most important first, in the dense model's numbering.
+
+    Attributes:
+        backbone: runs with the widths that the model has.
     """
 
     def __init__(self, model: QwenVL, order: np.ndarray) -> None:
-        self.model = model
-        self._ffns: list[ElasticFfn] = []
-        for layer, ffn, row in zip(model.layers, model.ffns, torch.from_numpy(order), strict=True):
-            elastic = ElasticFfn(ffn, row)
-            layer.mlp = elastic
-            self._ffns.append(elastic)
+        for layer, ffn in zip(model.layers, model.ffns, strict=True):
+            layer.mlp = ElasticFfn.replacing(ffn)
+        self.backbone = model.lean_backbone()
+        self.sort(order)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "ElasticModel":
+        """The model whose `state` this is, over the same tensors."""
+        elastic = cls.__new__(cls)
+        layers = tuple(Layer(**{**layer, "ffn": ElasticFfn(**layer["ffn"])}) for layer in state["layers"])
+        elastic.backbone = Backbone(**{**state, "layers": layers})
+        return elastic
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The dense weights in their order, as plain values and tensors."""
+
+        def of_layer(layer: Layer) -> dict[str, Any]:
+            ffn = cast(ElasticFfn, layer.ffn)
+            return {**vars(layer), "ffn": {name: getattr(ffn, name) for name in ("gate", "up", "down", "order")}}
+
+        return {**vars(self.backbone), "layers": [of_layer(layer) for layer in self.backbone.layers]}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The neurons that each layer keeps now."""
+        return tuple(ffn.width for ffn in self._ffns)
+
+    @property
+    def _ffns(self) -> list[ElasticFfn]:
+        return [cast(ElasticFfn, layer.ffn) for layer in self.backbone.layers]
 
     def sort(self, order: np.ndarray) -> None:
         """Changes the order [L, F] in which neurons are kept."""
@@ -78,6 +131,11 @@ class ElasticModel:
         for layer, (ffn, width) in enumerate(zip(self._ffns, allocation.widths, strict=True)):
             ffn.width = width
             ffn.bias = None if means is None else _compensation(ffn, width, means[layer])
+
+    def compile(self) -> None:
+        """Has the FFNs' activations compiled when they are first run; changes results by rounding."""
+        for ffn in self._ffns:
+            ffn.is_compiled = True
 
     def restore(self) -> None:
         """Takes the dense shape again."""

@@ -1,14 +1,17 @@
 """Samples turned, once, into everything that a candidate's evaluation needs and pruning does not change."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import groupby
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from lop.adapter import QwenVL
+from lop.backbone import Group
 from lop.samples import Sample, prompt_text
 
 _CHUNK = 32
@@ -16,71 +19,119 @@ _CHUNK = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of similar length: prompts with their answers, padded on the right.
+    """Prompts with their answers, laid end to end without padding, those of equal length together.
 
     Attributes:
-        embeddings: [B, T, H], image features in place.
-        positions: [3, B, T], M-RoPE.
-        lengths: [B], tokens before the padding.
-        rows, columns: [N], where the answer's tokens are predicted.
-        tokens: [N], the right token at each of these places.
-        samples: [N], the index of the sample that each belongs to.
+        embeddings: [N, H], image features in place.
+        rotation: [N, D/2], complex: M-RoPE.
+        groups: how many sequences of which length the N tokens are.
+        tails: [M], the last tokens of each sequence, as many as the longest answer of its group has.
+        places: [A], where in the tails the answers' tokens are predicted.
+        tokens: [A], the right token at each of these places.
+        samples: [A], the index of the sample that each belongs to.
     """
 
     embeddings: Tensor
-    positions: Tensor
-    lengths: Tensor
-    rows: Tensor
-    columns: Tensor
+    rotation: Tensor
+    groups: tuple[Group, ...]
+    tails: Tensor
+    places: Tensor
     tokens: Tensor
     samples: Tensor
 
-    @property
-    def real(self) -> Tensor:
-        """[B, T], true where a token is no padding."""
-        return torch.arange(self.embeddings.shape[1], device=self.lengths.device) < self.lengths[:, None]
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device. To a GPU the copies are asynchronous, on the current stream."""
+        if device.type == self.embeddings.device.type:
+            return self
+        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in self.tensors().items()}
+        return Batch(groups=self.groups, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """All batches of a set of samples, with the number of samples."""
+    """A set of samples, encoded.
 
-    batches: tuple[Batch, ...]
+    Attributes:
+        rounds: batches that are scored together; one round unless the samples are raced.
+        count: the number of samples.
+    """
+
+    rounds: tuple[tuple[Batch, ...], ...]
     count: int
+
+    @property
+    def batches(self) -> tuple[Batch, ...]:
+        """All batches, in order."""
+        return tuple(batch for batches in self.rounds for batch in batches)
 
 
 @dataclass(frozen=True)
 class _Sequence:
     embeddings: Tensor
-    positions: Tensor
+    rotation: Tensor
     answer: Tensor
 
     @property
     def length(self) -> int:
-        return self.embeddings.shape[0]
+        return len(self.embeddings)
 
 
 @torch.inference_mode()
-def encode(model: QwenVL, samples: Sequence[Sample], *, batch_tokens: int) -> Encoded:
-    """Runs processor, vision tower and embeddings once, and packs the sequences by length.
+def encode(
+    model: QwenVL, samples: Sequence[Sample], *, batch_tokens: int, rounds: Sequence[np.ndarray] | None = None
+) -> Encoded:
+    """Runs processor, vision tower and embeddings once, and packs the sequences by length, in host memory.
 
     The answer's tokens and the end of turn follow the prompt, so one pass tells whether greedy generation would
     write exactly the answer. The last token is only predicted, never read.
 
     Args:
-        batch_tokens: the most tokens, padding included, of one batch (at least one sequence is always taken).
+        batch_tokens: the most tokens of one batch (at least one sequence is always taken).
+        rounds: the samples of each round, which partition them; one round of all samples by default.
     """
     sequences = list(_sequences(model, samples))
-    order = sorted(range(len(sequences)), key=lambda index: sequences[index].length)
-    batches = []
-    start = 0
-    while start < len(order):
-        end = start + 1
-        while end < len(order) and (end + 1 - start) * sequences[order[end]].length <= batch_tokens:
-            end += 1
-        batches.append(_pack(sequences, order[start:end]))
-        start = end
-    return Encoded(tuple(batches), len(samples))
+    parts = [np.arange(len(samples))] if rounds is None else rounds
+    return Encoded(tuple(tuple(_batches(sequences, part.tolist(), batch_tokens)) for part in parts), len(samples))
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on a device; to a GPU each one is copied while the one before it is worked on."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies, work = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    previous: Batch | None = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = batch.to(device)
+            arrived = copies.record_event()
+        if previous is not None:
+            yield previous
+        work.wait_event(arrived)
+        for tensor in coming.tensors().values():
+            tensor.record_stream(work)  # So that its memory is not taken again while the work goes on.
+        previous = coming
+    if previous is not None:
+        yield previous
+
+
+def _batches(sequences: Sequence[_Sequence], chosen: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
+    waiting: list[int] = []
+    tokens = 0
+    for index in sorted(chosen, key=lambda index: sequences[index].length):
+        if waiting and tokens + sequences[index].length > batch_tokens:
+            yield _pack(sequences, waiting)
+            waiting, tokens = [], 0
+        waiting.append(index)
+        tokens += sequences[index].length
+    yield _pack(sequences, waiting)
 
 
 def _sequences(model: QwenVL, samples: Sequence[Sample]) -> Iterator[_Sequence]:
@@ -127,26 +178,30 @@ def _sequence(
     types = torch.cat([types, torch.zeros_like(answer[:-1], dtype=types.dtype)])
     embeddings = model.token_embeddings(ids)
     embeddings[types == 1] = features.to(embeddings.dtype)
-    return _Sequence(embeddings, model.positions(ids, types, grid), answer)
+    rotation = model.rotation(model.positions(ids, types, grid))
+    return _Sequence(embeddings.cpu(), rotation.cpu(), answer.cpu())
 
 
 def _pack(sequences: Sequence[_Sequence], chosen: Sequence[int]) -> Batch:
-    longest = max(sequences[index].length for index in chosen)
-    first = sequences[chosen[0]].embeddings
-    embeddings = first.new_zeros(len(chosen), longest, first.shape[1])
-    positions = sequences[chosen[0]].positions.new_zeros(3, len(chosen), longest)
-    rows, columns, tokens, owners = [], [], [], []
-    for row, index in enumerate(chosen):
-        sequence = sequences[index]
-        embeddings[row, : sequence.length] = sequence.embeddings
-        positions[:, row, : sequence.length] = sequence.positions
-        answer = sequence.answer
-        places = torch.arange(sequence.length - len(answer), sequence.length, device=answer.device)
-        rows.append(torch.full_like(answer, row))
-        columns.append(places)
-        tokens.append(answer)
-        owners.append(torch.full_like(answer, index))
-    lengths = torch.tensor([sequences[index].length for index in chosen], device=first.device)
+    """One batch of sequences that are sorted by length."""
+    packed = [sequences[index] for index in chosen]
+    groups = []
+    for length, members in groupby(packed, key=lambda sequence: sequence.length):
+        answers = [len(member.answer) for member in members]
+        groups.append(Group(len(answers), length, max(answers)))
+    tails = [group.tail for group in groups for _ in range(group.count)]
+    ends = np.cumsum([sequence.length for sequence in packed])
+    tail_ends = np.cumsum(tails)
     return Batch(
-        embeddings, positions, lengths, torch.cat(rows), torch.cat(columns), torch.cat(tokens), torch.cat(owners)
+        embeddings=torch.cat([sequence.embeddings for sequence in packed]),
+        rotation=torch.cat([sequence.rotation for sequence in packed]),
+        groups=tuple(groups),
+        tails=_ranges(ends - tails, ends),
+        places=_ranges(tail_ends - [len(sequence.answer) for sequence in packed], tail_ends),
+        tokens=torch.cat([sequence.answer for sequence in packed]),
+        samples=torch.tensor([index for index, sequence in zip(chosen, packed) for _ in sequence.answer]),
     )
+
+
+def _ranges(starts: np.ndarray, ends: np.ndarray) -> Tensor:
+    return torch.cat([torch.arange(start, end) for start, end in zip(starts, ends)])

@@ -1,14 +1,21 @@
 """One allocation scored on a set of samples."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lop.allocation import Allocation
 from lop.elastic import ElasticModel
-from lop.encoding import Batch, Encoded
+from lop.encoding import Batch, Encoded, on_device
+from lop.racing import Racing, Rival, gives_up, pack, unpack
+
+# Nats, of a failed evaluation, by any finer reward: finite, because a tree averages.
+_WORST = 24.0
 
 
 @dataclass(frozen=True)
@@ -18,10 +25,16 @@ class Scores:
     Attributes:
         correct: [n] bool, whether greedy generation writes exactly the answer.
         log_probability: [n] float64, of the answer, summed over its tokens, in nats.
+        margin: [n] float64, by which the answer's tokens are likelier than the likeliest others: the least
+            difference of log-probabilities over its tokens, in nats; not below zero where `correct`.
+        divergence: [n] float64, KL(dense ‖ this) of the distributions of the answer's tokens, summed, in nats; zero
+            if they were not compared.
     """
 
     correct: np.ndarray
     log_probability: np.ndarray
+    margin: np.ndarray
+    divergence: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -29,63 +42,222 @@ class Evaluation:
     """One allocation's result on the reward samples.
 
     Attributes:
-        accuracy: share of samples answered exactly.
-        log_probability: mean over samples of the right answer's log-probability, in nats.
+        accuracy: share of samples answered exactly. Where a race was given up: estimated, as the rival's plus the mean
+            difference to it on the samples scored.
+        log_probability: mean over the samples scored of the right answer's log-probability, in nats.
         error: why the allocation could not be evaluated; empty where it was.
+        margin: mean of `Scores.margin` over the samples scored.
+        divergence: mean of `Scores.divergence` over the samples scored, if it was asked for.
+        hits: what later candidates race against; see `lop.racing.pack`.
+        rival: the widths of the allocation that this one raced against.
+        scored: the samples scored before the race was given up; None if that was all.
     """
 
     accuracy: float
     log_probability: float
     error: str = ""
+    margin: float | None = None
+    divergence: float | None = None
+    hits: str | None = None
+    rival: tuple[int, ...] | None = None
+    scored: int | None = None
 
     @classmethod
-    def failed(cls, error: str) -> "Evaluation":
+    def failed(cls, error: str, rival: Rival | None = None) -> "Evaluation":
         """What stands for an allocation that cannot be evaluated: the worst result.
 
-        No answer right, and each as improbable as two tokens guessed among 150,000: finite, because a tree averages.
+        No answer right, and each as improbable as two tokens guessed among 150,000.
         """
-        return cls(accuracy=0.0, log_probability=-24.0, error=error)
+        return cls(0.0, -_WORST, error=error, rival=None if rival is None else rival.allocation.widths)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all samples were scored."""
+        return self.scored is None
+
+    def worth(self, name: str) -> float:
+        """The value of `accuracy` or of one of the finer rewards, as a number of which more is better."""
+        value = getattr(self, name)
+        if value is None:
+            return -_WORST  # It failed.
+        return float(-value if name == "divergence" else value)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `error` only where there is one."""
-        values = asdict(self)
-        return values if self.error else {name: value for name, value in values.items() if name != "error"}
+        """Plain JSON values: those that are there."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
+        """The inverse of `as_dict`, read from JSON."""
+        rival = values.get("rival")
+        return cls(**{**values, "rival": None if rival is None else tuple(rival)})
 
 
 class Evaluator:
-    """Scores allocations of one elastic model on one encoded set of samples."""
+    """Scores allocations of one elastic model on one encoded set of samples.
 
-    def __init__(self, elastic: ElasticModel, encoded: Encoded) -> None:
+    Args:
+        racing: how candidates race, if they do; `encoded` must have its rounds.
+        divergence: whether to compare with the dense model's distributions, which are computed when first needed.
+        cache_bytes: memory for the dense model's states between layers, also computed when first needed: an
+            allocation that prunes nothing of the first layers starts after them, with the same result.
+    """
+
+    def __init__(
+        self,
+        elastic: ElasticModel,
+        encoded: Encoded,
+        *,
+        racing: Racing | None = None,
+        divergence: bool = False,
+        cache_bytes: int = 0,
+    ) -> None:
         self._elastic = elastic
+        self._backbone = elastic.backbone
+        self._device = elastic.backbone.head.device
         self._encoded = encoded
+        self._racing = racing
+        self._divergence = divergence
+        self._cached_layers = _spread_layers(elastic, encoded, cache_bytes)
 
     def evaluate(self, allocation: Allocation) -> Evaluation:
-        """The allocation's result; the model is dense again afterwards."""
+        """The allocation's result on all samples; the model is dense again afterwards."""
+        return self._evaluate(allocation, None)
+
+    def race(self, allocation: Allocation, rival: Rival) -> Evaluation:
+        """The allocation's result, given up early where it loses to its rival; the model is dense again afterwards."""
+        return self._evaluate(allocation, rival)
+
+    @torch.inference_mode()
+    def _evaluate(self, allocation: Allocation, rival: Rival | None) -> Evaluation:
+        start = self._start(allocation)
+        states = self._dense_states[start] if start else None
+        distributions = self._dense_distributions if self._divergence else None
+        tally = _Tally(self._encoded.count)
         with self._elastic.pruned(allocation):
-            scores = self.scores()
-        return Evaluation(float(scores.correct.mean()), float(scores.log_probability.mean()))
+            for batches in self._rounds():
+                for index, batch in batches:
+                    x = batch.embeddings if states is None else states[index].to(self._device)
+                    dense = None if distributions is None else distributions[index].to(self._device)
+                    tally.add(batch, self._logits(batch, x, start), dense)
+                if self._loses(tally, rival):
+                    break
+        return self._evaluation(tally, rival)
 
     @torch.inference_mode()
     def scores(self) -> Scores:
-        """Scores each sample with the widths that the model has now."""
-        right = np.zeros(self._encoded.count, dtype=np.int64)
-        wanted = np.zeros(self._encoded.count, dtype=np.int64)
-        total = np.zeros(self._encoded.count)
-        for batch in self._encoded.batches:
-            hits, log_probabilities = self._answer(batch)
-            owners = batch.samples.cpu().numpy()
-            np.add.at(right, owners, hits)
-            np.add.at(wanted, owners, 1)
-            np.add.at(total, owners, log_probabilities)
-        return Scores(right == wanted, total)
+        """Scores each sample with the widths, and biases, that the model has now."""
+        tally = _Tally(self._encoded.count)
+        for batches in self._rounds():
+            for _, batch in batches:
+                tally.add(batch, self._logits(batch, batch.embeddings, 0), None)
+        return tally.scores()
 
-    def _answer(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """[N] whether each answer token is the likeliest, and [N] its log-probability."""
-        model = self._elastic.model
-        # Padding stands on the right, where a causal model's real tokens never look: no mask is needed.
-        output = model.backbone(inputs_embeds=batch.embeddings, position_ids=batch.positions, use_cache=False)
-        logits = model.head(output.last_hidden_state[batch.rows, batch.columns]).float()
-        chosen = logits.gather(1, batch.tokens[:, None])[:, 0]
-        log_probability = chosen - logits.logsumexp(1)
-        hits = logits.argmax(1) == batch.tokens
-        return hits.cpu().numpy(), log_probability.double().cpu().numpy()
+    def _rounds(self) -> Iterator[Iterator[tuple[int, Batch]]]:
+        """The batches of each round with their index among all batches, on the model's device."""
+        first = 0
+        for batches in self._encoded.rounds:
+            yield enumerate(on_device(batches, self._device), first)
+            first += len(batches)
+
+    def _logits(self, batch: Batch, x: Tensor, start: int) -> Tensor:
+        """[A, V] where the answers' tokens are predicted, from the states before layer `start`."""
+        tails = self._backbone.answers(x, batch.rotation, batch.groups, batch.tails, first=start)
+        return self._backbone.logits(tails[batch.places]).float()
+
+    def _start(self, allocation: Allocation) -> int:
+        """The last layer up to which the allocation is dense and before which the dense states are kept, or 0."""
+        dense = self._backbone.layers[0].ffn.neurons
+        first = next((layer for layer, width in enumerate(allocation.widths) if width != dense), len(allocation.widths))
+        return max((layer for layer in self._cached_layers if layer <= first), default=0)
+
+    @cached_property
+    def _dense_states(self) -> dict[int, list[Tensor]]:
+        """For each cached layer the states [N, H] before it, batch by batch, in host memory."""
+        states: dict[int, list[Tensor]] = {layer: [] for layer in self._cached_layers}
+        for batch in on_device(self._encoded.batches, self._device):
+            last = max(self._cached_layers)
+            hidden = self._backbone.hidden(batch.embeddings, batch.rotation, batch.groups, last=last)
+            for layer, x in enumerate(hidden, start=1):
+                if layer in states:
+                    states[layer].append(x.cpu())
+        return states
+
+    @cached_property
+    def _dense_distributions(self) -> list[Tensor]:
+        """The log-probabilities [A, V] of each batch's answer tokens, in host memory and the model's dtype."""
+        return [
+            self._logits(batch, batch.embeddings, 0).log_softmax(1).to("cpu", self._backbone.head.dtype)
+            for batch in on_device(self._encoded.batches, self._device)
+        ]
+
+    def _loses(self, tally: "_Tally", rival: Rival | None) -> bool:
+        if self._racing is None or rival is None or tally.seen.all():
+            return False
+        return gives_up(self._racing, tally.correct, tally.seen, unpack(rival.hits, self._encoded.count))
+
+    def _evaluation(self, tally: "_Tally", rival: Rival | None) -> Evaluation:
+        scores, seen = tally.scores(), tally.seen
+        accuracy = float(scores.correct.mean())
+        if rival is not None and not seen.all():
+            hits = unpack(rival.hits, self._encoded.count)
+            gain = scores.correct[seen].mean() - hits[seen].mean()
+            accuracy = float(max(hits.mean() + gain, 0))
+        return Evaluation(
+            accuracy=accuracy,
+            log_probability=float(scores.log_probability[seen].mean()),
+            margin=float(scores.margin[seen].mean()),
+            divergence=float(scores.divergence[seen].mean()) if self._divergence else None,
+            hits=None if self._racing is None else pack(scores.correct),
+            rival=None if rival is None else rival.allocation.widths,
+            scored=None if seen.all() else int(seen.sum()),
+        )
+
+
+class _Tally:
+    """Adds up what batches say about samples."""
+
+    def __init__(self, samples: int) -> None:
+        self._missed = np.zeros(samples, dtype=np.int64)
+        self._log_probability = np.zeros(samples)
+        self._margin = np.full(samples, np.inf)
+        self._divergence = np.zeros(samples)
+        self.seen = np.zeros(samples, dtype=bool)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """[n] bool, whether all the answer's tokens are the likeliest."""
+        return self.seen & (self._missed == 0)
+
+    def add(self, batch: Batch, logits: Tensor, dense: Tensor | None) -> None:
+        """Adds one batch's logits [A, V], and the dense log-probabilities [A, V] to compare with."""
+        owners = batch.samples.cpu().numpy()
+        self.seen[owners] = True
+        normaliser = logits.logsumexp(1)
+        right = logits.gather(1, batch.tokens[:, None])[:, 0]
+        if dense is not None:
+            divergence = _divergence(dense.float(), logits, normaliser)
+            np.add.at(self._divergence, owners, divergence.double().cpu().numpy())
+        other, other_token = logits.scatter_(1, batch.tokens[:, None], -torch.inf).max(1)
+        # Of equal logits greedy generation takes the first.
+        missed = (other > right) | ((other == right) & (other_token < batch.tokens))
+        np.add.at(self._missed, owners, missed.cpu().numpy())
+        np.add.at(self._log_probability, owners, (right - normaliser).double().cpu().numpy())
+        np.minimum.at(self._margin, owners, (right - other).double().cpu().numpy())
+
+    def scores(self) -> Scores:
+        """What has been added."""
+        return Scores(self.correct, self._log_probability, self._margin, self._divergence)
+
+
+def _divergence(dense: Tensor, logits: Tensor, normaliser: Tensor) -> Tensor:
+    """[A], `Σ_v p_v·(log p_v − log q_v)` for the dense log p [A, V] and the logits of q."""
+    return (dense.exp() * (dense - logits)).sum(1) + normaliser
+
+
+def _spread_layers(elastic: ElasticModel, encoded: Encoded, cache_bytes: int) -> tuple[int, ...]:
+    """The layers before which to keep the dense states: as many as the memory holds, evenly spread."""
+    layers = len(elastic.backbone.layers)
+    size = sum(batch.embeddings.nbytes for batch in encoded.batches)
+    count = min(cache_bytes // size, layers - 1)
+    return tuple(round((number + 1) * layers / (count + 1)) for number in range(count))

@@ -17,6 +17,7 @@ from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
 from lop.fingerprint import check_fingerprints
+from lop.racing import Rival
 from lop.storage import Location
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ _SECONDS_LOCAL = 0.1
 _SECONDS_REMOTE = 2.0
 # So many segments of one size are merged into one, which is then one of the next size.
 _MERGE = 64
+
+# An allocation that races is evaluated anew against another rival: its widths and the rival's tell evaluations apart.
+_Key = tuple[Allocation, tuple[int, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Ledger:
         self._seconds = default if seconds is None else seconds
         self._writer = secrets.token_hex(4)
         self._header = _line(dict(fingerprints))
-        self._pending: dict[Allocation, Evaluation] = {}
+        self._pending: dict[_Key, Evaluation] = {}
         self._flushed = float("-inf")
         self._lock = _lock(self.location) if self.location.is_local else None
         try:
@@ -90,9 +94,9 @@ class Ledger:
         finally:
             self._unlock()
 
-    def get(self, allocation: Allocation) -> Evaluation | None:
-        """The allocation's result, if it is in storage."""
-        return self._known.get(allocation)
+    def get(self, allocation: Allocation, rival: Rival | None = None) -> Evaluation | None:
+        """The allocation's result, if it is in storage; where it races, against the same rival."""
+        return self._known.get((allocation, None if rival is None else rival.allocation.widths))
 
     @property
     def due(self) -> float:
@@ -103,7 +107,7 @@ class Ledger:
 
     def append(self, allocation: Allocation, evaluation: Evaluation) -> None:
         """Collects a result; it is in storage after the next `flush`."""
-        self._pending[allocation] = evaluation
+        self._pending[allocation, evaluation.rival] = evaluation
 
     def flush(self) -> None:
         """Writes what is collected.
@@ -113,7 +117,7 @@ class Ledger:
         """
         if not self._pending:
             return
-        lines = [_line({"widths": list(a.widths), **e.as_dict()}) for a, e in self._pending.items()]
+        lines = [_line({"widths": list(a.widths), **e.as_dict()}) for (a, _), e in self._pending.items()]
         self._write(self._next, self._next, 0, b"".join(lines))
         self._known |= self._pending
         self._pending = {}
@@ -129,7 +133,7 @@ class Ledger:
         segments = _read_segments(self.location) if any(is_torn for *_, is_torn in segments) else segments
         for name, data, _ in segments:
             check_fingerprints(f"{self.location}/{name}", _records(self.location, name, data)[0], fingerprints)
-        self._known = dict(_evaluations(self.location, segments))
+        self._known = {(a, e.rival): e for a, e in _evaluations(self.location, segments)}
         self._segments = [_Segment(name, *_numbers(name), 0, data.partition(b"\n")[2]) for name, data, _ in segments]
         self._next = 1 + max((segment.last for segment in self._segments), default=-1)
         if not segments:
@@ -269,13 +273,15 @@ def _numbers(name: str) -> tuple[int, int]:
 def _evaluations(
     location: Location, segments: list[tuple[str, bytes, bool]]
 ) -> Iterator[tuple[Allocation, Evaluation]]:
-    seen: set[Allocation] = set()
+    seen: set[_Key] = set()
     for name, data, _ in segments:
         for record in _records(location, name, data)[1:]:
             allocation = Allocation(tuple(record.pop("widths")))
-            if allocation not in seen:  # In two segments, if the search was killed while it merged them.
-                seen.add(allocation)
-                yield allocation, Evaluation(**record)
+            evaluation = Evaluation.from_dict(record)
+            key = allocation, evaluation.rival
+            if key not in seen:  # In two segments, if the search was killed while it merged them.
+                seen.add(key)
+                yield allocation, evaluation
 
 
 def _records(location: Location, name: str, data: bytes) -> list[dict[str, Any]]:

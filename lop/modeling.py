@@ -27,6 +27,8 @@ class LopQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         for layer, layer_config in zip(backbone.layers, layers, strict=True):
             if layer_config.intermediate_size != plain.text_config.intermediate_size:
                 layer.mlp = Qwen2MLP(layer_config)
+        # Chosen on the copy. Without it attention runs, but with no mask: batches with padding come out wrong.
+        config._attn_implementation = plain._attn_implementation
         self.config = self.model.config = config
         backbone.config = config.text_config
 

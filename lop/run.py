@@ -125,13 +125,21 @@ class Run:
     @cached_property
     def evaluation_fingerprints(self) -> dict[str, str]:
         """What an allocation's reward depends on."""
-        config = self.config
-        return {
+        config, search = self.config, self.config.search
+        arithmetic = [f"{config.device} {config.dtype}", f"{config.threads} threads", f"{config.batch_tokens} tokens"]
+        if config.compile:
+            arithmetic.append("compiled")
+        if races := search.racing:
+            arithmetic.append(f"{races.rounds} rounds of seed {config.seed}, confidence {races.confidence}")
+        found = {
             **self.calibration_fingerprints,
             "reward samples": fingerprint_samples(self.samples.reward),
             "importance": config.importance,
-            "arithmetic": f"{config.device} {config.dtype}, {config.threads} threads, {config.batch_tokens} tokens",
+            "arithmetic": ", ".join(arithmetic),
         }
+        if finer := {search.reward, search.tie_breaker} - {"accuracy", "log_probability"}:
+            found["finer rewards"] = ", ".join(sorted(finer))  # Earlier ledgers do not have them.
+        return found
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage has taken so far, interrupted runs included."""

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from lop.allocation import Allocation
-from lop.evaluator import Evaluation, Evaluator
+from lop.evaluator import Evaluation
 from lop.ledger import Ledger
+from lop.racing import Candidate, Racer
 from lop.tree import SearchTree
 
 _SECONDS_A_ROUND = 1.0
@@ -26,7 +27,7 @@ class Workers(Protocol):
     def expect(self, most: int) -> None:
         """Says that from now on no more than `most` allocations will be handed over at a time."""
 
-    def submit(self, allocation: Allocation) -> None:
+    def submit(self, candidate: Candidate) -> None:
         """Takes an allocation to evaluate."""
 
     def collect(self, seconds: float) -> list[tuple[Allocation, Evaluation]]:
@@ -39,23 +40,23 @@ class InProcess:
     capacity = 1
     alive = 1
 
-    def __init__(self, evaluator: Evaluator) -> None:
+    def __init__(self, evaluator: Racer) -> None:
         self._evaluator = evaluator
-        self._waiting: deque[Allocation] = deque()
+        self._waiting: deque[Candidate] = deque()
 
     def expect(self, most: int) -> None:
         """Changes nothing: there is one process."""
 
-    def submit(self, allocation: Allocation) -> None:
+    def submit(self, candidate: Candidate) -> None:
         """Takes an allocation to evaluate."""
-        self._waiting.append(allocation)
+        self._waiting.append(candidate)
 
     def collect(self, seconds: float) -> list[tuple[Allocation, Evaluation]]:
         """Evaluates the allocation that has waited longest, however long it takes."""
         if not self._waiting:
             return []
-        allocation = self._waiting.popleft()
-        return [(allocation, self._evaluator.evaluate(allocation))]
+        candidate = self._waiting.popleft()
+        return [(candidate.allocation, candidate.evaluate(self._evaluator))]
 
 
 class Watcher(Protocol):
@@ -83,7 +84,7 @@ def run_search(
     owners = {tree.budget: tree for tree in trees.values()}
     most = {budget: tree.most_in_flight for budget, tree in owners.items()}
     total = sum(most.values())
-    waiting: deque[Allocation] = deque()
+    waiting: deque[Candidate] = deque()
     held: list[tuple[Allocation, Evaluation]] = []
     running = 0
 
@@ -92,11 +93,11 @@ def run_search(
         # What the ledger knows is told at once, which may let the tree ask for more.
         asked = tree.advance()
         while asked:
-            known = [(allocation, ledger.get(allocation)) for allocation in asked]
-            waiting.extend(allocation for allocation, evaluation in known if evaluation is None)
-            for allocation, evaluation in known:
+            known = [(candidate, ledger.get(candidate.allocation, candidate.rival)) for candidate in asked]
+            waiting.extend(candidate for candidate, evaluation in known if evaluation is None)
+            for candidate, evaluation in known:
                 if evaluation is not None:
-                    tree.tell(allocation, evaluation)
+                    tree.tell(candidate.allocation, evaluation)
             asked = tree.advance()
         now = tree.most_in_flight
         total += now - most[tree.budget]

@@ -28,6 +28,7 @@ from lop.ledger import Ledger
 from lop.models import find_model
 from lop.predictors import Predictor, load_predictor
 from lop.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
+from lop.racing import Candidate, Racing, sample_rounds
 from lop.run import Run, shipped_run
 from lop.samples import Sample
 from lop.search import InProcess, Workers, run_search
@@ -68,8 +69,19 @@ def build_evaluator(config: Config, order: np.ndarray, samples: Sequence[Sample]
     """
     torch.set_num_threads(config.threads)
     model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
-    encoded = encode(model, samples, batch_tokens=config.batch_tokens)
-    return Evaluator(ElasticModel(model, order), encoded)
+    races = config.search.racing
+    rounds = sample_rounds(len(samples), races.rounds, seed=config.seed) if races else None
+    encoded = encode(model, samples, batch_tokens=config.batch_tokens, rounds=rounds)
+    elastic = ElasticModel(model, order)
+    if config.compile:
+        elastic.compile()
+    return Evaluator(
+        elastic,
+        encoded,
+        racing=Racing(races.rounds, races.confidence) if races else None,
+        divergence=config.search.needs_divergence,
+        cache_bytes=config.cache_bytes,
+    )
 
 
 def build_trees(run: Run) -> dict[float, SearchTree]:
@@ -89,7 +101,8 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
             [root_allocation(name, run.statistics, run.space, budget) for name in names],
             settings.tree_options(),
             seed=(run.config.seed, budget),
-            reward=lambda evaluation: float(getattr(evaluation, settings.reward)),
+            reward=lambda evaluation: evaluation.worth(settings.reward),
+            tie_breaker=lambda evaluation: evaluation.worth(settings.tie_breaker),
         )
         for target, budget in budgets.items()
     }
@@ -142,7 +155,9 @@ def read_search(run: Run) -> list[Found]:
         Found(
             record["target"],
             Allocation(tuple(record["best"]["widths"])),
-            tuple((Allocation(tuple(entry.pop("widths"))), Evaluation(**entry)) for entry in record["evaluations"]),
+            tuple(
+                (Allocation(tuple(entry.pop("widths"))), Evaluation.from_dict(entry)) for entry in record["evaluations"]
+            ),
             tuple(Depth(**depth) for depth in record.get("depths", [])),  # Earlier searches did not tell.
         )
         for record in data["targets"]
@@ -242,12 +257,14 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
 
 def _pairs(run: Run, found: Sequence[Found]) -> list[Pair]:
     """For each target the best evaluated allocations: their spread tells the network what does not matter."""
-    reward = run.config.search.reward
+    settings = run.config.search
+
+    def key(item: tuple[Allocation, Evaluation]) -> tuple[float, float]:
+        return item[1].worth(settings.reward), item[1].worth(settings.tie_breaker)
+
     pairs = []
     for result in found:
-        ranked = sorted(
-            result.evaluations, key=lambda item: (getattr(item[1], reward), item[1].log_probability), reverse=True
-        )
+        ranked = sorted((item for item in result.evaluations if item[1].is_complete), key=key, reverse=True)
         for allocation, _ in ranked[: run.config.train.best_per_target]:
             pairs.append(Pair(run.space.ratio(allocation.budget), allocation.ratios(run.space)))
     return pairs
@@ -299,12 +316,12 @@ def _rewards(run: Run, predictors: Sequence[Predictor], targets: Sequence[float]
     ):
         workers.expect(len(wanted))
         for allocation in wanted:
-            workers.submit(allocation)
+            workers.submit(Candidate(allocation))
         while len(found) < len(wanted):
             found |= dict(workers.collect(_SECONDS_BETWEEN_LINES))
             bar.update(len(found) - bar.n)
     reward = run.config.search.reward
-    return [sum(getattr(found[a], reward) for a in allocations) / len(allocations) for allocations in predicted]
+    return [sum(found[a].worth(reward) for a in allocations) / len(allocations) for allocations in predicted]
 
 
 @contextmanager

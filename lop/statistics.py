@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lop.adapter import QwenVL
-from lop.encoding import Encoded
+from lop.encoding import Encoded, on_device
 from lop.errors import LopError
 from lop.files import atomic_file, disk_errors
 
@@ -80,35 +80,42 @@ def load_statistics(path: Path) -> tuple[NeuronStatistics, dict[str, str]]:
 
 @torch.inference_mode()
 def calibrate(model: QwenVL, encoded: Encoded, *, progress: bool = False) -> NeuronStatistics:
-    """Collects the statistics of the dense model in one pass, padding excluded.
+    """Collects the statistics of the dense model in one pass, without any padding.
 
     Each batch is summed in float64 and merged exactly, so batch sizes and order change no more than rounding.
     """
     layers = len(model.ffns)
     norms = [_column_norms(ffn.down_proj.weight) for ffn in model.ffns]
     down_l2, down_l1 = (np.stack([pair[index] for pair in norms]) for index in range(2))
+    backbone = model.lean_backbone()
     total: NeuronStatistics | None = None
-    for batch in tqdm(encoded.batches, desc="calibrate", unit="batch", disable=not progress):
+    for batch in tqdm(
+        on_device(encoded.batches, model.device),
+        desc="calibrate",
+        unit="batch",
+        total=len(encoded.batches),
+        disable=not progress,
+    ):
         sums: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0))] * layers
         hooks = [
-            ffn.down_proj.register_forward_pre_hook(_collector(sums, layer, batch.real))
-            for layer, ffn in enumerate(model.ffns)
+            ffn.down_proj.register_forward_pre_hook(_collector(sums, layer)) for layer, ffn in enumerate(model.ffns)
         ]
         try:
-            model.backbone(inputs_embeds=batch.embeddings, position_ids=batch.positions, use_cache=False)
+            for _ in backbone.hidden(batch.embeddings, batch.rotation, batch.groups):
+                pass  # The hooks see what there is to see.
         finally:
             for hook in hooks:
                 hook.remove()
         mean, moment = (np.stack([pair[index] for pair in sums]) for index in range(2))
-        part = NeuronStatistics(int(batch.lengths.sum()), mean, moment, down_l2, down_l1)
+        part = NeuronStatistics(len(batch), mean, moment, down_l2, down_l1)
         total = part if total is None else total.merge(part)
     assert total is not None
     return total
 
 
-def _collector(sums: list[tuple[np.ndarray, np.ndarray]], layer: int, real: Tensor):  # type: ignore[no-untyped-def]
+def _collector(sums: list[tuple[np.ndarray, np.ndarray]], layer: int):  # type: ignore[no-untyped-def]
     def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        hidden = inputs[0][real].double()
+        hidden = inputs[0].double()
         mean = hidden.mean(0)
         sums[layer] = (mean.cpu().numpy(), (hidden - mean).square_().sum(0).cpu().numpy())
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from lop.allocation import Allocation, Space, project
 from lop.evaluator import Evaluation
+from lop.racing import Candidate, Rival
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TreeOptions:
         children: children of a node before it counts as fully expanded (the root: besides the given starts).
         depth: the deepest a node may be.
         window: simulations in flight, a constant of the search and not of the cluster.
+        rival: a candidate races against the allocation that is the how-manieth best of the target when it is asked
+            for; 0: no races.
     """
 
     simulations: int
@@ -34,6 +37,7 @@ class TreeOptions:
     children: int
     depth: int
     window: int
+    rival: int = 0
 
 
 @dataclass
@@ -74,6 +78,7 @@ class SearchTree:
     Args:
         starts: the root's allocation and then the allocations of its first children; all of one budget.
         reward: the number in [0, 1] that an evaluation is worth.
+        tie_breaker: tells evaluations of equal reward apart.
         seed: what the random moves are drawn from.
     """
 
@@ -85,6 +90,7 @@ class SearchTree:
         *,
         seed: Sequence[int],
         reward: Callable[[Evaluation], float],
+        tie_breaker: Callable[[Evaluation], float] = lambda evaluation: evaluation.log_probability,
     ) -> None:
         self.space = space
         self.budget = starts[0].budget
@@ -93,6 +99,7 @@ class SearchTree:
         self.simulations = 0
         self._options = options
         self._reward = reward
+        self._tie_breaker = tie_breaker
         self._random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(seed))))
         self._starts = deque(dict.fromkeys(starts))
         self._root_limit = options.children + len(self._starts) - 1
@@ -118,27 +125,28 @@ class SearchTree:
 
     @property
     def best(self) -> tuple[Allocation, Evaluation]:
-        """The evaluated allocation with the best reward; of equals the likelier answers, then the first evaluated.
+        """The allocation with the best reward of those scored in full; of equals by tie-breaker, then the first.
 
         One that could not be evaluated is the answer only where none could.
         """
-        return max(
-            self.results.items(),
-            key=lambda item: (not item[1].error, self._reward(item[1]), item[1].log_probability),
-        )
+        complete = [item for item in self.results.items() if item[1].is_complete]
+        return max(complete, key=lambda item: (not item[1].error, *self._value(item[1])))
 
     def tell(self, allocation: Allocation, evaluation: Evaluation) -> None:
         """Hands in the result of an allocation that `advance` asked for."""
         self._arrived[allocation] = evaluation
 
-    def advance(self) -> list[Allocation]:
-        """Commits what has arrived, in order, and returns the new allocations to evaluate."""
-        wanted: list[Allocation] = []
+    def advance(self) -> list[Candidate]:
+        """Commits what has arrived, in order, and returns the new allocations to evaluate.
+
+        Each comes with its rival, which is chosen among what is committed now, and so depends on no worker.
+        """
+        wanted: list[Candidate] = []
         while True:
             while len(self._flights) < self._options.window and not self._exhausted:
                 allocation = self._simulate()
                 if allocation is not None:
-                    wanted.append(allocation)
+                    wanted.append(Candidate(allocation, self._rival()))
             if not self._flights or not self._commit():
                 return wanted
 
@@ -150,6 +158,20 @@ class SearchTree:
             found.append(Depth(len(level), sum(node.visits for node in level)))
             level = [child for node in level for child in node.children]
         return found
+
+    def _rival(self) -> Rival | None:
+        rank = self._options.rival
+        if not rank:
+            return None
+        able = [(a, e) for a, e in self.results.items() if e.is_complete and e.hits is not None]
+        if len(able) < rank:
+            return None
+        allocation, evaluation = sorted(able, key=lambda item: self._value(item[1]), reverse=True)[rank - 1]
+        assert evaluation.hits is not None
+        return Rival(allocation, evaluation.hits)
+
+    def _value(self, evaluation: Evaluation) -> tuple[float, float]:
+        return self._reward(evaluation), self._tie_breaker(evaluation)
 
     @property
     def _exhausted(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
+from lop.racing import Candidate, Rival
 
 
 class Evaluates(Protocol):
@@ -19,6 +20,9 @@ class Evaluates(Protocol):
 
     def evaluate(self, allocation: Allocation) -> Evaluation:
         """One allocation's result."""
+
+    def race(self, allocation: Allocation, rival: Rival) -> Evaluation:
+        """One allocation's result against a rival; asked for only where a search races."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,10 @@ class EvaluatorActor:
         self._evaluator = self._build()
         return os.getpid()
 
-    def evaluate(self, allocations: Sequence[Allocation]) -> list[Answer]:
-        """Each allocation's result, or its error as text: an exception might not come to life in the driver."""
+    def evaluate(self, candidates: Sequence[Candidate]) -> list[Answer]:
+        """Each candidate's result, or its error as text: an exception might not come to life in the driver."""
         assert self._evaluator is not None
-        return [_answer(self._evaluator, allocation) for allocation in allocations]
+        return [_answer(self._evaluator, candidate) for candidate in candidates]
 
 
 def describe_error(error: BaseException) -> str:
@@ -65,10 +69,10 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def _answer(evaluator: Evaluates, allocation: Allocation) -> Answer:
+def _answer(evaluator: Evaluates, candidate: Candidate) -> Answer:
     start = time.perf_counter()
     try:
-        evaluation = evaluator.evaluate(allocation)
+        evaluation = candidate.evaluate(evaluator)
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()  # Fragments of a failed pass must not make the next one fail.

@@ -23,6 +23,7 @@ from ray.exceptions import (
 from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
+from lop.racing import Candidate
 from ray_jobs.actor import Answer, Evaluates, EvaluatorActor, describe_error
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ Results = list[tuple[Allocation, Evaluation]]
 class _Call:
     """Allocations on their way to an actor and back."""
 
-    allocations: tuple[Allocation, ...]
+    candidates: tuple[Candidate, ...]
     future: "Future[Any] | None" = None
     started: float = math.inf
 
@@ -62,8 +63,8 @@ class _Member:
     gone: bool = False
     running: dict[_Call, None] = field(default_factory=dict)
     queued: deque[_Call] = field(default_factory=deque)
-    failed: set[Allocation] = field(default_factory=set)
-    failing: set[Allocation] = field(default_factory=set)
+    failed: set[Candidate] = field(default_factory=set)
+    failing: set[Candidate] = field(default_factory=set)
     others_then: int = 0
 
     @property
@@ -120,10 +121,10 @@ class Fleet:
         # Ready actors by how full they are: with nothing to do, with a place to run, with a place to wait.
         self._free: tuple[dict[_Member, None], ...] = ({}, {}, {})
         self._arrived: SimpleQueue[tuple[_Member, _Call | None, Future[Any]]] = SimpleQueue()
-        self._waiting: deque[Allocation] = deque()
-        self._troubles: dict[Allocation, _Trouble] = {}
-        self._alone: set[Allocation] = set()
-        self._given_up: dict[Allocation, str] = {}
+        self._waiting: deque[Candidate] = deque()
+        self._troubles: dict[Candidate, _Trouble] = {}
+        self._alone: set[Candidate] = set()
+        self._given_up: dict[Candidate, str] = {}
         self._mean_seconds = math.inf
         self._evaluated = 0
         self._ready = 0
@@ -160,9 +161,9 @@ class Fleet:
             for member in pool[: max(0, len(self._members) - self._wanted)]:
                 self._dismiss(member)
 
-    def submit(self, allocation: Allocation) -> None:
+    def submit(self, candidate: Candidate) -> None:
         """Takes an allocation to evaluate; it is sent when results are next collected."""
-        self._waiting.append(allocation)
+        self._waiting.append(candidate)
 
     def collect(self, seconds: float) -> Results:
         """Waits until at least one allocation is evaluated, at most `seconds`, and returns all that are.
@@ -219,7 +220,7 @@ class Fleet:
         for places in self._free:
             places.pop(member, None)
         calls = [*member.running, *member.queued]
-        self._waiting.extendleft(reversed([allocation for call in calls for allocation in call.allocations]))
+        self._waiting.extendleft(reversed([candidate for call in calls for candidate in call.candidates]))
         ray.kill(member.actor)
 
     @property
@@ -232,30 +233,30 @@ class Fleet:
         size = min(self._call_size, -(-len(self._waiting) // places))
         postponed = []
         while self._waiting:
-            allocation = self._waiting.popleft()
-            member = self._choose(allocation)
+            candidate = self._waiting.popleft()
+            member = self._choose(candidate)
             if member is None:
-                postponed.append(allocation)
+                postponed.append(candidate)
                 if not any(self._free):
                     break
                 continue
-            call = _Call((allocation, *self._companions(allocation, size - 1)))
+            call = _Call((candidate, *self._companions(candidate, size - 1)))
             self._send(member, call)
         self._waiting.extendleft(reversed(postponed))
 
-    def _choose(self, allocation: Allocation) -> _Member | None:
+    def _choose(self, candidate: Candidate) -> _Member | None:
         """The least busy actor with a free place; one that has failed goes only to an actor that has not tried it."""
-        trouble = self._troubles.get(allocation)
+        trouble = self._troubles.get(candidate)
         if trouble and trouble.raised_on:
-            untried = [m for m in self._members if m.pid is not None and allocation not in m.failed]
+            untried = [m for m in self._members if m.pid is not None and candidate not in m.failed]
             able = untried or [member for member in self._members if member.pid is not None]
             free = [member for member in able if member.calls < 2 * self._concurrency]
             return min(free, key=lambda member: member.calls, default=None)
         return next((member for places in self._free for member in places), None)
 
-    def _companions(self, first: Allocation, most: int) -> list[Allocation]:
+    def _companions(self, first: Candidate, most: int) -> list[Candidate]:
         """The next allocations in line that may go in the same call."""
-        chosen: list[Allocation] = []
+        chosen: list[Candidate] = []
         if first in self._alone or first in self._troubles:
             return chosen
         while len(chosen) < most and self._waiting:
@@ -270,7 +271,7 @@ class Fleet:
             self._start(member, call)
         else:
             member.queued.append(call)
-        call.future = self._listen(member, call, member.actor.evaluate.remote(call.allocations))
+        call.future = self._listen(member, call, member.actor.evaluate.remote(call.candidates))
         self._place(member)
 
     def _start(self, member: _Member, call: _Call) -> None:
@@ -316,61 +317,61 @@ class Fleet:
         if error is None:
             self._finish(member, call)
             answers = cast(Sequence[Answer], future.result())
-            for allocation, answer in zip(call.allocations, answers, strict=True):
-                self._take(member, allocation, answer, results)
+            for candidate, answer in zip(call.candidates, answers, strict=True):
+                self._take(member, candidate, answer, results)
             if not member.gone and not member.calls and not self._waiting and len(self._members) > self._wanted:
                 self._dismiss(member)
         elif isinstance(error, _LOST):
             self._bury(member, error, results)
         else:  # It never came to `evaluate`, or its answer could not be sent.
             self._finish(member, call)
-            for allocation in call.allocations:
-                self._take(member, allocation, Answer(None, _reason(error), 0.0), results)
+            for candidate in call.candidates:
+                self._take(member, candidate, Answer(None, _reason(error), 0.0), results)
 
-    def _take(self, member: _Member, allocation: Allocation, answer: Answer, results: Results) -> None:
+    def _take(self, member: _Member, candidate: Candidate, answer: Answer, results: Results) -> None:
         if answer.evaluation is None:
-            self._blame(member, allocation, answer.error, results)
+            self._blame(member, candidate, answer.error, results)
             return
         self._evaluated += 1
         is_first = math.isinf(self._mean_seconds)
         self._mean_seconds = answer.seconds if is_first else 0.95 * self._mean_seconds + 0.05 * answer.seconds
         member.failing.clear()
-        self._troubles.pop(allocation, None)
-        self._alone.discard(allocation)
-        results.append((allocation, answer.evaluation))
+        self._troubles.pop(candidate, None)
+        self._alone.discard(candidate)
+        results.append((candidate.allocation, answer.evaluation))
         self._release_given_up(results)
 
-    def _blame(self, member: _Member, allocation: Allocation, reason: str, results: Results) -> None:
+    def _blame(self, member: _Member, candidate: Candidate, reason: str, results: Results) -> None:
         """Notes that an allocation failed on an actor, and finds out which of the two is at fault."""
-        log.warning("evaluation of %s failed: %s", allocation.widths, reason)
+        log.warning("evaluation of %s failed: %s", candidate.allocation.widths, reason)
         if not member.failing:
             member.others_then = self._evaluated
-        member.failed.add(allocation)
-        member.failing.add(allocation)
-        trouble = self._troubles.setdefault(allocation, _Trouble())
+        member.failed.add(candidate)
+        member.failing.add(candidate)
+        trouble = self._troubles.setdefault(candidate, _Trouble())
         trouble.raised_on.append(member)
         if len(trouble.raised_on) >= _ATTEMPTS:
-            self._give_up(allocation, reason, results)
+            self._give_up(candidate, reason, results)
         else:
-            self._waiting.appendleft(allocation)
+            self._waiting.appendleft(candidate)
         if len(member.failing) >= _ATTEMPTS and self._evaluated > member.others_then and not member.gone:
             log.warning("a worker fails at everything while others do not: another takes its place")
             for other in self._troubles.values():
                 other.raised_on = [tried for tried in other.raised_on if tried is not member]
             self._dismiss(member)
 
-    def _give_up(self, allocation: Allocation, reason: str, results: Results) -> None:
+    def _give_up(self, candidate: Candidate, reason: str, results: Results) -> None:
         """Holds a failure back until something succeeds, to tell a bad allocation from a bad cluster."""
-        del self._troubles[allocation]
-        self._alone.discard(allocation)
-        self._given_up[allocation] = reason
+        del self._troubles[candidate]
+        self._alone.discard(candidate)
+        self._given_up[candidate] = reason
         if len(self._given_up) >= (_GIVEN_UP_LATER if self._evaluated else _GIVEN_UP_AT_FIRST):
-            raise LopError(f"allocation {allocation.widths} failed {_ATTEMPTS} times: {reason}")
+            raise LopError(f"allocation {candidate.allocation.widths} failed {_ATTEMPTS} times: {reason}")
 
     def _release_given_up(self, results: Results) -> None:
-        for allocation, reason in self._given_up.items():
-            log.warning("allocation %s is recorded as failed: %s", allocation.widths, reason)
-            results.append((allocation, Evaluation.failed(reason)))
+        for candidate, reason in self._given_up.items():
+            log.warning("allocation %s is recorded as failed: %s", candidate.allocation.widths, reason)
+            results.append((candidate.allocation, Evaluation.failed(reason, candidate.rival)))
         self._given_up.clear()
 
     def _bury(self, member: _Member, error: BaseException, results: Results) -> None:
@@ -381,16 +382,16 @@ class Fleet:
         if running is None or _went_with_its_machine(error):
             return
         self._deaths += 1
-        if len(running.allocations) > 1:
-            self._alone.update(running.allocations)
+        if len(running.candidates) > 1:
+            self._alone.update(running.candidates)
             return
-        (allocation,) = running.allocations
-        trouble = self._troubles.setdefault(allocation, _Trouble(deaths_before=self._deaths - 1))
+        (candidate,) = running.candidates
+        trouble = self._troubles.setdefault(candidate, _Trouble(deaths_before=self._deaths - 1))
         trouble.deaths += 1
         is_most = 2 * trouble.deaths > self._deaths - trouble.deaths_before
         if trouble.deaths >= _ATTEMPTS and (is_most or trouble.deaths >= _DEATHS):
-            self._waiting.remove(allocation)
-            self._give_up(allocation, "its worker died each time", results)
+            self._waiting.remove(candidate)
+            self._give_up(candidate, "its worker died each time", results)
 
     def _check(self, results: Results) -> None:
         """What must be looked for, because no actor says it."""
@@ -399,7 +400,7 @@ class Fleet:
             self._checked = now
             for member in list(self._members):
                 oldest = next(iter(member.running), None)
-                if oldest and now - oldest.started > self._seconds * len(oldest.allocations):
+                if oldest and now - oldest.started > self._seconds * len(oldest.candidates):
                     self._end_stuck(member, oldest, results)
             self._recruit()
             self._dispatch()
@@ -412,12 +413,12 @@ class Fleet:
     def _end_stuck(self, member: _Member, call: _Call, results: Results) -> None:
         log.warning("a worker has been at one evaluation for more than %g s: another takes its place", self._seconds)
         self._dismiss(member)
-        if len(call.allocations) > 1:
-            self._alone.update(call.allocations)
+        if len(call.candidates) > 1:
+            self._alone.update(call.candidates)
             return
-        (allocation,) = call.allocations
-        self._waiting.remove(allocation)
-        self._blame(member, allocation, f"it took longer than {self._seconds:g} s", results)
+        (candidate,) = call.candidates
+        self._waiting.remove(candidate)
+        self._blame(member, candidate, f"it took longer than {self._seconds:g} s", results)
 
 
 def _went_with_its_machine(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,9 @@ from lop.samples import SampleSets, load_sample_sets
 from lop.statistics import NeuronStatistics, calibrate
 
 torch.set_num_threads(1)
+# How long an example takes says more about what else runs on the machine.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from lop.errors import LopError
 from lop.evaluator import Evaluator
 from lop.importance import activation, order
 from lop.models import assets
+from lop.racing import sample_rounds
 from lop.samples import Sample, SampleSets, prompt_text
 from lop.size import model_size, read_tensors
 from lop.statistics import NeuronStatistics, calibrate, load_statistics
@@ -71,19 +72,24 @@ def test_scores_agree_with_generation(tiny: QwenVL, samples: SampleSets) -> None
     assert any(expected)
 
 
-def test_batches_hold_every_token_and_little_padding(shared_tiny: QwenVL, samples: SampleSets) -> None:
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_batches_hold_every_token_and_no_padding(shared_tiny: QwenVL, samples: SampleSets, rounds: int) -> None:
     chosen = samples.reward[:200]
-    encoded = encode(shared_tiny, chosen, batch_tokens=1500)
-    padded = sum(batch.embeddings.shape[0] * batch.embeddings.shape[1] for batch in encoded.batches)
-    real = sum(int(batch.lengths.sum()) for batch in encoded.batches)
-    lengths = [
-        inputs_of(shared_tiny, s)["input_ids"].shape[1] + len(shared_tiny.processor.tokenizer(s.answer)["input_ids"])
-        for s in chosen
-    ]
-    assert real == sum(lengths)
-    assert real > 0.9 * padded
-    owners = torch.cat([batch.samples for batch in encoded.batches])
-    assert set(owners.tolist()) == set(range(len(chosen)))
+    parts = sample_rounds(len(chosen), rounds, seed=1)
+    encoded = encode(shared_tiny, chosen, batch_tokens=1500, rounds=parts)
+    tokenizer = shared_tiny.processor.tokenizer
+    lengths = [inputs_of(shared_tiny, s)["input_ids"].shape[1] + len(tokenizer(s.answer)["input_ids"]) for s in chosen]
+    assert sum(len(batch) for batch in encoded.batches) == sum(lengths)
+    for part, batches in zip(parts, encoded.rounds, strict=True):
+        owners = torch.cat([batch.samples for batch in batches])
+        assert set(owners.tolist()) == set(part.tolist())
+        assert sum(len(batch) for batch in batches) == sum(lengths[index] for index in part)
+    for batch in encoded.batches:
+        assert len(batch) <= 1500
+        assert sum(group.count * group.length for group in batch.groups) == len(batch)
+        written = [batch.tokens[batch.samples == owner].tolist() for owner in batch.samples.unique_consecutive()]
+        answers = [chosen[owner].answer for owner in batch.samples.unique_consecutive()]
+        assert written == [[*tokenizer(answer)["input_ids"], tokenizer.eos_token_id] for answer in answers]
 
 
 def test_statistics_agree_with_a_naive_sum(shared_tiny: QwenVL, samples: SampleSets) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lop.allocation import Allocation, uniform
 from lop.evaluator import Evaluation
 from lop.ledger import Ledger, read_ledger
+from lop.racing import Candidate
 from lop.search import run_search
 from lop.tree import SearchTree
 from tests.lop.test_tree import OPTIONS, SPACE, score
@@ -48,8 +49,8 @@ class RandomWorkers:
     def expect(self, most: int) -> None:
         self.expected = most
 
-    def submit(self, allocation: Allocation) -> None:
-        self._waiting.append(allocation)
+    def submit(self, candidate: Candidate) -> None:
+        self._waiting.append(candidate.allocation)
 
     def collect(self, seconds: float) -> list[tuple[Allocation, Evaluation]]:
         assert len(self._waiting) <= self.expected

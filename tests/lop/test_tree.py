@@ -33,13 +33,13 @@ def make_tree(options: TreeOptions = OPTIONS, *, starts: Sequence[Allocation] = 
 
 def run(tree: SearchTree, random: np.random.Generator | None = None) -> list[Allocation]:
     """Answers every request, in random order and numbers if `random` is given, and returns the requests."""
-    waiting = tree.advance()
+    waiting = [candidate.allocation for candidate in tree.advance()]
     asked = list(waiting)
     while waiting:
         for _ in range(1 if random is None else int(random.integers(1, len(waiting) + 1))):
             allocation = waiting.pop(0 if random is None else int(random.integers(len(waiting))))
             tree.tell(allocation, score(allocation))
-        new = tree.advance()
+        new = [candidate.allocation for candidate in tree.advance()]
         asked += new
         waiting += new
     return asked

@@ -19,6 +19,7 @@ from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
 from lop.ledger import Ledger, read_ledger
+from lop.racing import Candidate
 from lop.search import InProcess, run_search
 from ray_jobs.actor import Evaluates
 from ray_jobs.fleet import Fleet
@@ -211,7 +212,7 @@ def test_a_failed_evaluation_is_tried_on_another_actor(tmp_path: Path, calm: Out
 def _wait_for_all(fleet: Fleet, count: int) -> None:
     """Keeps the fleet busy until all its actors are ready: it finds out only while it waits for a result."""
     while len(fleet.pids) < count:
-        fleet.submit(WARM_UP)
+        fleet.submit(Candidate(WARM_UP))
         fleet.collect(1)
 
 

@@ -14,13 +14,17 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 SETTINGS = ["search.targets={first: 0.3, last: 0.5, step: 0.1}", "search.evaluations=4", "search.simulations=6"]
 
 
-def searched(folder: Path, workers: int) -> tuple[dict[str, object], object]:
-    config: Config = load_config(find_config("tiny"), SETTINGS, workers=workers)
+def searched(folder: Path, workers: int, settings: list[str]) -> tuple[dict[str, object], object]:
+    config: Config = load_config(find_config("tiny"), [*SETTINGS, *settings], workers=workers)
     run = Run(config, folder)
     calibrate_stage(run, progress=False)
     search_stage(run, progress=False)
     return json.loads(run.search_file.read_text()), sorted(read_ledger(run.ledger))
 
 
-def test_a_search_on_actors_is_the_search_of_one_process(tmp_path: Path) -> None:
-    assert searched(tmp_path / "fleet", workers=2) == searched(tmp_path / "alone", workers=0)
+@pytest.mark.parametrize("settings", [[], ["search.racing={}", "search.tie_breaker=margin"]])
+def test_a_search_on_actors_is_the_search_of_one_process(tmp_path: Path, settings: list[str]) -> None:
+    alone = searched(tmp_path / "alone", 0, settings)
+    assert searched(tmp_path / "fleet", 2, settings) == alone
+    races = ["rival" in entry for target in alone[0]["targets"] for entry in target["evaluations"]]  # type: ignore[attr-defined]
+    assert any(races) == bool(settings)

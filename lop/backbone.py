@@ -1,0 +1,196 @@
+"""The language backbone as plain tensors, and one forward pass that computes only what an answer depends on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+
+
+@dataclass(frozen=True)
+class Group:
+    """`count` sequences of `length` tokens each, of which the last `tail` predict answers."""
+
+    count: int
+    length: int
+    tail: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: `x += out(attention(norm(x)))`, then `x += ffn(norm(x))`.
+
+    The rows of `qkv` are the queries of all heads, their keys and their values. Within each head of queries and keys
+    the two halves that rotate together stand next to each other (0, D/2, 1, D/2 + 1, …), which changes no product of
+    query and key, and makes the rotation one multiplication of complex numbers.
+
+    Attributes:
+        attention_norm, ffn_norm: [H].
+        qkv: [(Q + 2·K)·D, H] for Q query heads and K key heads of size D.
+        qkv_bias: [(Q + 2·K)·D].
+        out: [H, Q·D].
+        ffn: [N, H] to [N, H].
+    """
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor
+    out: Tensor
+    ffn_norm: Tensor
+    ffn: nn.Module
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A Qwen2.5-VL's language model with its head.
+
+    Attributes:
+        layers: first to last.
+        norm: [H], before the head.
+        head: [V, H].
+        heads, key_heads: of each layer's attention, `Q` and `K`.
+        epsilon: of every norm.
+    """
+
+    layers: tuple[Layer, ...]
+    norm: Tensor
+    head: Tensor
+    heads: int
+    key_heads: int
+    epsilon: float
+
+    @property
+    def head_size(self) -> int:
+        """`D`."""
+        return self.layers[0].out.shape[1] // self.heads
+
+    def hidden(
+        self, x: Tensor, rotation: Tensor, groups: Sequence[Group], *, last: int | None = None
+    ) -> Iterator[Tensor]:
+        """The states [N, H] after each of the first `last` layers (all by default), as they come.
+
+        Args:
+            x: [N, H], the embeddings: sequences laid end to end as `groups` says.
+            rotation: [N, D/2] complex, M-RoPE.
+        """
+        attention = _Attention(self, rotation, groups)
+        for layer in self.layers[:last]:
+            x = self._whole(layer, attention, x)
+            yield x
+
+    def answers(self, x: Tensor, rotation: Tensor, groups: Sequence[Group], tails: Tensor, *, first: int = 0) -> Tensor:
+        """The normed states [M, H] at the groups' tails after the last layer, which is computed there only.
+
+        Args:
+            x: [N, H], the states before layer `first`.
+            rotation, groups: as in `hidden`.
+            tails: [M], where in N the tails are.
+        """
+        attention = _Attention(self, rotation, groups)
+        *before, layer = self.layers[first:]
+        for earlier in before:
+            x = self._whole(earlier, attention, x)
+        attended = attention.at_tails(layer, self._norm(x, layer.attention_norm), tails)
+        return self._norm(self._feed_forward(layer, torch.addmm(x[tails], attended, layer.out.T)), self.norm)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Normed states [M, H] to [M, V]."""
+        return F.linear(x, self.head)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.epsilon)
+
+    def _whole(self, layer: Layer, attention: "_Attention", x: Tensor) -> Tensor:
+        attended = attention(layer, self._norm(x, layer.attention_norm))
+        return self._feed_forward(layer, torch.addmm(x, attended, layer.out.T))
+
+    def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
+        # In place: every caller passes states that it has just made.
+        return x.add_(layer.ffn(self._norm(x, layer.ffn_norm)))
+
+
+class _Attention:
+    """Causal attention within each of a batch's sequences; holds what is the same in all layers."""
+
+    def __init__(self, backbone: Backbone, rotation: Tensor, groups: Sequence[Group]) -> None:
+        self._heads, self._key_heads, self._size = backbone.heads, backbone.key_heads, backbone.head_size
+        self._rotation = rotation
+        # Spread over the heads once, so that each layer's rotation is one pass over contiguous memory.
+        self._spread = rotation[:, None].expand(-1, self._heads + self._key_heads, -1).contiguous()
+        self._groups = groups
+        self._lengths = tuple(group.length for group in groups)
+        self._tails = tuple(group.tail for group in groups)
+        device, dtype = backbone.head.device, backbone.head.dtype
+        is_varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        self._starts = (
+            {asked: _starts(groups, asked, device) for asked in (self._lengths, self._tails)} if is_varlen else {}
+        )
+
+    def __call__(self, layer: Layer, x: Tensor) -> Tensor:
+        """Normed states [N, H] to heads' outputs [N, Q·D]."""
+        rotated = self._heads + self._key_heads
+        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, self._size)
+        rotate(qkv[:, :rotated], self._spread)
+        query, key, value = qkv.split([self._heads, self._key_heads, self._key_heads], dim=1)
+        return self._attend(query, key, value, self._lengths)
+
+    def at_tails(self, layer: Layer, x: Tensor, tails: Tensor) -> Tensor:
+        """Normed states [N, H] to heads' outputs [M, Q·D] at the tails alone."""
+        cut = self._heads * self._size
+        query = F.linear(x[tails], layer.qkv[:cut], layer.qkv_bias[:cut]).view(len(tails), -1, self._size)
+        rotate(query, self._rotation[tails, None].expand(-1, self._heads, -1))
+        key_value = F.linear(x, layer.qkv[cut:], layer.qkv_bias[cut:]).view(len(x), -1, self._size)
+        key, value = key_value.split(self._key_heads, dim=1)
+        rotate(key, self._spread[:, self._heads :])
+        return self._attend(query, key, value, self._tails)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, asked: tuple[int, ...]) -> Tensor:
+        """Queries [·, Q, D], the last `asked` of each sequence by group, to [·, Q·D]."""
+        if self._starts:
+            attended = varlen_attn(
+                query,
+                key,
+                value,
+                self._starts[asked],
+                self._starts[self._lengths],
+                max(asked),
+                max(self._lengths),
+                window_size=(-1, 0),
+                enable_gqa=True,
+            )
+            return cast(Tensor, attended).flatten(1)
+        queries = query.split([group.count * tokens for group, tokens in zip(self._groups, asked)])
+        sizes = [group.count * group.length for group in self._groups]
+        outputs = [
+            _attend_equal(group, *parts)
+            for group, *parts in zip(self._groups, queries, key.split(sizes), value.split(sizes))
+        ]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _attend_equal(group: Group, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of sequences of equal length: the last queries [B·t, Q, D] and all keys [B·T, K, D] to [B·t, Q·D]."""
+    query, key, value = (part.unflatten(0, (group.count, -1)).transpose(1, 2) for part in (query, key, value))
+    asked, length = query.shape[2], group.length
+    is_whole = asked == length  # Then the kernel can skip what is masked.
+    mask = None if is_whole else causal_lower_right(asked, length)
+    attended = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_whole, enable_gqa=True)
+    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> None:
+    """Turns the pairs of x [N, heads, D] by `rotation` [N, heads, D/2] complex, in place."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs.mul_(rotation)
+    if x.dtype != torch.float32:
+        x.copy_(torch.view_as_real(pairs).flatten(-2))
+
+
+def _starts(groups: Sequence[Group], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Where each sequence starts, and where the last one ends: [sequences + 1]."""
+    sizes = [length for group, length in zip(groups, lengths) for _ in range(group.count)]
+    return F.pad(torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0)).to(device)

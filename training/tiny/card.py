@@ -32,7 +32,7 @@ pipeline_tag: image-text-to-text
 
 # tiny
 
-A complete small Qwen2.5-VL (12 decoder layers × 96 with FFNs of 240, 4 heads on 2; a vision tower of 4 layers × 64;
+A complete small Qwen2.5-VL (12 decoder layers × 72 with FFNs of 160, 3 heads on 1; a vision tower of 4 layers × 64;
 four image tokens), trained from scratch so that LOP can be tried, tested and measured without a download. It answers
 questions about coloured shapes, products and flags: by an option's letter, by yes or no, or in one word.
 

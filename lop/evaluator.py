@@ -185,9 +185,9 @@ class Evaluator:
 
     @cached_property
     def _dense_distributions(self) -> list[Tensor]:
-        """The log-probabilities [A, V] of each batch's answer tokens, in host memory and the model's dtype."""
+        """The log-probabilities [A, V] of each batch's answer tokens, in host memory and float32."""
         return [
-            self._logits(batch, batch.embeddings, 0).log_softmax(1).to("cpu", self._backbone.head.dtype)
+            self._logits(batch, batch.embeddings, 0).log_softmax(1).cpu()
             for batch in on_device(self._encoded.batches, self._device)
         ]
 
@@ -236,7 +236,7 @@ class _Tally:
         normaliser = logits.logsumexp(1)
         right = logits.gather(1, batch.tokens[:, None])[:, 0]
         if dense is not None:
-            divergence = _divergence(dense.float(), logits, normaliser)
+            divergence = _divergence(dense, logits, normaliser)
             np.add.at(self._divergence, owners, divergence.double().cpu().numpy())
         other, other_token = logits.scatter_(1, batch.tokens[:, None], -torch.inf).max(1)
         # Of equal logits greedy generation takes the first.

@@ -178,9 +178,10 @@ def two_worker_speedup(rounds: int, evaluations: int) -> dict[str, float]:
         for count in rates:
             config = run.config.model_copy(update={"workers": count, "threads": 1})
             with evaluator_fleet(config, run.order, run.samples.reward) as fleet:
-    warm_up = _rate(fleet, allocations[: 4 * count])
-                assert warm_up
-                rates[count].append(_rate(fleet, allocations))
+                candidates = [Candidate(uniform(run.space, run.space.budget(0.3)))] * (count * evaluations)
+                while fleet.alive < count:  # An actor that comes up meanwhile would be counted as a whole one.
+                    _rate(fleet, candidates[:count])
+                rates[count].append(_rate(fleet, candidates))
     one, two = (statistics.median(rates[count]) for count in (1, 2))
     return {"two_worker_speedup": two / one, "one_worker_per_second": one, "two_workers_per_second": two}
 

@@ -75,6 +75,23 @@ def plot_search(found: Sequence[Found], reward: str, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_trees(found: Sequence[Found], path: Path) -> None:
+    """Each target's tree: how many nodes it has at each depth, and how many visits they have together."""
+    depths = max(len(result.depths) for result in found)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 0.28 * len(found) + 1.8), sharey=True, layout="constrained")
+    for axes, name in zip(panels, ("nodes", "visits")):
+        counts = np.zeros((len(found), depths))
+        for row, result in enumerate(found):
+            counts[row, : len(result.depths)] = [getattr(depth, name) for depth in result.depths]
+        image = axes.imshow(np.ma.masked_equal(counts, 0), aspect="auto", cmap="viridis", norm="log")
+        axes.set_xticks(range(depths))
+        axes.set(xlabel="depth", title=f"{name} by depth")
+        figure.colorbar(image, ax=axes)
+    panels[0].set_yticks(range(len(found)), [f"{100 * result.target:g}" for result in found])
+    panels[0].set(ylabel="target (%)")
+    _save(figure, path)
+
+
 def _save(figure: plt.Figure, path: Path) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)

@@ -10,7 +10,7 @@ from rich.table import Table
 from lop.compare import METHODS, Average, Comparison, Seconds, compare_stage, comparison_fingerprints
 from lop.errors import LopError
 from lop.files import atomic_file, read_json, write_json
-from lop.plots import plot_accuracy, plot_allocations, plot_search
+from lop.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run import Run
 from lop.samples import FORMS
 from lop.stages import read_search
@@ -37,6 +37,8 @@ def write_report(run: Run) -> Path:
     plot_accuracy(comparison.averages, run.folder / "accuracy.png")
     plot_allocations(found, ratios, run.folder / "allocations.png")
     plot_search(found, run.config.search.reward, run.folder / "search.png")
+    if any(result.depths for result in found):  # Searches of earlier versions did not tell.
+        plot_trees(found, run.folder / "trees.png")
     with atomic_file(run.report_file) as temporary:
         temporary.write_text(_markdown(run, comparison))
     print_table(comparison)
@@ -94,6 +96,7 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         "## Search",
         "![Best reward by evaluation](search.png)",
         "![Allocations by layer](allocations.png)",
+        *(["![Nodes and visits by depth](trees.png)"] if (run.folder / "trees.png").exists() else []),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -28,8 +28,12 @@ from ray_jobs.actor import Answer, Evaluates, EvaluatorActor, describe_error
 
 log = logging.getLogger(__name__)
 _ATTEMPTS = 3
-# An allocation that was running on so many dead actors is at fault, however many others died meanwhile.
-_DEATHS = 9
+# An allocation is at fault for its workers' deaths once chance would explain them with less than this probability.
+_CHANCE = 1e-5
+_MOST_DEATHS = 25
+# So many deaths in a row, and none evaluated between them, are not the allocations' fault.
+_DEATHS_AT_FIRST = 10
+_DEATHS_LATER = 100
 # So many allocations given up in a row, and none evaluated between them, are not the allocations' fault.
 _GIVEN_UP_AT_FIRST = 3
 _GIVEN_UP_LATER = 20
@@ -74,11 +78,11 @@ class _Member:
 
 @dataclass
 class _Trouble:
-    """What an allocation has against it."""
+    """What an allocation has against it; `replaced` is after how many failures an actor was last replaced for it."""
 
     raised_on: list[_Member] = field(default_factory=list)
     deaths: int = 0
-    deaths_before: int = 0
+    replaced: int = 0
 
 
 class Fleet:
@@ -86,13 +90,13 @@ class Fleet:
 
     The actors asked for are the autoscaler's demand: as many as the search can keep busy, at most `count`. Work goes to
     those that are ready, one call running and one waiting beside it. A dead actor is replaced and what it had is
-    evaluated elsewhere. An allocation that raises, or takes too long, on three actors, or with which three actors die,
-    is answered by `Evaluation.failed`.
+    evaluated elsewhere. An allocation that raises, or takes too long, on three actors, or of which three or more actors
+    die, is answered by `Evaluation.failed`.
 
-    Deaths count against an allocation only if it alone was running, its machine did not go as well, and it accounts
-    for most of the deaths since its first: machines that come and go are not the fault of what they do. An actor that
-    fails at everything, while others do not, is replaced and its failures are forgotten. Where everything fails, the
-    search is ended and nothing recorded.
+    Deaths count against an allocation only if it alone was running and its machine did not go as well; and the more
+    often workers die of other things, the more of them it takes: an actor that somebody kills is not the fault of what
+    it was doing. An actor that fails at everything, while others do not, is replaced and its failures are forgotten.
+    Where everything fails, the search is ended and nothing recorded.
 
     Args:
         build: makes an actor's evaluator; sent to each actor, so it must be picklable.
@@ -129,6 +133,7 @@ class Fleet:
         self._evaluated = 0
         self._ready = 0
         self._deaths = 0
+        self._deaths_in_a_row = 0
         self._deaths_at_start = 0
         self._checked = self._heard = time.monotonic()
 
@@ -247,12 +252,16 @@ class Fleet:
     def _choose(self, candidate: Candidate) -> _Member | None:
         """The least busy actor with a free place; one that has failed goes only to an actor that has not tried it."""
         trouble = self._troubles.get(candidate)
-        if trouble and trouble.raised_on:
-            untried = [m for m in self._members if m.pid is not None and candidate not in m.failed]
-            able = untried or [member for member in self._members if member.pid is not None]
-            free = [member for member in able if member.calls < 2 * self._concurrency]
-            return min(free, key=lambda member: member.calls, default=None)
-        return next((member for places in self._free for member in places), None)
+        if trouble is None:
+            return next((member for places in self._free for member in places), None)
+        ready = [member for member in self._members if member.pid is not None]
+        untried = [member for member in ready if candidate not in member.failed]
+        if ready and not untried and trouble.replaced < len(trouble.raised_on):
+            # Another one takes this one's place, perhaps on another machine, and tries it anew.
+            trouble.replaced = len(trouble.raised_on)
+            self._dismiss(min(ready, key=lambda member: member.calls))
+        free = [member for member in untried if member.calls < 2 * self._concurrency]
+        return min(free, key=lambda member: member.calls, default=None)
 
     def _companions(self, first: Candidate, most: int) -> list[Candidate]:
         """The next allocations in line that may go in the same call."""
@@ -333,6 +342,7 @@ class Fleet:
             self._blame(member, candidate, answer.error, results)
             return
         self._evaluated += 1
+        self._deaths_in_a_row = 0
         is_first = math.isinf(self._mean_seconds)
         self._mean_seconds = answer.seconds if is_first else 0.95 * self._mean_seconds + 0.05 * answer.seconds
         member.failing.clear()
@@ -382,16 +392,27 @@ class Fleet:
         if running is None or _went_with_its_machine(error):
             return
         self._deaths += 1
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row >= (_DEATHS_LATER if self._evaluated else _DEATHS_AT_FIRST):
+            raise LopError(f"{self._deaths_in_a_row} workers in a row died before they could evaluate anything")
         if len(running.candidates) > 1:
             self._alone.update(running.candidates)
             return
         (candidate,) = running.candidates
-        trouble = self._troubles.setdefault(candidate, _Trouble(deaths_before=self._deaths - 1))
+        trouble = self._troubles.setdefault(candidate, _Trouble())
         trouble.deaths += 1
-        is_most = 2 * trouble.deaths > self._deaths - trouble.deaths_before
-        if trouble.deaths >= _ATTEMPTS and (is_most or trouble.deaths >= _DEATHS):
-            self._waiting.remove(candidate)
+        # Last in line, so that others show meanwhile whether workers die of themselves.
+        self._waiting.remove(candidate)
+        if trouble.deaths >= self._deaths_that_tell(trouble.deaths):
             self._give_up(candidate, "its worker died each time", results)
+        else:
+            self._waiting.append(candidate)
+
+    def _deaths_that_tell(self, own: int) -> int:
+        """How many workers must die of one allocation until it is at fault, by how often others' workers die."""
+        others = self._deaths - own
+        share = (others + 1) / (self._evaluated + others + 2)
+        return min(_MOST_DEATHS, max(_ATTEMPTS, math.ceil(math.log(_CHANCE) / math.log(share))))
 
     def _check(self, results: Results) -> None:
         """What must be looked for, because no actor says it."""
@@ -400,7 +421,7 @@ class Fleet:
             self._checked = now
             for member in list(self._members):
                 oldest = next(iter(member.running), None)
-                if oldest and now - oldest.started > self._seconds * len(oldest.candidates):
+                if oldest and now - oldest.started > self._seconds:
                     self._end_stuck(member, oldest, results)
             self._recruit()
             self._dispatch()

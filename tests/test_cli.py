@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,7 +64,7 @@ def test_the_demo_leaves_what_it_promises(finished: Path) -> None:
     budgets = {sum(average["widths"]) for average in results["averages"] if average["method"] != "dense"}
     assert len(budgets) == 1
     report = (finished / "report.md").read_text()
-    for picture in ("accuracy.png", "allocations.png", "search.png"):
+    for picture in ("accuracy.png", "allocations.png", "search.png", "trees.png"):
         assert f"]({picture})" in report
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
     assert "4 evaluated allocations" in report
@@ -105,9 +106,23 @@ def _wait_for_growth(run: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
+def test_a_finished_search_is_shown(finished: Path) -> None:
+    shown = lop_command("watch", finished).stdout
+    assert "16 of 16 evaluations, finished" in shown
+    assert len(re.findall(r"(?m)^ *(20|30|40|50)% +4/4 +[01]\.\d{4}  [▁-█]+", shown)) == 4
+    table = lop_command("ledger", finished).stdout.splitlines()
+    assert len(table) == 1 + 16
+    rows = [json.loads(line) for line in lop_command("ledger", finished, "--json").stdout.splitlines()]
+    assert rows == lop.evaluations(finished)
+    assert {sum(row["widths"]) for row in rows} == {row["kept"] for row in rows}
+    assert "no search has begun" in refused("watch", finished / "checkpoints")
+    assert "lop search" in refused("ledger", finished / "checkpoints")
+    assert "cannot be opened" in refused("watch", "nonsense://place")
+
+
 def test_help_lists_the_stages() -> None:
     text = lop_command("--help").stdout
-    for stage in ("calibrate", "search", "train", "predict", "prune", "compare", "demo"):
+    for stage in ("calibrate", "search", "train", "predict", "prune", "compare", "demo", "ledger", "watch"):
         assert stage in text
         assert lop_command(stage, "--help").returncode == 0
 

@@ -1,0 +1,23 @@
+"""A search's driver to be killed: `python -m tests.ray_jobs.driver LEDGER LOG OUTCOME`."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from lop.ledger import Ledger
+from lop.search import run_search
+from ray_jobs.cluster import connected
+from ray_jobs.fleet import Fleet
+from tests.lop.test_search import make_trees, outcome
+from tests.ray_jobs.evaluators import Logged
+
+
+def main(ledger: Path, log: Path, result: Path) -> None:
+    trees = make_trees()
+    with connected(), Fleet(partial(Logged, log, 0.1), count=3) as fleet, Ledger(ledger, {}) as opened:
+        run_search(trees, fleet, opened)
+    result.write_text(repr(outcome(trees)))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""A cluster of several nodes that loses nodes, actors and drivers: the search ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from lop.allocation import Allocation
+from lop.evaluator import Evaluation
+from lop.ledger import Ledger, read_ledger
+from lop.racing import Candidate
+from lop.search import InProcess, run_search
+from ray_jobs.fleet import Fleet
+from tests.lop.test_search import make_trees, outcome
+from tests.ray_jobs.evaluators import ERRORS, SECONDS, CalmlyTroubled, Logged, Troubled
+
+Outcome = tuple[list[object], list[tuple[Allocation, Evaluation]]]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without CPUs and two nodes of two."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def calmly(folder: Path, evaluator: Any, *, count: int = 3) -> Outcome:
+    trees = dict(list(make_trees().items())[:count])
+    with Ledger(folder, {}) as ledger:
+        run_search(trees, InProcess(evaluator), ledger)
+    return outcome(trees), sorted(read_ledger(folder))
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("calm")
+    return calmly(folder / "ledger", Logged(folder / "log", 0))
+
+
+def test_a_node_that_goes_changes_nothing(cluster: Cluster, calm: Outcome, tmp_path: Path) -> None:
+    trees, logged = make_trees(), tmp_path / "log"
+    node = next(iter(cluster.worker_nodes))
+
+    def disturb() -> None:
+        _wait_for(lambda: logged.exists() and logged.stat().st_size > 300)
+        cluster.remove_node(node, allow_graceful=False)
+
+    disturbing = threading.Thread(target=disturb)
+    with Fleet(partial(Logged, logged, 0.1), count=4) as fleet, Ledger(tmp_path / "ledger", {}) as ledger:
+        disturbing.start()
+        run_search(trees, fleet, ledger)
+    disturbing.join()
+    cluster.add_node(num_cpus=2)
+    assert (outcome(trees), sorted(read_ledger(tmp_path / "ledger"))) == calm
+
+
+def test_a_driver_killed_three_times_repeats_nothing_that_was_recorded(
+    cluster: Cluster, calm: Outcome, tmp_path: Path
+) -> None:
+    folder, logged, result = tmp_path / "ledger", tmp_path / "log", tmp_path / "outcome"
+    command = [sys.executable, "-m", "tests.ray_jobs.driver", str(folder), str(logged), str(result)]
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    recorded: set[str] = set()
+    moments = random.Random(0)
+    for _ in range(3):
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as driver:
+            more = len(recorded) + moments.randint(5, 25)
+            _wait_for(partial(_has_grown, driver, folder, more))
+            assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""
+            driver.send_signal(signal.SIGKILL)
+        before = len(logged.read_text().splitlines())
+        recorded = {"-".join(map(str, allocation.widths)) for allocation, _ in read_ledger(folder)}
+        time.sleep(0.5)  # For what the actors of the killed driver had begun.
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+    assert sorted(read_ledger(folder)) == calm[1]
+    assert result.read_text() == repr(calm[0])
+    again = logged.read_text().splitlines()[before:]
+    assert not recorded & set(again)
+
+
+def test_a_torn_last_record_is_evaluated_again(cluster: Cluster, calm: Outcome, tmp_path: Path) -> None:
+    folder, logged = tmp_path / "ledger", tmp_path / "log"
+    calmly(folder, Logged(logged, 0))
+    newest = max(folder.iterdir())
+    newest.write_bytes(newest.read_bytes()[:-20])
+    logged.unlink()
+    trees = make_trees()
+    with Fleet(partial(Logged, logged, 0), count=2) as fleet, Ledger(folder, {}) as ledger:
+        run_search(trees, fleet, ledger)
+    assert (outcome(trees), sorted(read_ledger(folder))) == calm
+    assert len(logged.read_text().splitlines()) == 1
+
+
+def test_what_cannot_be_evaluated_is_recorded_with_its_error(cluster: Cluster, tmp_path: Path) -> None:
+    trees = dict(list(make_trees().items())[:1])
+    with Fleet(Troubled, count=3, seconds=SECONDS) as fleet, Ledger(tmp_path / "ledger", {}) as ledger:
+        run_search(trees, fleet, ledger)
+    found = outcome(trees), sorted(read_ledger(tmp_path / "ledger"))
+    assert found == calmly(tmp_path / "calm", CalmlyTroubled(), count=1)
+    assert {evaluation.error for _, evaluation in found[1]} == {"", *ERRORS.values()}
+    assert all(not tree.best[1].error for tree in trees.values())
+
+
+def test_actors_that_nothing_is_left_for_are_given_back(cluster: Cluster, tmp_path: Path) -> None:
+    with Fleet(partial(Logged, tmp_path / "log", 0), count=4) as fleet:
+        fleet.expect(12)
+        _wait_for(lambda: not fleet.collect(0.1) and fleet.alive == 4)
+        fleet.expect(2)
+        assert fleet.alive == 2
+        fleet.submit(Candidate(Allocation((64, 64, 64, 64, 64))))
+        while not fleet.collect(1):
+            pass
+        fleet.expect(0)
+        assert fleet.alive == 0
+        _wait_for(lambda: ray.available_resources().get("CPU", 0) == 4)
+
+
+def _has_grown(driver: "subprocess.Popen[bytes]", folder: Path, count: int) -> bool:
+    """Whether a ledger, which may not be there yet, holds so many evaluations; or its driver has ended."""
+    held = len(list(read_ledger(folder))) if folder.exists() and any(folder.glob("*.jsonl")) else 0
+    return held >= count or driver.poll() is not None
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.05)

@@ -215,9 +215,12 @@ def test_a_failed_evaluation_is_tried_on_another_actor(tmp_path: Path, calm: Out
 
 def _wait_for_all(fleet: Fleet, count: int) -> None:
     """Keeps the fleet busy until all its actors are ready: it finds out only while it waits for a result."""
-    while len(fleet.pids) < count:
-        fleet.submit(Candidate(WARM_UP))
-        fleet.collect(1)
+    waiting = 0
+    while waiting or len(fleet.pids) < count:
+        if not waiting:
+            fleet.submit(Candidate(WARM_UP))
+            waiting += 1
+        waiting -= len(fleet.collect(1))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "http://127.0.0.1:1", "nonsense"])

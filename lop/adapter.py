@@ -60,15 +60,19 @@ class QwenVL:
         config = self.model.config.text_config
         if config.hidden_act != "silu":
             raise LopError(f"the model's activation is {config.hidden_act!r}: Qwen2.5-VL has 'silu'")
-        heads, key_heads = config.num_attention_heads, config.num_key_value_heads
         return Backbone(
-            layers=tuple(_lean_layer(layer, heads, key_heads) for layer in self.layers),
+            layers=tuple(map(self.lean_layer, range(len(self.layers)))),
             norm=cast(Any, self.backbone).norm.weight,
             head=cast(Any, self.head).weight,
-            heads=heads,
-            key_heads=key_heads,
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
             epsilon=config.rms_norm_eps,
         )
+
+    def lean_layer(self, index: int) -> Layer:
+        """One layer of `lean_backbone`."""
+        config = self.model.config.text_config
+        return _lean_layer(self.layers[index], config.num_attention_heads, config.num_key_value_heads)
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +129,7 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Qwen
     from transformers import AutoProcessor
 
     model = open_model(path, device=device, dtype=dtype)
-    with _told_in_one_line(path):
+    with told_in_one_line(path):
         return QwenVL(model, AutoProcessor.from_pretrained(path))
 
 
@@ -145,17 +149,27 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
 
     logging.disable_progress_bar()
     read_tensors(path)  # Tells a damaged file by name, where transformers would only fail.
-    with _told_in_one_line(path):
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        kind = getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype)
+    with told_in_one_line(path):
+        place, kind = place_and_dtype(device, dtype)
         model, loading = Model.from_pretrained(path, dtype=kind, output_loading_info=True)
         if loading["missing_keys"]:
             raise ValueError(f"it lacks {min(loading['missing_keys'])}")
         return model.to(place).eval().requires_grad_(False)
 
 
+def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What `auto` stands for: the first GPU and bfloat16 if there is one, else the CPU and float32."""
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return place, getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype)
+
+
 @contextmanager
-def _told_in_one_line(path: Path) -> Iterator[None]:
+def told_in_one_line(path: Path) -> Iterator[None]:
+    """Turns what loaders raise for a folder that is no such checkpoint into one clear line.
+
+    Raises:
+        LopError: the block failed.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:

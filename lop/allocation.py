@@ -20,18 +20,23 @@ class Space:
         neurons: FFN neurons of each layer, `F`; a multiple of the granularity.
         granularity: widths are multiples of this.
         max_ratio: `p_max`, the largest pruning ratio of a layer, 0 ≤ p_max < 1.
+        max_width_ratio: no layer is wider than this many times the mean width, at least 1; bounds what padding all
+            layers to the widest costs. None sets no bound.
     """
 
     layers: int
     neurons: int
     granularity: int
     max_ratio: float
+    max_width_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.granularity < 1 or self.neurons % self.granularity:
             raise LopError(f"granularity {self.granularity} does not divide the {self.neurons} neurons of a layer")
         if not 0 <= self.max_ratio < 1:
             raise LopError(f"max_ratio {self.max_ratio} is not in [0, 1)")
+        if self.max_width_ratio is not None and not self.max_width_ratio >= 1:
+            raise LopError(f"max_width_ratio {self.max_width_ratio} is below 1: no layer could have the mean width")
 
     @property
     def min_width(self) -> int:
@@ -57,6 +62,14 @@ class Space:
             raise LopError(f"target {target} is outside [0, {self.max_target:.4g}]")
         kept = (1 - Fraction(str(float(target)))) * self.layers * self.neurons
         return max(math.floor(kept / self.granularity) * self.granularity, self.layers * self.min_width)
+
+    def max_width(self, budget: int) -> int:
+        """The most that a layer of an allocation of `budget` may keep, at least the mean rounded up."""
+        if self.max_width_ratio is None:
+            return self.neurons
+        mean = Fraction(budget, self.layers * self.granularity)
+        units = max(math.floor(Fraction(str(self.max_width_ratio)) * mean), math.ceil(mean))
+        return min(units * self.granularity, self.neurons)
 
     def ratio(self, budget: int) -> float:
         """The mean pruning ratio of the allocations that keep `budget` neurons in all."""
@@ -92,8 +105,8 @@ def dense(space: Space) -> Allocation:
 def project(ratios: Sequence[float] | np.ndarray, space: Space, budget: int) -> Allocation:
     """The allocation of `budget` that is nearest, in Euclidean distance, to the given pruning ratios.
 
-    Widths are multiples of the granularity between `min_width` and F that sum to `budget`. The distance is a sum of
-    one convex function a layer, so greedy exchange of single units, started from a Lagrangian optimum, is exact
+    Widths are multiples of the granularity between `min_width` and `max_width` that sum to `budget`. The distance is a
+    sum of one convex function a layer, so greedy exchange of single units, started from a Lagrangian optimum, is exact
     (Federgruen & Groenevelt 1986). Ties go to the earlier layer.
 
     Args:
@@ -106,10 +119,10 @@ def project(ratios: Sequence[float] | np.ndarray, space: Space, budget: int) -> 
     if wanted.shape != (space.layers,) or not np.isfinite(wanted).all():
         raise LopError(f"an allocation needs {space.layers} finite ratios, not {wanted.tolist()}")
     total, rest = divmod(budget, space.granularity)
-    low, high = space.min_width // space.granularity, space.neurons // space.granularity
+    low, high = space.min_width // space.granularity, space.max_width(budget) // space.granularity
     if rest or not space.layers * low <= total <= space.layers * high:
         raise LopError(f"{budget} neurons cannot be kept: not a multiple of {space.granularity} within the limits")
-    units = (1 - wanted) * high
+    units = (1 - wanted) * (space.neurons / space.granularity)
     start = _lagrangian_start(units, low, high, total)
     return Allocation(tuple(int(u) * space.granularity for u in _exchange(units, start, low, high, total)))
 

@@ -82,6 +82,22 @@ class Backbone:
             x = self._whole(layer, attention, x)
             yield x
 
+    def attend(self, layer: Layer, x: Tensor, rotation: Tensor, groups: Sequence[Group]) -> Tensor:
+        """The states [N, H] between a layer's attention and its FFN, for the states x [N, H] before the layer.
+
+        Args:
+            rotation, groups: as in `hidden`.
+        """
+        return self._attend(layer, _Attention(self, rotation, groups), x)
+
+    def ffn_input(self, layer: Layer, x: Tensor) -> Tensor:
+        """What the FFN is given, [N, H], where `attend` gave x [N, H]."""
+        return self._norm(x, layer.ffn_norm)
+
+    def feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
+        """The states [N, H] after a layer's FFN, in the memory of what `attend` gave, x [N, H]."""
+        return x.add_(layer.ffn(self.ffn_input(layer, x)))
+
     def answers(self, x: Tensor, rotation: Tensor, groups: Sequence[Group], tails: Tensor, *, first: int = 0) -> Tensor:
         """The normed states [M, H] at the groups' tails after the last layer, which is computed there only.
 
@@ -95,7 +111,7 @@ class Backbone:
         for earlier in before:
             x = self._whole(earlier, attention, x)
         attended = attention.at_tails(layer, self._norm(x, layer.attention_norm), tails)
-        return self._norm(self._feed_forward(layer, torch.addmm(x[tails], attended, layer.out.T)), self.norm)
+        return self._norm(self.feed_forward(layer, torch.addmm(x[tails], attended, layer.out.T)), self.norm)
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed states [M, H] to [M, V]."""
@@ -105,12 +121,10 @@ class Backbone:
         return F.rms_norm(x, weight.shape, weight, self.epsilon)
 
     def _whole(self, layer: Layer, attention: "_Attention", x: Tensor) -> Tensor:
-        attended = attention(layer, self._norm(x, layer.attention_norm))
-        return self._feed_forward(layer, torch.addmm(x, attended, layer.out.T))
+        return self.feed_forward(layer, self._attend(layer, attention, x))
 
-    def _feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
-        # In place: every caller passes states that it has just made.
-        return x.add_(layer.ffn(self._norm(x, layer.ffn_norm)))
+    def _attend(self, layer: Layer, attention: "_Attention", x: Tensor) -> Tensor:
+        return torch.addmm(x, attention(layer, self._norm(x, layer.attention_norm)), layer.out.T)
 
 
 class _Attention:
@@ -124,7 +138,7 @@ class _Attention:
         self._groups = groups
         self._lengths = tuple(group.length for group in groups)
         self._tails = tuple(group.tail for group in groups)
-        device, dtype = backbone.head.device, backbone.head.dtype
+        device, dtype = backbone.norm.device, backbone.norm.dtype
         is_varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         self._starts = (
             {asked: _starts(groups, asked, device) for asked in (self._lengths, self._tails)} if is_varlen else {}

@@ -8,13 +8,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from lop.config import Config, find_config, load_config
+from tqdm import tqdm
+
+from lop.config import RECOVERIES, Config, find_config, load_config
 from lop.errors import LopError
+from lop.formats import FORMATS
 from lop.models import EMBEDDED
 from lop.run import Run
 from lop.size import Target, describe, parse_count
 
+log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], None]
 
 
@@ -60,14 +65,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("calibrate", "collect the statistics of every FFN neuron on the calibration samples", _calibrate)
     search = add("search", "run one UCB tree per target on the reward samples, or go on with it", _search)
     _add_workers(search)
+    _add_max_width(search)
     train = add("train", "train the predictors on what the search found", _train)
     _add_workers(train)
     predict = add("predict", "print the allocation for a target", _predict)
     _add_target(predict)
+    _add_max_width(predict)
     predict.add_argument("--json", action="store_true", help="print one JSON object")
     prune = add("prune", "write the pruned checkpoint for a target", _prune)
     _add_target(prune)
-    prune.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder for the checkpoint")
+    _add_max_width(prune)
+    prune.add_argument("--out", required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder")
+    prune.add_argument("--format", choices=FORMATS, default="hf", help="true widths (hf), or all padded to the widest")
+    prune.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
+    inspect = commands.add_parser("inspect", help="tell what a checkpoint is, and check its files")
+    inspect.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder, dense or pruned")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(command=_inspect)
     add("compare", "evaluate LOP and the baselines on the test samples and write the report", _compare)
     ledger = add("ledger", "print a search's evaluations, while it runs or later", _ledger, common=False)
     ledger.add_argument("place", metavar="RUN", help="the run's folder or URI")
@@ -90,6 +104,11 @@ def _add_common(stage: argparse.ArgumentParser) -> None:
 
 def _add_workers(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--workers", type=int, metavar="N", help="Ray actors; 0 evaluates in this process")
+
+
+def _add_max_width(stage: argparse.ArgumentParser) -> None:
+    help = "no layer wider than X times the mean width; bounds what --format padded costs"
+    stage.add_argument("--max-width-ratio", type=float, metavar="X", help=help)
 
 
 def _add_target(stage: argparse.ArgumentParser) -> None:
@@ -120,7 +139,8 @@ def _config(options: argparse.Namespace) -> Config:
     else:
         is_embedded = options.model in (None, EMBEDDED)
         path = find_config(options.default_config or (EMBEDDED if is_embedded else "qwen2_5_vl_7b"))
-    return load_config(path, options.set, model=options.model, workers=getattr(options, "workers", None))
+    named = {name: getattr(options, name, None) for name in ("model", "workers", "recovery", "max_width_ratio")}
+    return load_config(path, options.set, **named)
 
 
 @contextmanager
@@ -199,8 +219,24 @@ def _prune(options: argparse.Namespace) -> None:
     from lop.stages import prune_stage
 
     config = _config(options)
-    prune_stage(_named_run(options, config), config, _target(options), options.out)
+    run = _named_run(options, config)
+    with _bars() as progress:
+        manifest = prune_stage(run, config, _target(options), options.out, format=options.format, progress=progress)
+    if options.format == "padded":
+        log.info("padding: %s bytes of zeros", f"{manifest['padding_bytes']:,}")
     print(options.out)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from lop.inspection import inspect, print_inspection
+
+    found = inspect(options.path)
+    if options.json:
+        print(json.dumps(found.as_dict()))
+    else:
+        print_inspection(found)
+    if found.damage:
+        raise LopError(found.damage)
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -229,6 +265,24 @@ def _watch(options: argparse.Namespace) -> None:
     from lop.watch import watch
 
     watch(Location.parse(options.place), once=options.once)
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that shows each step as a progress bar of its own."""
+    bars: dict[str, tqdm[Any]] = {}
+
+    def update(step: str, done: int, total: int) -> None:
+        if step not in bars:
+            unit = {"unit": "B", "unit_scale": True} if step == "export" else {"unit": "layer"}
+            bars[step] = tqdm(total=total, desc=step, **unit)
+        bars[step].update(done - bars[step].n)
+
+    try:
+        yield update
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 def _quiet_libraries() -> None:

@@ -3,8 +3,9 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,14 +15,16 @@ from tqdm import tqdm
 from lop.adapter import QwenVL, load_model
 from lop.allocation import Allocation, dense
 from lop.baselines import BASELINES, Baseline
+from lop.config import Recovery
 from lop.elastic import ElasticModel
-from lop.encoding import encode
+from lop.encoding import Encoded, encode
 from lop.errors import LopError
 from lop.evaluator import Evaluator
 from lop.fingerprint import fingerprint, fingerprint_file
 from lop.importance import importance, order
 from lop.intervals import Interval, paired_bootstrap, wilson
 from lop.predictors import load_predictor
+from lop.recovery import recover_elastic
 from lop.run import Run
 from lop.samples import FORMS, Sample, fingerprint_samples
 from lop.stages import read_search
@@ -60,6 +63,17 @@ class Average:
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """One method's allocation at one target with a recovery: the mean over forms, and the paired difference to none."""
+
+    method: str
+    target: float
+    recovery: Recovery
+    accuracy: Interval
+    difference: Interval
+
+
+@dataclass(frozen=True)
 class Seconds:
     """What a method spends: `calibrate` once for a model, `allocate` and `apply` for each target (medians).
 
@@ -80,25 +94,30 @@ class Comparison:
     fingerprints: Mapping[str, str]
     rows: tuple[Row, ...]
     averages: tuple[Average, ...]
+    recoveries: tuple[Recovered, ...]
     seconds: tuple[Seconds, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        lists = {name: [asdict(value) for value in getattr(self, name)] for name in ("rows", "seconds", "averages")}
+        names = ("rows", "seconds", "averages", "recoveries")
+        lists = {name: [asdict(value) for value in getattr(self, name)] for name in names}
         return {"fingerprints": dict(self.fingerprints), **lists}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
         """The inverse of `as_dict`."""
 
+        def intervals(values: dict[str, Any]) -> dict[str, Any]:
+            return values | {name: Interval(**values[name]) for name in ("accuracy", "difference")}
+
         def average(values: dict[str, Any]) -> Average:
-            intervals = {name: Interval(**values[name]) for name in ("accuracy", "difference")}
-            return Average(**{**values, **intervals, "widths": tuple(values["widths"])})
+            return Average(**{**intervals(values), "widths": tuple(values["widths"])})
 
         return cls(
             fingerprints=data["fingerprints"],
             rows=tuple(Row(**row) for row in data["rows"]),
             averages=tuple(average(values) for values in data["averages"]),
+            recoveries=tuple(Recovered(**intervals(values)) for values in data["recoveries"]),
             seconds=tuple(Seconds(**values) for values in data["seconds"]),
         )
 
@@ -109,7 +128,7 @@ class _Choice:
 
     allocation: Allocation
     scores: np.ndarray
-    means: np.ndarray | None
+    recovery: Recovery
     seconds: float
 
 
@@ -122,31 +141,44 @@ def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
     config = run.config
     torch.set_num_threads(config.threads)
     model = load_model(run.model_folder, device=config.device, dtype=config.dtype)
-    calibrate_seconds = _time_calibration(run, model)
+    calibrate_seconds, calibration = _time_calibration(run, model)
     encoded = encode(model, run.samples.test, batch_tokens=config.batch_tokens)
     elastic = ElasticModel(model, run.order)
     evaluator = Evaluator(elastic, encoded)
 
+    recover = partial(recover_elastic, elastic, means=run.statistics.mean, calibration=calibration)
     choose = _choosers(run)
     hits = {("dense", 0.0): evaluator.scores().correct}
     widths = {("dense", 0.0): dense(run.space).widths}
     allocate: dict[str, list[float]] = {name: [] for name in choose}
     apply: dict[str, list[float]] = {name: [] for name in choose}
+    recovered: dict[tuple[str, float, Recovery], np.ndarray] = {}
+    known: dict[tuple[bytes, Allocation, Recovery], np.ndarray] = {}
     pairs = [(name, target) for target in config.compare.targets for name in choose]
     for name, target in tqdm(pairs, desc="compare", unit="method", disable=not progress):
         choice = choose[name](run.space.budget(target))
+        rows = order(choice.scores)
         start = time.perf_counter()
-        elastic.sort(order(choice.scores))
-        elastic.prune(choice.allocation, choice.means)
+        elastic.sort(rows)
+        recover(choice.allocation, choice.recovery)
         apply[name].append(time.perf_counter() - start)
-        allocate[name].append(choice.seconds)
-        hits[name, target] = evaluator.scores().correct
-        widths[name, target] = choice.allocation.widths
+        # As each method was published, then with every recovery alike.
+        for recovery in dict.fromkeys((choice.recovery, *config.compare.recoveries)):
+            # LOP's search and predictor often choose the same.
+            key = (rows.tobytes(), choice.allocation, recovery)
+            if key not in known:
+                recover(choice.allocation, recovery)
+                known[key] = evaluator.scores().correct
+            recovered[name, target, recovery] = known[key]
         elastic.restore()
+        allocate[name].append(choice.seconds)
+        hits[name, target] = recovered[name, target, choice.recovery]
+        widths[name, target] = choice.allocation.widths
     return Comparison(
         fingerprints=comparison_fingerprints(run),
         rows=tuple(row for (name, target), correct in hits.items() for row in _rows(run, name, target, correct)),
         averages=tuple(_averages(run.samples.test, hits, widths)),
+        recoveries=tuple(_recoveries(run.samples.test, recovered)) if config.compare.recoveries else (),
         seconds=tuple(
             Seconds(
                 name,
@@ -170,10 +202,11 @@ def comparison_fingerprints(run: Run) -> dict[str, str]:
     }
 
 
-def _time_calibration(run: Run, model: QwenVL) -> float:
+def _time_calibration(run: Run, model: QwenVL) -> tuple[float, Encoded]:
     start = time.perf_counter()
-    calibrate(model, encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens))
-    return time.perf_counter() - start
+    encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens)
+    calibrate(model, encoded)
+    return time.perf_counter() - start, encoded
 
 
 def _choosers(run: Run) -> dict[str, Callable[[int], _Choice]]:
@@ -186,12 +219,12 @@ def _choosers(run: Run) -> dict[str, Callable[[int], _Choice]]:
     def searched(budget: int) -> _Choice:
         if budget not in found:
             raise LopError(f"compare.targets: {run.space.ratio(budget):.4g} is not one of the search's targets")
-        return _Choice(found[budget].best, scores, None, search_seconds)
+        return _Choice(found[budget].best, scores, "none", search_seconds)
 
     def predicted(budget: int) -> _Choice:
         predictor.allocate(budget)  # The first call pays for set-up that later ones do not.
         seconds, allocation = _timed(lambda: predictor.allocate(budget))
-        return _Choice(allocation, scores, None, seconds)
+        return _Choice(allocation, scores, "none", seconds)
 
     baselines = {name: _baseline_chooser(run, baseline) for name, baseline in BASELINES.items()}
     return {**baselines, "lop-search": searched, "lop-predictor": predicted}
@@ -202,7 +235,7 @@ def _baseline_chooser(run: Run, baseline: Baseline) -> Callable[[int], _Choice]:
 
     def choose(budget: int) -> _Choice:
         seconds, allocation = _timed(lambda: baseline.allocate(collected, run.space, budget))
-        return _Choice(allocation, baseline.score(collected), collected.mean if baseline.bias else None, seconds)
+        return _Choice(allocation, baseline.score(collected), "bias" if baseline.bias else "none", seconds)
 
     return choose
 
@@ -223,12 +256,7 @@ def _averages(
     hits: Mapping[tuple[str, float], np.ndarray],
     widths: Mapping[tuple[str, float], tuple[int, ...]],
 ) -> list[Average]:
-    forms = np.unique([sample.form for sample in samples], return_inverse=True)[1]
-    images = np.unique([sample.image_key for sample in samples], return_inverse=True)[1]
-
-    def interval(values: np.ndarray) -> Interval:
-        return paired_bootstrap(values.astype(np.float64), forms, images)
-
+    interval = _bootstrap(samples)
     accuracies = {key: interval(correct) for key, correct in hits.items()}
     averages = []
     for (method, target), correct in hits.items():
@@ -237,6 +265,23 @@ def _averages(
         difference = interval(correct.astype(np.int64) - hits[best, target].astype(np.int64))
         averages.append(Average(method, target, widths[method, target], accuracies[method, target], best, difference))
     return averages
+
+
+def _recoveries(
+    samples: Sequence[Sample], hits: Mapping[tuple[str, float, Recovery], np.ndarray]
+) -> Iterator[Recovered]:
+    interval = _bootstrap(samples)
+    for (method, target, recovery), correct in hits.items():
+        plain = hits.get((method, target, "none"), correct)
+        difference = interval(correct.astype(np.int64) - plain.astype(np.int64))
+        yield Recovered(method, target, recovery, interval(correct), difference)
+
+
+def _bootstrap(samples: Sequence[Sample]) -> Callable[[np.ndarray], Interval]:
+    """The mean over forms of a value for each sample [n], with its interval over images."""
+    forms = np.unique([sample.form for sample in samples], return_inverse=True)[1]
+    images = np.unique([sample.image_key for sample in samples], return_inverse=True)[1]
+    return lambda values: paired_bootstrap(values.astype(np.float64), forms, images)
 
 
 def _timed(action: Callable[[], T]) -> tuple[float, T]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,8 @@ Ratio = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Importance = Literal["activation", "contribution", "magnitude", "wanda", "flap"]
 Root = Literal["uniform", "magnitude", "wanda", "flap"]
+Recovery = Literal["none", "bias", "refit"]
+RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 
 
 class _Settings(BaseModel):
@@ -112,6 +114,7 @@ class CompareSettings(_Settings):
     """What `lop compare` reports."""
 
     targets: tuple[Ratio, ...] = (0.2, 0.3, 0.5)
+    recoveries: tuple[Recovery, ...] = ("none", "bias", "refit")
 
 
 class Config(_Settings):
@@ -128,7 +131,9 @@ class Config(_Settings):
     seed: int = 0
     granularity: Positive = 128
     max_ratio: Ratio = 0.95
+    max_width_ratio: Annotated[float, Field(ge=1)] | None = None
     importance: Importance = "activation"
+    recovery: Recovery = "refit"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: Positive = 8192

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lop.checkpoint import verify
 from lop.errors import LopError
@@ -39,16 +40,17 @@ def _prune_all(run: Run) -> None:
     for target in run.config.compare.targets:
         folder = run.folder / "checkpoints" / f"{target:.3f}"
         allocation = predictor.allocate(run.space.budget(target))
-        if _holds(folder, list(allocation.widths)):
+        if _holds(folder, widths=list(allocation.widths), recovery=run.config.recovery):
             log.info("prune: %s is there already", folder)
             continue
         shutil.rmtree(folder, ignore_errors=True)
         export_allocation(run, allocation, folder, target=target)
 
 
-def _holds(folder: Path, widths: list[int]) -> bool:
-    """Whether the folder holds an undamaged checkpoint of these widths."""
+def _holds(folder: Path, **expected: Any) -> bool:
+    """Whether the folder holds an undamaged checkpoint whose manifest says so."""
     try:
-        return bool(verify(folder)["widths"] == widths)
+        manifest = verify(folder)
+        return all(manifest.get(name) == value for name, value in expected.items())
     except LopError:
         return False

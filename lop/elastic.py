@@ -38,6 +38,11 @@ class ElasticFfn(nn.Module):
         gate, up: [F, H].
         down: [H, F].
         order: [F], the neurons in the order in which they stand, in the dense model's numbering.
+
+    Attributes:
+        width: neurons kept.
+        bias: [H], added to the output.
+        refitted: [H, width], in the place of `down[:, :width]` where recovery has solved for other weights.
     """
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor, order: Tensor) -> None:
@@ -47,6 +52,7 @@ class ElasticFfn(nn.Module):
         self.order = order
         self.width = self.neurons
         self.bias: Tensor | None = None
+        self.refitted: Tensor | None = None
         self.is_compiled = False
 
     @classmethod
@@ -65,11 +71,15 @@ class ElasticFfn(nn.Module):
         self.down.copy_(self.down[:, move])
         self.order = order
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., H] to the kept neurons' activations [..., width]."""
+        product = fused_gated() if self.is_compiled else gated
+        return product(F.linear(x, self.gate[: self.width]), F.linear(x, self.up[: self.width]))
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
-        product = fused_gated() if self.is_compiled else gated
-        hidden = product(F.linear(x, self.gate[: self.width]), F.linear(x, self.up[: self.width]))
-        return F.linear(hidden, self.down[:, : self.width], self.bias)
+        down = self.down[:, : self.width] if self.refitted is None else self.refitted
+        return F.linear(self.hidden(x), down, self.bias)
 
 
 class ElasticModel:
@@ -130,6 +140,7 @@ class ElasticModel:
         """
         for layer, (ffn, width) in enumerate(zip(self._ffns, allocation.widths, strict=True)):
             ffn.width = width
+            ffn.refitted = None
             ffn.bias = None if means is None else _compensation(ffn, width, means[layer])
 
     def compile(self) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from lop.compare import METHODS, Average, Comparison, Seconds, compare_stage, comparison_fingerprints
+from lop.compare import METHODS, Average, Comparison, Recovered, Seconds, compare_stage, comparison_fingerprints
 from lop.errors import LopError
 from lop.files import atomic_file, read_json, write_json
 from lop.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
@@ -80,6 +80,7 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         "### By form of question",
         "Share of exact answers, with Wilson's 95% interval.",
         _form_table(comparison),
+        *_recovery_parts(comparison),
         "## Seconds",
         "`calibrate` is spent once for a model, `allocate` and `apply` for each target (medians). What `lop-search` "
         "allocates is its own search for one target; `lop-predictor` has the search and the training behind it, once "
@@ -128,6 +129,32 @@ def _form_table(comparison: Comparison) -> str:
     return _table(["method", "pruned", *(_FORM_NAMES[form] for form in FORMS)], rows)
 
 
+def _recovery_parts(comparison: Comparison) -> list[str]:
+    """How each recovery does on every method's allocation: what is due to the allocation, and what to the recovery."""
+    if not comparison.recoveries:
+        return []
+    kinds = list(dict.fromkeys(result.recovery for result in comparison.recoveries))
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for result in comparison.recoveries:
+        text = _percent(result)
+        if result.recovery != "none":
+            points = result.difference
+            text += f", {100 * points.value:+.1f} ({100 * points.low:+.1f} to {100 * points.high:+.1f})"
+        cells.setdefault((result.method, result.target), {})[result.recovery] = text
+    rows = [
+        [method, f"{target:.0%}", *(by_kind.get(kind, "") for kind in kinds)]
+        for (method, target), by_kind in sorted(cells.items(), key=lambda item: (item[0][1], METHODS.index(item[0][0])))
+    ]
+    return [
+        "## Recovery",
+        "The same allocations and neurons with each recovery, LOP's and the baselines' alike: accuracy in percent, and "
+        "the paired difference to no recovery in points. `bias` adds the pruned neurons' mean contribution, `refit` "
+        "solves for new `down_proj` weights on the calibration samples. The tables above have each method as it was "
+        "published (FLAP with bias, the others without recovery).",
+        _table(["method", "pruned", *kinds], rows),
+    ]
+
+
 def _seconds_table(seconds: tuple[Seconds, ...]) -> str:
     rows = [[s.method, f"{s.calibrate:.3f}", f"{s.allocate:.6f}", f"{s.apply:.4f}"] for s in seconds]
     return _table(["method", "calibrate", "allocate", "apply"], rows)
@@ -146,6 +173,6 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _percent(average: Average) -> str:
-    value = average.accuracy
+def _percent(result: Average | Recovered) -> str:
+    value = result.accuracy
     return f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"

@@ -86,7 +86,8 @@ class Run:
         Raises:
             LopError: the granularity does not divide the model's FFN.
         """
-        return Space(self.size.layers, self.size.neurons, self.config.granularity, self.config.max_ratio)
+        config = self.config
+        return Space(self.size.layers, self.size.neurons, config.granularity, config.max_ratio, config.max_width_ratio)
 
     @cached_property
     def samples(self) -> SampleSets:

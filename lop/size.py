@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,24 @@ from lop.errors import LopError
 from lop.files import read_json
 
 FFN_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
+}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "B": 10**9}
 _BINARY_UNITS = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a safetensors file: its dtype's name, its shape, and the file that holds it."""
+    """One tensor of a safetensors file: its dtype's name, its shape, the file that holds it, and from which byte on."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    offset: int
 
     @property
     def parameters(self) -> int:
@@ -34,7 +39,11 @@ class TensorInfo:
 
     @property
     def bytes(self) -> int:
-        return self.parameters * _ITEM_BYTES[self.dtype]
+        return self.parameters * self.item_bytes
+
+    @property
+    def item_bytes(self) -> int:
+        return _ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def read_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
     Raises:
         LopError: a file is missing or its header damaged.
     """
-    return {name: info for file in weight_files(checkpoint) for name, info in _header(file)}
+    return {name: info for file in weight_files(checkpoint) for name, info in read_header(file).items()}
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
@@ -157,7 +166,7 @@ def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
         parameters=sum(info.parameters for info in tensors.values()),
         bytes=sum(info.bytes for info in tensors.values()),
         neuron_parameters=3 * first.shape[0],
-        neuron_bytes=3 * first.shape[0] * _ITEM_BYTES[first.dtype],
+        neuron_bytes=3 * first.shape[0] * first.item_bytes,
     )
 
 
@@ -186,16 +195,29 @@ def describe(allocation: Allocation, space: Space, size: ModelSize) -> dict[str,
     }
 
 
-def _header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, in the order of its header.
+
+    Raises:
+        LopError: the header is damaged, or the file is shorter or longer than it says.
+    """
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header: dict[str, Any] = json.loads(stream.read(length)) if length < 2**28 else {}
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError):
+        tensors = {
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), file, 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+        if any(
+            tensors[name].offset + tensors[name].bytes != 8 + length + entries[name]["data_offsets"][1]
+            for name in tensors
+        ):
+            raise ValueError
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
         raise LopError(f"{file} is damaged: its safetensors header cannot be read") from None
     if file.stat().st_size != 8 + length + end:
         raise LopError(f"{file} is damaged: {file.stat().st_size} bytes instead of {8 + length + end}")
-    for name, entry in entries.items():
-        yield name, TensorInfo(entry["dtype"], tuple(entry["shape"]), file)
+    return tensors

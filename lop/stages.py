@@ -3,37 +3,43 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from lop import __version__
 from lop.adapter import load_model
 from lop.allocation import Allocation
 from lop.baselines import root_allocation
 from lop.checkpoint import export
-from lop.config import Config, save_config
+from lop.config import Config, Recovery, save_config
+from lop.destination import check_absent
 from lop.elastic import ElasticModel
 from lop.encoding import encode
-from lop.errors import LopError
+from lop.errors import CancelledError, LopError
 from lop.evaluator import Evaluation, Evaluator
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints, fingerprint, fingerprint_file
+from lop.formats import Format, check_format
 from lop.ledger import Ledger
 from lop.models import find_model
 from lop.predictors import Predictor, load_predictor
 from lop.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
 from lop.racing import Candidate, Racing, sample_rounds
+from lop.recovery import recover_checkpoint
 from lop.run import Run, shipped_run
 from lop.samples import Sample
 from lop.search import InProcess, Workers, run_search
 from lop.size import Target
 from lop.statistics import calibrate
+from lop.storage import Location
 from lop.training import Fit, Pair, fit, split_pairs
 from lop.tree import Depth, SearchTree
 
@@ -41,6 +47,7 @@ log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_BARS = 0.2
 _SECONDS_BETWEEN_STATUS = 2.0
 _SECONDS_BETWEEN_LINES = 10.0
+Progress = Callable[[str, int, int], None]
 
 
 def calibrate_stage(run: Run, *, progress: bool = True) -> None:
@@ -173,32 +180,115 @@ def predictor_for(run: Run | None, config: Config) -> Predictor:
     owner = run or _shipped(config)
     predictor = load_predictor(owner.predictor_folder)
     check_fingerprints(str(owner.predictor_folder), predictor.fingerprints, {"model": owner.model_fingerprint})
+    if config.max_width_ratio is not None:
+        predictor = replace(predictor, space=replace(predictor.space, max_width_ratio=config.max_width_ratio))
     return predictor
 
 
-def prune_stage(run: Run | None, config: Config, target: Target, out: Path, *, progress: bool = True) -> Allocation:
-    """Predicts the target's allocation and writes the checkpoint.
+def prune_stage(
+    run: Run | None,
+    config: Config,
+    target: Target,
+    out: str | Path,
+    *,
+    format: Format = "hf",
+    progress: Progress = lambda step, done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Predicts the target's allocation and writes the checkpoint; see `export_allocation`.
 
     Raises:
         LopError: the target cannot be met, or something that the run needs is missing or damaged.
     """
-    owner = run or _shipped(config)
     predictor = predictor_for(run, config)
     budget = target.budget(predictor.space, predictor.size)
-    allocation = predictor.allocate(budget)
-    export_allocation(owner, allocation, out, target=predictor.space.ratio(budget), progress=progress)
-    return allocation
+    return export_allocation(
+        run or _shipped(config),
+        predictor.allocate(budget),
+        out,
+        target=predictor.space.ratio(budget),
+        format=format,
+        progress=progress,
+        cancelled=cancelled,
+    )
 
 
-def export_allocation(run: Run, allocation: Allocation, out: Path, *, target: float, progress: bool = True) -> None:
-    """Writes the checkpoint of an allocation in the run's importance order."""
+def export_allocation(
+    run: Run,
+    allocation: Allocation,
+    out: str | Path,
+    *,
+    target: float,
+    format: Format = "hf",
+    recovery: Recovery | None = None,
+    progress: Progress = lambda step, done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Writes the checkpoint of an allocation in the run's importance order; it appears whole or not at all.
+
+    Recovery `refit` runs the calibration samples through the model twice, one layer in memory at a time; the others,
+    and the writing itself, build no model.
+
+    Args:
+        out: a new folder: a local path, or a URI that pyarrow knows, such as `s3://bucket/folder`.
+        target: the pruning ratio that was asked for; goes into the manifest.
+        recovery: None takes the config's.
+        progress: called in this thread with the step (`"recover"`, counted in layers, or `"export"`, in bytes), how
+            much of it is done, and how much it is in all.
+        cancelled: asked after each layer, and about every 8 MiB, whether to give up.
+
+    Returns:
+        The checkpoint's manifest, as it stands in its `lop.json`.
+
+    Raises:
+        LopError: the format cannot hold what recovery adds, `out` is there already, or the run lacks something.
+        CancelledError: `cancelled` said so.
+        OSError: the disk is full or read-only. After any error nothing is left behind.
+    """
+    recovery = recovery or run.config.recovery
+    check_format(format, recovery)
+    place = Location.parse(out)
+    check_absent(place)
+    torch.set_num_threads(run.config.threads)
     about = {
+        "version": __version__,
         "source": run.config.model,
         "target": target,
         "importance": run.config.importance,
+        "recovery": recovery,
         "fingerprints": run.calibration_fingerprints,
     }
-    export(run.model_folder, out, allocation, run.order, about=about, progress=progress)
+
+    def on_layer(done: int, total: int) -> None:
+        if cancelled():
+            raise CancelledError("the export was cancelled")
+        progress("recover", done, total)
+
+    with TemporaryDirectory(prefix="lop-recovery-") as folder:
+        recovered = recover_checkpoint(
+            run.model_folder,
+            allocation,
+            recovery,
+            Path(folder),
+            order=run.order,
+            means=run.statistics.mean,
+            samples=run.samples.calibration,
+            batch_tokens=run.config.batch_tokens,
+            device=run.config.device,
+            dtype=run.config.dtype,
+            progress=on_layer,
+        )
+        return export(
+            run.model_folder,
+            place,
+            allocation,
+            run.order,
+            about=about,
+            format=format,
+            recovered=recovered,
+            progress=lambda done, total: progress("export", done, total),
+            cancelled=cancelled,
+        )
 
 
 def _shipped(config: Config) -> Run:
@@ -370,7 +460,9 @@ def _target_record(run: Run, target: float, tree: SearchTree) -> dict[str, Any]:
 
 def _search_fingerprint(run: Run) -> str:
     config = run.config
-    return fingerprint([config.search.model_dump(mode="json"), config.seed, config.granularity, config.max_ratio])
+    settings = [config.search.model_dump(mode="json"), config.seed, config.granularity, config.max_ratio]
+    # Only where it is set, so that searches from before there was such a bound keep their fingerprint.
+    return fingerprint(settings + [config.max_width_ratio] * (config.max_width_ratio is not None))
 
 
 @contextmanager

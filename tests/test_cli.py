@@ -23,6 +23,7 @@ FEW = (
     "--set", "search.simulations=6",
     "--set", "train.epochs=3",
     "--set", "compare.targets=[0.5]",
+    "--set", "compare.recoveries=[]",
 )  # fmt: skip
 
 
@@ -140,6 +141,45 @@ def test_prediction_speaks_json_and_agrees_with_the_checkpoint(finished: Path, t
     assert json.loads(by_bytes.stdout)["widths"] == answer["widths"]
     shown = lop_command("predict", "--run", finished, "--parameters", str(answer["parameters"]))
     assert f"{answer['parameters']:,} parameters" in shown.stdout
+
+
+def test_inspect_tells_what_a_checkpoint_is_and_finds_a_flipped_byte(tmp_path: Path) -> None:
+    out = tmp_path / "p"
+    arguments = ("--recovery", "none", "--format", "padded", "--max-width-ratio", "1.1")
+    done = lop_command("prune", "--target", "0.4", *arguments, "--out", out)
+    assert done.returncode == 0
+    found = json.loads(lop_command("inspect", out, "--json").stdout)
+    assert found["format"] == "padded"
+    assert found["verified"] is True
+    assert found["manifest"]["recovery"] == "none"
+    assert len(set(found["stored"])) == 1
+    assert found["stored"][0] == max(found["widths"])
+    kept = sum(found["widths"])
+    assert found["ratio"] == pytest.approx(1 - kept / (len(found["widths"]) * found["neurons"]))
+    # A multiple of the granularity (8) of at least the mean is always allowed.
+    assert max(found["widths"]) <= max(1.1 * kept / len(found["widths"]), kept / len(found["widths"]) + 8)
+    assert f"{found['manifest']['padding_bytes']:,} bytes of zeros" in done.stderr
+    shown = lop_command("inspect", out).stdout
+    assert f"{found['parameters']:,}" in shown
+    assert shown.count("layer ") == len(found["widths"])
+    assert "as they were written" in shown
+    dense = json.loads(lop_command("inspect", assets() / "model", "--json").stdout)
+    assert (dense["format"], dense["ratio"], dense["verified"]) == ("dense", 0, None)
+    tokenizer = out / "tokenizer.json"
+    data = bytearray(tokenizer.read_bytes())
+    data[len(data) // 3] ^= 1
+    tokenizer.write_bytes(data)
+    assert "tokenizer.json is not what was written" in refused("inspect", out)
+    assert "config.json" in refused("inspect", tmp_path)
+
+
+def test_what_a_format_cannot_hold_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = refused("prune", "--target", "0.3", "--format", "padded", "--recovery", "bias", "--out", out)
+    assert "no place for a bias" in line
+    assert "max_width_ratio" in refused("prune", "--target", "0.3", "--max-width-ratio", "0.5", "--out", out)
+    assert "nosuch://" in refused("prune", "--target", "0.3", "--out", "nosuch://bucket/folder")
+    assert not out.exists()
 
 
 def test_bad_targets_are_refused(finished: Path, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from lop.allocation import Allocation, Space, dense, project, uniform
 from lop.errors import LopError
 
 spaces = st.builds(
-    lambda layers, units, granularity, ratio: Space(layers, units * granularity, granularity, ratio),
+    lambda layers, units, granularity, ratio, widest: Space(layers, units * granularity, granularity, ratio, widest),
     st.integers(1, 6),
     st.integers(1, 12),
     st.sampled_from([1, 4, 128]),
     st.sampled_from([0.0, 0.25, 0.5, 0.9, 0.95]),
+    st.sampled_from([None, 1.0, 1.2, 3.0]),
 )
 
 
@@ -46,7 +47,11 @@ def test_projection_meets_budget_and_limits(case: tuple[Space, float], data: st.
     ratios = data.draw(st.lists(st.floats(-2, 3), min_size=space.layers, max_size=space.layers))
     allocation = project(ratios, space, space.budget(target))
     assert allocation.budget == space.budget(target)
-    assert all(space.min_width <= width <= space.neurons for width in allocation.widths)
+    widest = space.max_width(allocation.budget)
+    assert all(space.min_width <= width <= widest <= space.neurons for width in allocation.widths)
+    if space.max_width_ratio is not None:
+        mean = allocation.budget / space.layers
+        assert widest < max(space.max_width_ratio * mean, mean + space.granularity) + 1e-9
     assert all(width % space.granularity == 0 for width in allocation.widths)
     assert project(ratios, space, space.budget(target)) == allocation
 
@@ -54,14 +59,14 @@ def test_projection_meets_budget_and_limits(case: tuple[Space, float], data: st.
 @given(st.integers(0, 10_000))
 def test_projection_is_the_nearest_of_all_allocations(seed: int) -> None:
     random = np.random.default_rng(seed)
-    space = Space(3, 24, 4, 0.9)
+    space = Space(3, 24, 4, 0.9, random.choice([None, 1.3]))
     budget = space.budget(float(random.uniform(0, space.max_target)))
     ratios = random.normal(0.5, 0.6, 3)
 
     def distance(widths: tuple[int, ...]) -> float:
         return float(sum((1 - width / space.neurons - ratio) ** 2 for width, ratio in zip(widths, ratios)))
 
-    widths = range(space.min_width, space.neurons + 1, space.granularity)
+    widths = range(space.min_width, space.max_width(budget) + 1, space.granularity)
     best = min(distance(candidate) for candidate in product(widths, repeat=3) if sum(candidate) == budget)
     assert distance(project(ratios, space, budget).widths) == pytest.approx(best)
 
@@ -125,6 +130,8 @@ def test_impossible_spaces_and_budgets_are_named() -> None:
         Space(2, 8, 3, 0.5)
     with pytest.raises(LopError, match="max_ratio 1"):
         Space(2, 8, 4, 1.0)
+    with pytest.raises(LopError, match=r"max_width_ratio 0\.9"):
+        Space(2, 8, 4, 0.5, 0.9)
     with pytest.raises(LopError, match="7 neurons"):
         project([0.5, 0.5], Space(2, 8, 4, 0.5), 7)
 

@@ -1,0 +1,94 @@
+"""What a pruned checkpoint looks like on disk: true widths (`hf`), or padded to one width (`padded`)."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from lop.config import Recovery
+from lop.errors import LopError
+from lop.shards import Cut
+from lop.size import TensorInfo, ffn_layer, ffn_part
+
+Format = Literal["hf", "padded"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+MODELING = "modeling_lop.py"
+MODEL_CLASS = "LopQwen2_5_VLForConditionalGeneration"
+# Of a config as the first Qwen2.5-VL checkpoints have it, flat: what is not the language backbone's.
+_NOT_TEXT = {"architectures", "auto_map", "model_type", "transformers_version", "vision_config"}
+
+
+def check_format(format: Format, recovery: Recovery) -> None:
+    """Looks before anything is done for nothing.
+
+    Raises:
+        LopError: the format has no place for what the recovery adds.
+    """
+    if format == "padded" and recovery == "bias":
+        raise LopError("format 'padded' has no place for a bias: choose recovery 'refit' or 'none', or format 'hf'")
+
+
+def cut_tensors(
+    tensors: Mapping[str, TensorInfo],
+    order: np.ndarray,
+    widths: Sequence[int],
+    *,
+    format: Format,
+    recovered: Mapping[str, TensorInfo],
+) -> list[tuple[str, Cut]]:
+    """What to write of each tensor of a dense checkpoint.
+
+    Args:
+        tensors: the dense checkpoint's.
+        order: [L, F] neurons of each layer, the most important first.
+        widths: [L] neurons kept.
+        recovered: tensors that take the place of those cut from the dense checkpoint (`down_proj` weights [H, k]) or
+            come on top (its biases), by the checkpoint's names.
+    """
+    cuts = []
+    for name, info in tensors.items():
+        part = ffn_part(name)
+        if part is None:
+            cuts.append((name, Cut(info, info.shape)))
+            continue
+        kept = order[ffn_layer(name), : widths[ffn_layer(name)]]
+        width = max(widths) if format == "padded" else len(kept)
+        if part != "down_proj":
+            cuts.append((name, Cut(info, (width, info.shape[1]), rows=kept)))
+        elif name in recovered:
+            cuts.append((name, Cut(recovered[name], (info.shape[0], width), columns=np.arange(len(kept)))))
+        else:
+            cuts.append((name, Cut(info, (info.shape[0], width), columns=kept)))
+    return cuts + [(name, Cut(info, info.shape)) for name, info in recovered.items() if name not in tensors]
+
+
+def pruned_config(dense: Mapping[str, Any], widths: Sequence[int], *, format: Format, bias: bool) -> dict[str, Any]:
+    """The config of a pruned checkpoint: the dense one's, whatever transformers wrote it, with the widths.
+
+    `padded` sets `intermediate_size`. `hf` sets `text_config.per_layer_config` (transformers' schema of layers that
+    differ) and `auto_map`. A flat config keeps its keys beside the `text_config` that it gets: transformers before
+    4.52 reads the former, later ones the latter.
+
+    Args:
+        dense: what stands in the dense checkpoint's `config.json`.
+        widths: [L] neurons kept.
+        bias: whether the layers' `down_proj` have one.
+    """
+    config = copy.deepcopy(dict(dense))
+    if format == "padded":
+        config.get("text_config", config)["intermediate_size"] = max(widths)
+        return config
+    if "text_config" not in config:
+        flat = {key: value for key, value in config.items() if key not in _NOT_TEXT and not key.endswith("_token_id")}
+        ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        config["text_config"] = {**flat, **ends, "model_type": f"{config['model_type']}_text"}
+    digits = len(str(len(widths) - 1))
+    config["text_config"]["per_layer_config"] = {
+        str(layer).zfill(digits): {"intermediate_size": int(width)} for layer, width in enumerate(widths)
+    }
+    if bias:
+        config["text_config"]["down_proj_bias"] = True
+    config["architectures"] = [MODEL_CLASS]
+    config["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.removesuffix('.py')}.{MODEL_CLASS}"}
+    return config

@@ -1,0 +1,129 @@
+"""`lop inspect`: what a checkpoint is, from its headers, its config and its manifest; and whether it is undamaged."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Console, Group
+from rich.table import Table
+
+from lop.checkpoint import MANIFEST, read_manifest, verify
+from lop.errors import LopError
+from lop.files import read_json
+from lop.size import ffn_layer, ffn_part, read_tensors
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is.
+
+    Attributes:
+        format: `dense`, `hf` or `padded`; a pruned checkpoint without a manifest (as `save_pretrained` leaves) is `hf`.
+        widths: [L] neurons that each layer keeps.
+        stored: [L] neurons that each layer has on disk; more than it keeps if padded.
+        neurons: of a layer of the dense model; of the widest layer if nothing tells.
+        parameters, bytes: of all tensors.
+        manifest: what the export wrote down (source, target, recovery, fingerprints), without its hashes.
+        checked: files that were held against their SHA-256 in the manifest; None without a manifest.
+        damage: the first fault found, in one line; empty if there is none.
+    """
+
+    path: str
+    format: str
+    widths: tuple[int, ...]
+    stored: tuple[int, ...]
+    neurons: int
+    parameters: int
+    bytes: int
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    checked: int | None = None
+    damage: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Share of the dense model's FFN neurons that are not there."""
+        return 1 - sum(self.widths) / (len(self.widths) * self.neurons)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "ratio": self.ratio, "verified": None if self.checked is None else not self.damage}
+
+
+def inspect(folder: Path) -> Inspection:
+    """Looks at a checkpoint, dense or pruned, and reads it whole if there are hashes to check.
+
+    Raises:
+        LopError: the folder holds no checkpoint, or one whose headers are damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise LopError(f"{folder} has no config.json: name a folder that holds a checkpoint")
+    config, tensors = read_json(folder / "config.json"), read_tensors(folder)
+    found = {ffn_layer(name): info.shape[1] for name, info in tensors.items() if ffn_part(name) == "down_proj"}
+    if not found:
+        raise LopError(f"{folder} has no decoder layers with gate_proj, up_proj and down_proj")
+    stored = tuple(found[layer] for layer in sorted(found))
+    has_manifest = (folder / MANIFEST).exists()
+    manifest = read_manifest(folder) if has_manifest else {}
+    hashes = manifest.pop("sha256", {})
+    damage = _damage(folder) if has_manifest else ""
+    text = config.get("text_config", config)
+    pruned = "per_layer_config" in text
+    kind = manifest.get("format", "hf" if pruned else "dense")
+    return Inspection(
+        path=str(folder),
+        format=kind,
+        widths=tuple(manifest.get("widths", stored)),
+        stored=stored,
+        neurons=manifest.get("neurons", text.get("intermediate_size", max(stored))),
+        parameters=sum(info.parameters for info in tensors.values()),
+        bytes=sum(info.bytes for info in tensors.values()),
+        manifest=manifest,
+        checked=len(hashes) if has_manifest else None,
+        damage=damage,
+    )
+
+
+def print_inspection(found: Inspection) -> None:
+    """Shows it on the terminal, the widths as a bar chart."""
+    facts = Table.grid(padding=(0, 2))
+    manifest = found.manifest
+    rows = {
+        "format": found.format,
+        "source": manifest.get("source"),
+        "target": f"{manifest['target']:.4f}" if "target" in manifest else None,
+        "pruned": f"{found.ratio:.2%} of {len(found.widths)} layers of {found.neurons} neurons",
+        "recovery": manifest.get("recovery"),
+        "importance": manifest.get("importance"),
+        "parameters": f"{found.parameters:,}",
+        "bytes": f"{found.bytes:,}",
+        "padding": f"{manifest['padding_bytes']:,} bytes of zeros" if manifest.get("padding_bytes") else None,
+        "made from": ", ".join(f"{name} {value}" for name, value in manifest.get("fingerprints", {}).items()) or None,
+        "hashes": _verdict(found),
+    }
+    for name, value in rows.items():
+        if value is not None:
+            facts.add_row(name, value)
+    chart = Table.grid(padding=(0, 2))
+    for layer, width in enumerate(found.widths):
+        chart.add_row(
+            f"layer {layer}", f"{width}", Bar(found.neurons, 0, width, width=40), f"{width / found.neurons:.1%}"
+        )
+    Console().print(Group(facts, "", chart))
+
+
+def _damage(folder: Path) -> str:
+    try:
+        verify(folder)
+    except LopError as error:
+        return str(error)
+    return ""
+
+
+def _verdict(found: Inspection) -> str:
+    if found.damage:
+        return "DAMAGED"
+    if found.checked is None:
+        return f"none: there is no {MANIFEST}"
+    return f"all {found.checked} files are as they were written"

@@ -1,0 +1,172 @@
+"""Recovery without training: what is left of each FFN is made to say what the whole FFN said.
+
+`bias` adds the pruned neurons' mean contribution, as FLAP does (An et al. 2023). `refit` solves for new `down_proj`
+weights by ridge least squares on the calibration samples, layer by layer, each layer seeing the refitted ones before
+it. It needs no bias, so every format and every loader carries it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lop.allocation import Allocation
+from lop.backbone import Backbone, Layer
+from lop.config import Recovery
+from lop.elastic import ElasticFfn, ElasticModel
+from lop.encoding import Batch, Encoded, encode, on_device
+from lop.files import disk_errors
+from lop.samples import Sample
+from lop.size import TensorInfo, ffn_layer, ffn_part, read_header, read_tensors
+from lop.streamed import StreamedModel
+
+RIDGE = 0.01
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def recover_elastic(
+    elastic: ElasticModel, allocation: Allocation, recovery: Recovery, *, means: np.ndarray, calibration: Encoded
+) -> None:
+    """Gives an elastic model the allocation's widths, and what recovery makes of the layers with these.
+
+    Args:
+        means: [L, F] `E[h]` in the dense model's numbering, for `bias`.
+        calibration: for `refit`.
+    """
+    elastic.prune(allocation, means if recovery == "bias" else None)
+    if recovery == "refit":
+        for _ in refit(elastic.backbone, elastic.backbone.layers, calibration, allocation.widths):
+            pass
+
+
+def recover_checkpoint(
+    checkpoint: Path,
+    allocation: Allocation,
+    recovery: Recovery,
+    folder: Path,
+    *,
+    order: np.ndarray,
+    means: np.ndarray,
+    samples: Sequence[Sample],
+    batch_tokens: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, TensorInfo]:
+    """Writes the tensors that recovery changes or adds, for `lop.checkpoint.export`, one layer at a time.
+
+    `refit` holds two decoder layers in memory, the one at hand and the next, beside the vision tower and the
+    embeddings; `bias` one matrix.
+
+    Args:
+        checkpoint: the dense checkpoint.
+        folder: where the files go; they are needed until the export is done.
+        order: [L, F] neurons of each layer, the most important first.
+        means: [L, F] `E[h]` in the dense model's numbering, for `bias`.
+        samples: the calibration samples, for `refit`.
+        progress: called with the layers done and their number.
+
+    Returns:
+        By the checkpoint's own names, where each tensor is; empty for `none`.
+
+    Raises:
+        LopError: the checkpoint is damaged or not a Qwen2.5-VL.
+    """
+    if recovery == "none":
+        return {}
+    down = sorted(
+        ((name, info) for name, info in read_tensors(checkpoint).items() if ffn_part(name) == "down_proj"),
+        key=lambda item: ffn_layer(item[0]),
+    )
+    progress(0, len(down))
+    if recovery == "bias":
+        new = _biases(down, allocation, order, means)
+        names = [name.removesuffix("weight") + "bias" for name, _ in down]
+    else:
+        streamed = StreamedModel(checkpoint, device=device, dtype=dtype)
+        encoded = encode(streamed.model, samples, batch_tokens=batch_tokens)
+        new = refit(streamed.model.lean_backbone(), streamed.layers(order), encoded, allocation.widths)
+        names = [name for name, _ in down]
+    found: dict[str, TensorInfo] = {}
+    for layer, (name, (_, info), tensor) in enumerate(zip(names, down, new), start=1):
+        file = folder / f"{layer:05d}.safetensors"
+        with disk_errors(file):
+            save_file({name: tensor.to("cpu", getattr(torch, _DTYPES[info.dtype])).contiguous()}, file)
+        found |= read_header(file)
+        progress(layer, len(down))
+    return found
+
+
+def _biases(
+    down: Sequence[tuple[str, TensorInfo]], allocation: Allocation, order: np.ndarray, means: np.ndarray
+) -> Iterator[Tensor]:
+    """Each layer's `W_down[:, pruned] · E[h_pruned]`, [H]."""
+    for (name, info), width, row, mean in zip(down, allocation.widths, order, means, strict=True):
+        with safe_open(info.file, framework="pt") as file:
+            yield file.get_tensor(name)[:, row[width:]].double() @ torch.from_numpy(mean[row[width:]])
+
+
+@torch.inference_mode()
+def refit(
+    backbone: Backbone, layers: Iterable[Layer], encoded: Encoded, widths: Sequence[int], *, ridge: float = RIDGE
+) -> Iterator[Tensor]:
+    """Refits one layer after the other, so that each layer's output is again the dense model's.
+
+    For a calibration token let `h` be the kept neurons' activations in the pruned model, whose earlier layers are
+    refitted already, `r` the residual stream that the FFN adds to, and `t` what it should add: the dense model's output
+    of this layer less `r`. The new weights `W + Δ` minimise `Σ ‖(W + Δ)·h − t‖² + λ‖Δ‖²` over the tokens:
+
+        Δ = (T − W·G)·(G + λI)⁻¹,   G = Σ h·hᵀ,   T = Σ t·hᵀ,   λ = ridge · mean(diag G).
+
+    The target makes up for what the earlier layers still get wrong, too. The ridge pulls towards the weights that are
+    there, so an activation that calibration never saw keeps them.
+
+    Args:
+        backbone: its own layers are not used, and may be on the meta device.
+        layers: the decoder layers with an `ElasticFfn` each; only the one at hand needs to be in memory.
+        widths: [L] neurons kept.
+
+    Yields:
+        Each layer's weights [H, k], in the dense weights' dtype; the layer has them already. Memory: three hidden
+        states for each calibration token, and G, [k, k] in float64, twice.
+    """
+    batches = tuple(on_device(encoded.batches, backbone.norm.device))
+    dense = [batch.embeddings for batch in batches]
+    pruned = list(dense)
+    for layer, width in zip(layers, widths, strict=True):
+        ffn = cast(ElasticFfn, layer.ffn)
+        ffn.width, ffn.refitted, ffn.bias = ffn.neurons, None, None
+        dense = [backbone.feed_forward(layer, x) for x in _attend(backbone, layer, dense, batches)]
+        ffn.width = width
+        residuals = _attend(backbone, layer, pruned, batches)
+        ffn.refitted = _solve(ffn, [backbone.ffn_input(layer, x) for x in residuals], residuals, dense, ridge)
+        pruned = [backbone.feed_forward(layer, x) for x in residuals]
+        yield ffn.refitted
+
+
+def _attend(backbone: Backbone, layer: Layer, states: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
+    return [backbone.attend(layer, x, batch.rotation, batch.groups) for x, batch in zip(states, batches)]
+
+
+def _solve(
+    ffn: ElasticFfn, inputs: Sequence[Tensor], residuals: Sequence[Tensor], outputs: Sequence[Tensor], ridge: float
+) -> Tensor:
+    """The weights [H, k] with which `residual + ffn(inputs)` is nearest to the outputs, all [N, H] by batch."""
+    weight = ffn.down[:, : ffn.width]
+    gram = torch.zeros(ffn.width, ffn.width, dtype=torch.float64, device=weight.device)
+    target = torch.zeros_like(weight, dtype=torch.float64)
+    for x, residual, output in zip(inputs, residuals, outputs):
+        hidden = ffn.hidden(x).float()
+        # Products in float32, which every GPU is fast at; sums over batches in float64.
+        gram += hidden.T @ hidden
+        target += (output.float() - residual.float()).T @ hidden
+    target -= weight.double() @ gram
+    # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    change = torch.cholesky_solve(target.T, torch.linalg.cholesky(gram)).T
+    return (weight.double() + change).to(weight.dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 from ray.util.state import list_nodes
 
 from lop.config import find_config, load_config
@@ -43,6 +44,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     folder = tmp_path_factory.mktemp("head")
     gcs, dashboard, agent = _free_ports(3)
     config = {
+        **BASE_READONLY_CONFIG,
         "cluster_name": "fake",
         "max_workers": 3,
         "idle_timeout_minutes": 0.05,
@@ -57,10 +59,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             "gcs_address": f"127.0.0.1:{gcs}",
         },
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": {"CPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 3},
         },
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
     }
     (folder / "autoscaling.json").write_text(json.dumps(config))
     environment = {

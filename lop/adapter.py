@@ -11,17 +11,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lop.backbone import Backbone, Layer
-from lop.errors import LopError
+from lop.errors import LopError, first_line
 from lop.size import read_tensors
 
 
 class Ffn(Protocol):
-    """A gated feed-forward network: `down(act(gate(x)) * up(x))`."""
+    """A gated feed-forward network: `down(silu(gate(x)) * up(x))`."""
 
     gate_proj: nn.Linear
     up_proj: nn.Linear
     down_proj: nn.Linear
-    act_fn: Any
 
 
 @dataclass(frozen=True)
@@ -173,5 +172,4 @@ def told_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise LopError(f"{path} cannot be loaded as a Qwen2.5-VL checkpoint: {lines[0]}") from error
+        raise LopError(f"{path} cannot be loaded as a Qwen2.5-VL checkpoint: {first_line(error)}") from error

@@ -15,7 +15,7 @@ from lop.errors import CancelledError, LopError
 from lop.files import read_json
 from lop.formats import MODELING, Format, check_format, cut_tensors, pruned_config
 from lop.shards import Cut, ShardWriter, plan_shards, write_all
-from lop.size import TensorInfo, ffn_layer, ffn_part, read_tensors
+from lop.size import TensorInfo, down_projections, read_tensors
 from lop.storage import Location
 
 MANIFEST = "lop.json"
@@ -49,7 +49,7 @@ def export(
         allocation: the width of each layer.
         order: [L, F] neurons of each layer in the dense numbering, the most important first.
         about: what the manifest should say of where the allocation comes from (target, fingerprints).
-        recovered: tensors that recovery has refitted or added; see `lop.recovery.recover`.
+        recovered: tensors that recovery has refitted or added; see `lop.recovery.recover_checkpoint`.
         progress: called in this thread with the bytes written so far and in all.
         cancelled: asked about every 8 MiB whether to give up.
 
@@ -133,8 +133,8 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
 
 
 def _check(tensors: Mapping[str, TensorInfo], allocation: Allocation, order: np.ndarray) -> None:
-    down = {ffn_layer(name): info for name, info in tensors.items() if ffn_part(name) == "down_proj"}
-    shape = (len(down), max((info.shape[1] for info in down.values()), default=0))
+    down = down_projections(tensors)
+    shape = (len(down), max((info.shape[1] for _, info in down), default=0))
     if order.shape != shape or len(allocation.widths) != shape[0] or max(allocation.widths) > shape[1]:
         raise LopError(f"an allocation of {order.shape[0]} layers does not fit a checkpoint of (layers, width) {shape}")
     if not (np.sort(order, axis=1) == np.arange(shape[1])).all():

@@ -44,11 +44,9 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         replace: takes the place of a folder that is there already.
 
     Raises:
-        LopError: `path` is there already and not an empty folder, and is not to be replaced.
-        OSError: the disk is full or read-only; nothing is left behind.
+        OSError: the disk is full or read-only, or `path` is there already and not an empty folder, and is not to be
+            replaced; nothing is left behind.
     """
-    if not replace and path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise LopError(f"{path} is there already: name a new folder, or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:

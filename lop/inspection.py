@@ -12,7 +12,7 @@ from rich.table import Table
 from lop.checkpoint import MANIFEST, read_manifest, verify
 from lop.errors import LopError
 from lop.files import read_json
-from lop.size import ffn_layer, ffn_part, read_tensors
+from lop.size import down_projections, read_tensors
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,9 @@ def inspect(folder: Path) -> Inspection:
     if not (folder / "config.json").is_file():
         raise LopError(f"{folder} has no config.json: name a folder that holds a checkpoint")
     config, tensors = read_json(folder / "config.json"), read_tensors(folder)
-    found = {ffn_layer(name): info.shape[1] for name, info in tensors.items() if ffn_part(name) == "down_proj"}
-    if not found:
+    stored = tuple(info.shape[1] for _, info in down_projections(tensors))
+    if not stored:
         raise LopError(f"{folder} has no decoder layers with gate_proj, up_proj and down_proj")
-    stored = tuple(found[layer] for layer in sorted(found))
     has_manifest = (folder / MANIFEST).exists()
     manifest = read_manifest(folder) if has_manifest else {}
     hashes = manifest.pop("sha256", {})

@@ -4,7 +4,7 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from lop.errors import LopError
+from lop.errors import LopError, first_line
 from lop.fingerprint import fingerprint_weights
 from lop.size import weight_files
 
@@ -58,5 +58,6 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LopError(f"model {name!r} is neither a local folder nor to be had from the hub: {reason}") from None
+        raise LopError(
+            f"model {name!r} is neither a local folder nor to be had from the hub: {first_line(error)}"
+        ) from None

@@ -12,7 +12,6 @@ from typing import Any
 from tqdm import tqdm
 
 from lop.allocation import Space
-from lop.evaluator import Evaluation
 from lop.search import Workers
 from lop.storage import Location
 from lop.tree import SearchTree
@@ -126,10 +125,7 @@ class SearchProgress:
         if not tree.results:
             return TargetProgress(target, done, planned, None, ())
         allocation, evaluation = tree.best
-        return TargetProgress(target, done, planned, self._value(evaluation), allocation.ratios(self._space))
-
-    def _value(self, evaluation: Evaluation) -> float:
-        return float(getattr(evaluation, self._reward))
+        return TargetProgress(target, done, planned, evaluation.worth(self._reward), allocation.ratios(self._space))
 
     def _rate(self, done: int) -> float:
         now = time.monotonic()

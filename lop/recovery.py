@@ -22,7 +22,7 @@ from lop.elastic import ElasticFfn, ElasticModel
 from lop.encoding import Batch, Encoded, encode, on_device
 from lop.files import disk_errors
 from lop.samples import Sample
-from lop.size import TensorInfo, ffn_layer, ffn_part, read_header, read_tensors
+from lop.size import TensorInfo, down_projections, read_header, read_tensors
 from lop.streamed import StreamedModel
 
 RIDGE = 0.01
@@ -79,10 +79,7 @@ def recover_checkpoint(
     """
     if recovery == "none":
         return {}
-    down = sorted(
-        ((name, info) for name, info in read_tensors(checkpoint).items() if ffn_part(name) == "down_proj"),
-        key=lambda item: ffn_layer(item[0]),
-    )
+    down = down_projections(read_tensors(checkpoint))
     progress(0, len(down))
     if recovery == "bias":
         new = _biases(down, allocation, order, means)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lop.errors import LopError
+from lop.errors import LopError, first_line
 from lop.fingerprint import fingerprint
 
 FORMS = ("choice", "yes_no", "word")
@@ -103,14 +103,10 @@ def load_samples(path: Path) -> tuple[Sample, ...]:
     except FileNotFoundError:
         raise LopError(f"{path} is missing") from None
     except (pa.ArrowException, OSError) as error:
-        raise LopError(f"{path} is not a readable sample file: {_first_line(error)}") from None
+        raise LopError(f"{path} is not a readable sample file: {first_line(error)}") from None
     return tuple(Sample(**{**row, "options": tuple(row["options"] or ())}) for row in rows)
 
 
 def fingerprint_samples(samples: Sequence[Sample]) -> str:
     """A fingerprint of images, questions and answers, in order."""
     return fingerprint([[s.image_key, s.form, s.question, list(s.options), s.answer] for s in samples])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

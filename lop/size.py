@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,13 +154,13 @@ def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
     Raises:
         LopError: its decoder layers have no FFN weights, or not all of one width.
     """
-    down = {name: info for name, info in tensors.items() if ffn_part(name) == "down_proj"}
-    widths = {info.shape[1] for info in down.values()}
+    down = down_projections(tensors)
+    widths = {info.shape[1] for _, info in down}
     if not widths:
         raise LopError("the checkpoint has no decoder layers with gate_proj, up_proj and down_proj")
     if len(widths) > 1:
         raise LopError(f"the checkpoint is pruned already: its FFN widths differ ({min(widths)} to {max(widths)})")
-    first = next(iter(down.values()))
+    _, first = down[0]
     return ModelSize(
         layers=len(down),
         neurons=first.shape[1],
@@ -174,6 +175,12 @@ def ffn_part(name: str) -> str | None:
     """Which FFN matrix of the language backbone a tensor is, if any; the vision tower's are not."""
     found = FFN_WEIGHT.search(name)
     return found.group(2) if found and "visual" not in name else None
+
+
+def down_projections(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
+    """The layers' `down_proj` weights [H, neurons] with their names, first layer to last."""
+    down = [(name, info) for name, info in tensors.items() if ffn_part(name) == "down_proj"]
+    return sorted(down, key=lambda item: ffn_layer(item[0]))
 
 
 def ffn_layer(name: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
-from lop.errors import LopError
+from lop.errors import LopError, first_line
 from lop.files import atomic_file
 
 # Their puts are atomic; elsewhere a file appears by a rename.
@@ -48,8 +48,7 @@ class Location:
         try:
             filesystem, path = FileSystem.from_uri(text)
         except (pa.ArrowException, OSError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise LopError(f"storage {text!r} cannot be opened: {reason}") from None
+            raise LopError(f"storage {text!r} cannot be opened: {first_line(error)}") from None
         return cls(filesystem, path.rstrip("/"), text)
 
     def __str__(self) -> str:

@@ -4,25 +4,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import ray
 import torch
 
-from lop.allocation import Allocation
-from lop.errors import LopError
+from lop.errors import LopError, first_line
 from lop.evaluator import Evaluation
-from lop.racing import Candidate, Rival
-
-
-class Evaluates(Protocol):
-    """What an actor needs of the thing it holds."""
-
-    def evaluate(self, allocation: Allocation) -> Evaluation:
-        """One allocation's result."""
-
-    def race(self, allocation: Allocation, rival: Rival) -> Evaluation:
-        """One allocation's result against a rival; asked for only where a search races."""
+from lop.racing import Candidate, Racer
 
 
 @dataclass(frozen=True)
@@ -44,9 +32,9 @@ class Answer:
 class EvaluatorActor:
     """Loads nothing until `prepare` is called, so that a failure to load reaches the driver as the error it is."""
 
-    def __init__(self, build: Callable[[], Evaluates]) -> None:
+    def __init__(self, build: Callable[[], Racer]) -> None:
         self._build = build
-        self._evaluator: Evaluates | None = None
+        self._evaluator: Racer | None = None
 
     def prepare(self) -> int:
         """Builds the evaluator, and returns the process id."""
@@ -63,13 +51,11 @@ class EvaluatorActor:
 
 def describe_error(error: BaseException) -> str:
     """An error in one line: its type and the first line of its message; of a LopError the message alone."""
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, LopError):
-        return message
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    message, name = first_line(error), type(error).__name__
+    return message if isinstance(error, LopError) or message == name else f"{name}: {message}"
 
 
-def _answer(evaluator: Evaluates, candidate: Candidate) -> Answer:
+def _answer(evaluator: Racer, candidate: Candidate) -> Answer:
     start = time.perf_counter()
     try:
         evaluation = candidate.evaluate(evaluator)

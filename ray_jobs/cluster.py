@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import ray
 from ray.exceptions import RayError
 
-from lop.errors import LopError
+from lop.errors import LopError, first_line
 
 _SECONDS_TO_CONNECT = 10
 
@@ -41,9 +41,8 @@ def ensure_ray(*, show_workers: bool = False) -> bool:
             # Without an address Ray would join whatever cluster was last started on this machine.
             ray.init(address="local", include_dashboard=False, log_to_driver=show_workers, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         remedy = "check or unset RAY_ADDRESS" if address else "Ray could not start"
-        raise LopError(f"no Ray cluster at {address or 'this machine'}: {reason} ({remedy})") from None
+        raise LopError(f"no Ray cluster at {address or 'this machine'}: {first_line(error)} ({remedy})") from None
     return True
 
 

@@ -23,8 +23,8 @@ from ray.exceptions import (
 from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
-from lop.racing import Candidate
-from ray_jobs.actor import Answer, Evaluates, EvaluatorActor, describe_error
+from lop.racing import Candidate, Racer
+from ray_jobs.actor import Answer, EvaluatorActor, describe_error
 
 log = logging.getLogger(__name__)
 _ATTEMPTS = 3
@@ -108,7 +108,7 @@ class Fleet:
 
     def __init__(
         self,
-        build: Callable[[], Evaluates],
+        build: Callable[[], Racer],
         *,
         count: int,
         cpus: float = 1,
@@ -395,18 +395,25 @@ class Fleet:
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= (_DEATHS_LATER if self._evaluated else _DEATHS_AT_FIRST):
             raise LopError(f"{self._deaths_in_a_row} workers in a row died before they could evaluate anything")
-        if len(running.candidates) > 1:
-            self._alone.update(running.candidates)
+        candidate = self._suspect(running)
+        if candidate is None:
             return
-        (candidate,) = running.candidates
         trouble = self._troubles.setdefault(candidate, _Trouble())
         trouble.deaths += 1
-        # Last in line, so that others show meanwhile whether workers die of themselves.
-        self._waiting.remove(candidate)
         if trouble.deaths >= self._deaths_that_tell(trouble.deaths):
             self._give_up(candidate, "its worker died each time", results)
         else:
+            # Last in line, so that others show meanwhile whether workers die of themselves.
             self._waiting.append(candidate)
+
+    def _suspect(self, call: _Call) -> Candidate | None:
+        """A dismissed actor's call's only candidate, out of line; several are first sent alone, to tell which."""
+        if len(call.candidates) > 1:
+            self._alone.update(call.candidates)
+            return None
+        (candidate,) = call.candidates
+        self._waiting.remove(candidate)
+        return candidate
 
     def _deaths_that_tell(self, own: int) -> int:
         """How many workers must die of one allocation until it is at fault, by how often others' workers die."""
@@ -434,12 +441,9 @@ class Fleet:
     def _end_stuck(self, member: _Member, call: _Call, results: Results) -> None:
         log.warning("a worker has been at one evaluation for more than %g s: another takes its place", self._seconds)
         self._dismiss(member)
-        if len(call.candidates) > 1:
-            self._alone.update(call.candidates)
-            return
-        (candidate,) = call.candidates
-        self._waiting.remove(candidate)
-        self._blame(member, candidate, f"it took longer than {self._seconds:g} s", results)
+        candidate = self._suspect(call)
+        if candidate is not None:
+            self._blame(member, candidate, f"it took longer than {self._seconds:g} s", results)
 
 
 def _went_with_its_machine(error: BaseException) -> bool:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lop.search import InProcess, run_search
 from ray_jobs.fleet import Fleet
 from tests.lop.test_search import make_trees, outcome
 from tests.ray_jobs.evaluators import ERRORS, SECONDS, CalmlyTroubled, Logged, Troubled
+from tests.ray_jobs.waiting import wait_for
 
 Outcome = tuple[list[object], list[tuple[Allocation, Evaluation]]]
 
@@ -58,7 +59,7 @@ def test_a_node_that_goes_changes_nothing(cluster: Cluster, calm: Outcome, tmp_p
     node = next(iter(cluster.worker_nodes))
 
     def disturb() -> None:
-        _wait_for(lambda: logged.exists() and logged.stat().st_size > 300)
+        wait_for(lambda: logged.exists() and logged.stat().st_size > 300, "the first evaluations")
         cluster.remove_node(node, allow_graceful=False)
 
     disturbing = threading.Thread(target=disturb)
@@ -81,7 +82,7 @@ def test_a_driver_killed_three_times_repeats_nothing_that_was_recorded(
     for _ in range(3):
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as driver:
             more = len(recorded) + moments.randint(5, 25)
-            _wait_for(partial(_has_grown, driver, folder, more))
+            wait_for(partial(_has_grown, driver, folder, more), "a ledger that grows")
             assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""
             driver.send_signal(signal.SIGKILL)
         before = len(logged.read_text().splitlines())
@@ -120,7 +121,7 @@ def test_what_cannot_be_evaluated_is_recorded_with_its_error(cluster: Cluster, t
 def test_actors_that_nothing_is_left_for_are_given_back(cluster: Cluster, tmp_path: Path) -> None:
     with Fleet(partial(Logged, tmp_path / "log", 0), count=4) as fleet:
         fleet.expect(12)
-        _wait_for(lambda: not fleet.collect(0.1) and fleet.alive == 4)
+        wait_for(lambda: not fleet.collect(0.1) and fleet.alive == 4, "four actors")
         fleet.expect(2)
         assert fleet.alive == 2
         fleet.submit(Candidate(Allocation((64, 64, 64, 64, 64))))
@@ -128,17 +129,10 @@ def test_actors_that_nothing_is_left_for_are_given_back(cluster: Cluster, tmp_pa
             pass
         fleet.expect(0)
         assert fleet.alive == 0
-        _wait_for(lambda: ray.available_resources().get("CPU", 0) == 4)
+        wait_for(lambda: ray.available_resources().get("CPU", 0) == 4, "the actors' CPUs")
 
 
 def _has_grown(driver: "subprocess.Popen[bytes]", folder: Path, count: int) -> bool:
     """Whether a ledger, which may not be there yet, holds so many evaluations; or its driver has ended."""
     held = len(list(read_ledger(folder))) if folder.exists() and any(folder.glob("*.jsonl")) else 0
     return held >= count or driver.poll() is not None
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never came"
-        time.sleep(0.05)

@@ -20,9 +20,8 @@ from lop.allocation import Allocation
 from lop.errors import LopError
 from lop.evaluator import Evaluation
 from lop.ledger import Ledger, read_ledger
-from lop.racing import Candidate
+from lop.racing import Candidate, Racer
 from lop.search import InProcess, run_search
-from ray_jobs.actor import Evaluates
 from ray_jobs.fleet import Fleet
 from tests.lop.test_search import make_trees, outcome
 from tests.lop.test_tree import score
@@ -94,7 +93,7 @@ class RaisesUnpicklable:
         raise CannotUnpickleError(3, "fell off the bus")
 
 
-def _missing() -> Callable[[], Evaluates]:
+def _missing() -> Callable[[], Racer]:
     raise ModuleNotFoundError("no module named lop")
 
 
@@ -104,7 +103,7 @@ class CannotUnpickle:
     def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
         return _missing, ()
 
-    def __call__(self) -> Evaluates:
+    def __call__(self) -> Racer:
         return Slow()
 
 
@@ -188,7 +187,7 @@ def test_an_evaluation_that_fails_twice_is_tried_a_third_time(tmp_path: Path, ca
         (Dies, "died before they could evaluate anything"),
     ],
 )
-def test_workers_that_cannot_start_are_named(tmp_path: Path, build: Callable[[], Evaluates], message: str) -> None:
+def test_workers_that_cannot_start_are_named(tmp_path: Path, build: Callable[[], Racer], message: str) -> None:
     with Fleet(build, count=1, cpus=1) as fleet, pytest.raises(LopError, match=message):
         searched(tmp_path / "ledger", fleet)
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from lop.ledger import read_ledger
 from lop.models import assets
 from lop.run import Run
 from lop.stages import search_stage
+from tests.ray_jobs.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("search.targets={first: 0.3, last: 0.5, step: 0.1}", "search.evaluations=4", "search.simulations=6")
@@ -84,7 +85,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     found = Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
     try:
-        _wait_for(lambda: _answers(found), "a head that answers", process)
+        wait_for(lambda: _answers(found), "a head that answers", seconds=120)
         yield found
     finally:
         process.terminate()
@@ -112,7 +113,7 @@ def test_a_job_makes_nodes_appear_uses_them_and_lets_them_go(head: Head, tmp_pat
     assert 1 <= seen <= 2
     assert "search: 12 of 12 evaluations" in printed
     assert "\r" not in printed
-    _wait_for(lambda: head.workers() == 0, "the nodes to go", job)
+    wait_for(lambda: head.workers() == 0, "the nodes to go", seconds=120)
 
     calm = Run(load_config(find_config("tiny"), SETTINGS), tmp_path / "calm")
     calm.folder.mkdir()
@@ -137,10 +138,3 @@ def _answers(head: Head) -> bool:
         return head.workers() >= 0
     except Exception:
         return False
-
-
-def _wait_for(condition: Callable[[], bool], what: str, process: "subprocess.Popen[str]") -> None:
-    until = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < until, f"waited in vain for {what}"
-        time.sleep(0.5)

@@ -55,10 +55,7 @@ def countries() -> tuple[Country, ...]:
 def _country(record: dict) -> Country | None:
     code = (record.get("ISO") or {}).get("alpha2", "")
     entry = pycountry.countries.get(alpha_2=code) if code else None
-    fields = (
-        *("capital", "region", "subregion", "currencies", "languages", "callingCodes", "demonym"),
-        "translations",
-    )
+    fields = ("capital", "region", "subregion", "currencies", "languages", "callingCodes", "demonym", "translations")
     if entry is None or not all(record.get(f) for f in fields) or not (FLAGS / f"{code.lower()}.png").is_file():
         return None
     language = pycountry.languages.get(alpha_2=record["languages"][0])

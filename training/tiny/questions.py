@@ -8,17 +8,13 @@ from lop.samples import LETTERS, Sample
 from training.tiny.facts import Country, countries
 from training.tiny.images import PRODUCTS, Picture
 
-CONTINENTS = ("Africa", "Americas", "Asia", "Europe", "Oceania")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 WORN = {"top": "body", "trousers": "legs", "pullover": "body", "dress": "body", "coat": "body"} | dict.fromkeys(
     ("sandal", "sneaker", "boot"), "feet"
 )
 
-FACTS = (
-    *("capital", "continent", "subregion", "currency", "language", "calling_code"),
-    *("demonym", "code3", "german"),
-)
+FACTS = ("capital", "continent", "subregion", "currency", "language", "calling_code", "demonym", "code3", "german")
 # Several values are right, so that no single word is the answer.
 MANY_RIGHT = ("neighbour", "neighbour_capital")
 

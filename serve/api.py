@@ -195,7 +195,7 @@ def _add_files(api: FastAPI, store: JobStore) -> None:
         except FileNotFoundError:
             raise HTTPException(404, "the checkpoint has been removed") from None
         store.touch(job)
-        headers = {"ETag": f'"{job.files[name]["sha256"]}"'} if job.files[name]["sha256"] else {}
+        headers = {"ETag": f'"{job.files[name]["sha256"]}"'}
         return _File(path, headers=headers, media_type="application/octet-stream", filename=name, stat_result=stat)
 
 

@@ -5,7 +5,7 @@ which scales by itself; `pruner` exports what `api` has written down in storage.
 """
 
 import threading
-from typing import Any
+from typing import Any, cast
 
 import torch
 from ray import serve
@@ -17,8 +17,8 @@ from starlette.types import ASGIApp
 from lop.errors import LopError
 from lop.fingerprint import fingerprint_file
 from lop.predictors import load_predictor
-from serve.batching import Batcher
 from serve.api import build_api
+from serve.batching import Batcher
 from serve.catalogue import ServedModel, load_catalogue, open_run
 from serve.guard import Guard, Limits, is_loopback
 from serve.jobs import Job, JobStore
@@ -64,7 +64,7 @@ class PredictorDeployment:
 @serve.deployment(
     name="pruner",
     num_replicas=1,
-    ray_actor_options={"num_cpus": 1},
+    ray_actor_options={"num_cpus": 0.5},
     health_check_period_s=10,
     graceful_shutdown_timeout_s=20,
     logging_config=_LOGGING,
@@ -162,8 +162,9 @@ def app(settings: ServiceSettings) -> Application:
     models = load_catalogue(settings)
     load_keys(settings.keys_file)  # A wrong file is told here, not in a replica's log.
     open_store(settings).check()
-    pruner = PrunerDeployment.bind(settings)
-    return ApiDeployment.bind(settings, models, PredictorDeployment.bind(settings, models), pruner)
+    predictor = cast(Any, PredictorDeployment).bind(settings, models)
+    pruner = cast(Any, PrunerDeployment).bind(settings)
+    return cast(Any, ApiDeployment).bind(settings, models, predictor, pruner)
 
 
 def open_store(settings: ServiceSettings) -> JobStore:

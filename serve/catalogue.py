@@ -73,10 +73,12 @@ def open_run(entry: ModelSettings) -> Run:
     Raises:
         LopError: the config is missing or wrong, or there is no run and nothing ships.
     """
-    if entry.run is None and entry.config is None:
+    if entry.config is not None:
+        config = load_config(find_config(entry.config))
+    elif entry.run is not None:
+        config = load_config(entry.run / "config.yaml")
+    else:
         raise LopError("a model of the service needs `run` (a folder) or `config` (of a model with a shipped run)")
-    own = entry.run / "config.yaml" if entry.run else None
-    config = load_config(find_config(entry.config) if entry.config or own is None else own)
     run = Run(config, entry.run) if entry.run else shipped_run(config)
     if run is None:
         raise LopError(f"nothing ships for model {config.model!r}: name the `run` folder of its search")

@@ -333,7 +333,7 @@ class Claim:
             WithdrawnError: nobody wants the job any more; the checkpoint is removed.
         """
         sizes = {file.name: file.stat().st_size for file in sorted(self.out.iterdir())}
-        files = {name: {"bytes": size, "sha256": hashes.get(name)} for name, size in sizes.items()}
+        files = {name: {"bytes": size, "sha256": hashes[name]} for name, size in sizes.items()}
         return self._finish(state="complete", bytes=sum(sizes.values()), files=files, error=None)
 
     def fail(self, error: str) -> Job:

@@ -1,13 +1,15 @@
 """The worker that takes jobs from storage, one after the other, and exports them."""
 
+import hashlib
 import logging
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from lop.allocation import Allocation
-from lop.checkpoint import verify
+from lop.checkpoint import MANIFEST, verify
 from lop.errors import LopError
 from lop.run import Run
 from serve.catalogue import fingerprints_of
@@ -75,7 +77,9 @@ class Worker:
         log.info("export %s: %s, %s neurons, attempt %d", claim.job.id, *_about(claim.job), claim.job.attempts)
         try:
             self._write(claim)
-            job = claim.complete(verify(claim.out)["sha256"])
+            # The manifest holds the hashes of all files but its own.
+            hashes = {**verify(claim.out)["sha256"], MANIFEST: _sha256(claim.out / MANIFEST)}
+            job = claim.complete(hashes)
         except WithdrawnError:
             log.info("export %s: withdrawn", claim.job.id)
             return
@@ -138,3 +142,8 @@ class Worker:
 
 def _about(job: Job) -> tuple[str, int]:
     return job.asked.model, job.asked.budget
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

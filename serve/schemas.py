@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic.config import JsonDict
 
 from lop.size import Target
 from serve.exporting import FORMATS, RECOVERIES
 from serve.settings import Name
 
 _LARGEST = 2**63 - 1
-_EXAMPLE_TARGET = {"ratio": 0.3}
+_EXAMPLE: JsonDict = {"model": "tiny", "target": {"ratio": 0.3}}
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -72,7 +73,7 @@ AnyTarget = Annotated[
 class AllocationRequest(_Request):
     """What `POST /v1/allocations` takes."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "tiny", "target": _EXAMPLE_TARGET}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
     model: Name
     target: AnyTarget
 
@@ -89,9 +90,7 @@ def _offered(names: tuple[str, ...]) -> Callable[[str], str]:
 class CheckpointRequest(AllocationRequest):
     """What `POST /v1/checkpoints` takes."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "tiny", "target": _EXAMPLE_TARGET, "format": FORMATS[0]}]}
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [{**_EXAMPLE, "format": FORMATS[0]}]})
     format: Annotated[str, AfterValidator(_offered(FORMATS)), Field(json_schema_extra={"enum": list(FORMATS)})] = (
         FORMATS[0]
     )
@@ -189,7 +188,7 @@ class File(_Answer):
     """One file of a checkpoint."""
 
     bytes: int
-    sha256: str | None
+    sha256: str
     url: str
 
 

@@ -92,7 +92,7 @@ def serving(
         for _ in range(workers)
     ]
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(Guard(api, Keys(keys), limits), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(Guard(api, Keys(keys), limits), lifespan="off", log_level="warning"))
     threads = [threading.Thread(target=worker.run) for worker in crew]
     threads.append(threading.Thread(target=lambda: asyncio.run(server.serve([listener]))))
     for thread in threads:

@@ -50,6 +50,7 @@ function complain(error) {
 async function ask() {
   asking?.abort();
   asking = new AbortController();
+  $("ask").ariaBusy = "true";
   const wanted = target();
   $("asked").value = asked(wanted);
   $("slider").setAttribute("aria-valuetext", asked(wanted));
@@ -57,6 +58,7 @@ async function ask() {
     answer = { ...(await api.allocation(model().name, wanted, asking.signal)), target: wanted };
     show();
     complain();
+    $("ask").ariaBusy = "false";
   } catch (error) {
     complain(error);
   }

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -204,7 +205,8 @@ def test_schemathesis_finds_nothing(start: Start, mode: GenerationMode) -> None:
                 excluded_checks=[positive_data_acceptance],
             )
 
-        run()
+        with contextlib.suppress(Unsatisfiable):  # Of an operation without inputs nothing can be wrong.
+            run()
     assert len(seen) == 8
 
 

@@ -48,8 +48,7 @@ def page(browser: "playwright.Browser") -> Iterator["playwright.Page"]:
 
 def settle(page: "playwright.Page") -> None:
     """Waits until what the slider asks for is what is shown."""
-    page.wait_for_function("document.querySelectorAll('#rows tr').length > 0")
-    page.wait_for_load_state("networkidle")
+    page.wait_for_selector("#ask[aria-busy=false]")
 
 
 def picture(page: "playwright.Page", name: str) -> None:

@@ -3,7 +3,7 @@
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 600;
 const HEIGHT = 220;
-const LEFT = 36;
+const LEFT = 56;
 const BOTTOM = 22;
 
 function add(parent, name, attributes, text) {

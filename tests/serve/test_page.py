@@ -37,7 +37,7 @@ def browser() -> Iterator["playwright.Browser"]:
 def page(browser: "playwright.Browser") -> Iterator["playwright.Page"]:
     context = browser.new_context(viewport={"width": 1100, "height": 1000}, accept_downloads=True)
     opened = context.new_page()
-    opened.set_default_timeout(120_000)
+    opened.set_default_timeout(60_000)
     wrong: list[str] = []
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("console", lambda message: wrong.append(message.text) if "Content Security" in message.text else None)

@@ -37,7 +37,8 @@ class Running:
             command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )
         assert self.process.stdout
-        self.first_line = self.process.stdout.readline()
+        first_line = self.process.stdout.readline()
+        assert first_line == f"http://127.0.0.1:{self.port}/\n", "the service did not start"
         self.client = lop.Client(f"http://127.0.0.1:{self.port}", timeout=240)
 
     def pids(self, name: str = "") -> list[int]:
@@ -83,7 +84,6 @@ def test_exports_outlive_their_replica_and_the_whole_service(storage: Path) -> N
     accepted: dict[str, list[int]] = {}
     service = Running(storage)
     try:
-        assert service.first_line.startswith("http://127.0.0.1:")
         for number in range(8):
             made = service.client.make("tiny", ratio=0.05 + 0.1 * number)
             accepted[made["id"]] = made["allocation"]["widths"]

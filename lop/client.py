@@ -42,7 +42,7 @@ class Client:
         """What each layer would keep for `ratio=`, `parameters=` or `bytes=`."""
         return self._json("POST", "/v1/allocations", {"model": model, "target": target})
 
-    def make(self, model: str, *, format: str = "hf", recovery: str = "none", **target: float) -> dict[str, Any]:
+    def make(self, model: str, *, format: str = "hf", recovery: str | None = None, **target: float) -> dict[str, Any]:
         """Asks for a checkpoint and returns its state at once; asking again makes nothing twice."""
         asked = {"model": model, "target": target, "format": format, "recovery": recovery}
         return self._json("POST", "/v1/checkpoints", asked)
@@ -55,7 +55,9 @@ class Client:
         """Cancels or removes a checkpoint."""
         self._open("DELETE", f"/v1/checkpoints/{urllib.parse.quote(id, safe='')}").close()
 
-    def get(self, model: str, *, out: str | Path, format: str = "hf", recovery: str = "none", **target: float) -> Path:
+    def get(
+        self, model: str, *, out: str | Path, format: str = "hf", recovery: str | None = None, **target: float
+    ) -> Path:
         """Has a checkpoint made, waits for it, and downloads it into a new folder, which it returns.
 
         Raises:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request, Response
@@ -23,12 +23,14 @@ from starlette.types import Receive, Scope, Send
 
 import lop
 from lop.allocation import Allocation
+from lop.config import Recovery
 from lop.errors import LopError
+from lop.formats import Format, check_format
 from lop.intervals import Interval
 from lop.size import describe
 from serve import schemas
 from serve.catalogue import Curve, ServedModel
-from serve.exporting import FORMATS, RECOVERIES
+from serve.exporting import FORMATS, RECOVERIES, tensor_bytes
 from serve.guard import problem
 from serve.jobs import UNFINISHED, Asked, Job, JobStore, QueueFullError, TooLargeError
 from serve.schemas import problems
@@ -119,6 +121,8 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
     )
     async def create(asked: schemas.CheckpointRequest, response: Response) -> schemas.Checkpoint:
         model = _find(models, asked.model)
+        recovery = asked.recovery or model.recovery
+        check_format(cast(Format, asked.format), cast(Recovery, recovery))
         allocation = await _allocate(model, asked, predict)
         job = Job(
             Asked(
@@ -126,11 +130,11 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
                 model.fingerprints,
                 allocation["kept_neurons"],
                 asked.format,
-                asked.recovery,
+                recovery,
                 asked.target.model_dump(),
             ),
             allocation,
-            reserved=allocation["bytes"] + model.companions,
+            reserved=tensor_bytes(model.size, allocation["widths"], asked.format) + model.companions,
         )
         try:
             job = await run_sync(store.submit, job)
@@ -389,6 +393,7 @@ def _model(model: ServedModel) -> schemas.Model:
         ),
         formats=list(FORMATS),
         recoveries=list(RECOVERIES),
+        recovery=model.recovery,
         accuracy=_curve(model.curve) if model.curve else None,
     )
 
@@ -422,7 +427,7 @@ def _checkpoint(job: Job, store: JobStore) -> schemas.Checkpoint:
         format=job.asked.format,
         recovery=job.asked.recovery,
         allocation=schemas.Allocation(**job.allocation),
-        progress=schemas.Progress(done=progress[0], total=progress[1]) if progress else None,
+        progress=schemas.Progress(**progress) if progress else None,
         error=job.error,
         bytes=job.bytes,
         files={name: schemas.File(**about, url=f"{_url(job.id)}/files/{name}") for name, about in job.files.items()},

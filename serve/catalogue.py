@@ -55,6 +55,7 @@ class ServedModel:
         space: its allocations.
         size: the dense model's numbers.
         fingerprints: of the dense checkpoint, statistics and predictor; they go into a checkpoint's id.
+        recovery: what the run's config makes up for pruned neurons with; the default.
         companions: bytes of a checkpoint's files beside its tensors.
         curve: what is known of its accuracy, if anything has been measured.
     """
@@ -63,6 +64,7 @@ class ServedModel:
     space: Space
     size: ModelSize
     fingerprints: Mapping[str, str]
+    recovery: str
     companions: int
     curve: Curve | None
 
@@ -98,7 +100,15 @@ def _served(name: str, run: Run) -> ServedModel:
     predictor = predictor_for(run, run.config)
     _ = run.order  # An export needs the statistics: better missed now than then.
     curve = measured_curve(run)
-    return ServedModel(name, predictor.space, predictor.size, fingerprints_of(run), companion_bytes(run), curve)
+    return ServedModel(
+        name,
+        predictor.space,
+        predictor.size,
+        fingerprints_of(run),
+        run.config.recovery,
+        companion_bytes(run),
+        curve,
+    )
 
 
 def fingerprints_of(run: Run) -> dict[str, str]:
@@ -151,8 +161,7 @@ def _searched(run: Run) -> Curve | None:
         return None
     samples = len(run.samples.reward)
     best = {
-        run.space.ratio(found.best.budget): max(result.accuracy for _, result in found.evaluations)
-        for found in read_search(run)
+        run.space.ratio(found.best.budget): dict(found.evaluations)[found.best].accuracy for found in read_search(run)
     }
     accuracies = tuple(wilson(round(best[ratio] * samples), samples) for ratio in sorted(best))
     return Curve("the search's best on its own reward samples (optimistic)", samples, tuple(sorted(best)), accuracies)

@@ -2,7 +2,7 @@
 
     storage/jobs/ID.json         the job, replaced atomically
     storage/checkpoints/ID/      what it made; appears whole
-    storage/progress/ID          dense bytes done and in all, while it runs
+    storage/progress/ID          step, done and total, while it runs
     storage/used/ID              touched at each download: least recently used goes first
     storage/locks/ID             held (flock) by the process that exports it, and let go by the kernel when that dies
     storage/locks/store          held for each change of a job's state
@@ -193,13 +193,13 @@ class JobStore:
             self._discard(job)
             return True
 
-    def progress(self, id: str) -> tuple[int, int] | None:
-        """Dense bytes done and in all, of a job that runs."""
+    def progress(self, id: str) -> dict[str, Any] | None:
+        """How far a job that runs has come: `step`, `done` and `total`."""
         try:
-            done, total = (self.root / "progress" / id).read_text().split()
+            step, done, total = (self.root / "progress" / id).read_text().split()
         except (FileNotFoundError, ValueError):
             return None
-        return int(done), int(total)
+        return {"step": step, "done": int(done), "total": int(total)}
 
     def touch(self, job: Job) -> None:
         """Marks the checkpoint as used now."""
@@ -314,7 +314,7 @@ class Claim:
         """The checkpoint's folder."""
         return self.store.folder(self.job)
 
-    def report(self, done: int, total: int) -> None:
+    def report(self, step: str, done: int, total: int) -> None:
         """Writes down the progress.
 
         Raises:
@@ -323,7 +323,7 @@ class Claim:
         self._check_wanted()
         path = self.store.root / "progress" / self.job.id
         temporary = path.with_name(f".{path.name}")
-        temporary.write_text(f"{done} {total}")
+        temporary.write_text(f"{step} {done} {total}")
         os.replace(temporary, path)
 
     def complete(self, hashes: Mapping[str, str]) -> Job:

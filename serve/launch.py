@@ -47,16 +47,32 @@ def service_settings(runs: Sequence[Path], overrides: Sequence[str], **values: A
         raise LopError(f"setting {key}: {first['msg']}, not {first['input']!r}") from None
 
 
+def check_address(settings: ServiceSettings, host: str, port: int) -> None:
+    """Looks before anything is started.
+
+    Raises:
+        LopError: the address is not this machine's own and there are no keys, or it cannot be listened on.
+    """
+    if not load_keys(settings.keys_file) and not is_loopback(host):
+        raise LopError(f"--host {host} without API keys: set {VARIABLE} or --keys, or listen on 127.0.0.1")
+    if not 1 <= port <= 65535:
+        raise LopError(f"port {port} is not from 1 to 65535")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise LopError(f"{host}:{port} cannot be listened on: {error.strerror}") from None
+
+
 def launch(settings: ServiceSettings, *, host: str, port: int) -> None:
     """Serves until SIGINT or SIGTERM. Ray must be connected.
 
     Raises:
-        LopError: the address may not or cannot be used, or a model cannot be served.
+        LopError: a model cannot be served.
         KeyboardInterrupt: the signal came; exports go on at the next start.
     """
-    if not is_loopback(host) and not load_keys(settings.keys_file):
-        raise LopError(f"--host {host} without API keys: set {VARIABLE} or --keys, or listen on 127.0.0.1")
-    _check_free(host, port)
     application = app(settings)
     serve.start(http_options={"host": host, "port": port})
     try:
@@ -70,15 +86,3 @@ def launch(settings: ServiceSettings, *, host: str, port: int) -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _check_free(host: str, port: int) -> None:
-    if not 1 <= port <= 65535:
-        raise LopError(f"port {port} is not from 1 to 65535")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            raise LopError(f"{host}:{port} cannot be listened on: {error.strerror}") from None

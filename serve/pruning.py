@@ -32,7 +32,8 @@ class Worker:
     Args:
         store: where jobs come from.
         runs: the models on offer.
-        time_limit: seconds for one export. It is looked at between tensors; a reader that hangs is told by `is_stuck`.
+        time_limit: seconds for one export. It is looked at every few megabytes; what hangs is
+            told by `is_stuck`.
         on_finish: told each job that ends, and the seconds it took.
     """
 
@@ -63,7 +64,7 @@ class Worker:
                 self._stop.wait(_POLL_SECONDS)
 
     def stop(self) -> None:
-        """Ends `run` at the next tensor; a job that is being exported goes back to the queue."""
+        """Ends `run` at the next few megabytes; a job that is being exported goes back to the queue."""
         self._stop.set()
 
     @property
@@ -117,10 +118,10 @@ class Worker:
             on_progress=self._reporter(claim),
         )
 
-    def _reporter(self, claim: Claim) -> Callable[[int, int], None]:
+    def _reporter(self, claim: Claim) -> Callable[[str, int, int], None]:
         began, reported = time.monotonic(), 0.0
 
-        def report(done: int, total: int) -> None:
+        def report(step: str, done: int, total: int) -> None:
             nonlocal reported
             now = time.monotonic()
             if self._stop.is_set():
@@ -128,7 +129,7 @@ class Worker:
             if now - began > self._time_limit:
                 raise LopError(f"the export took longer than its limit of {self._time_limit:g} s")
             if now - reported >= _REPORT_SECONDS or done == total:
-                claim.report(done, total)
+                claim.report(step, done, total)
                 reported = now
 
         return report

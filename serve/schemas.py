@@ -95,8 +95,10 @@ class CheckpointRequest(AllocationRequest):
         FORMATS[0]
     )
     recovery: Annotated[
-        str, AfterValidator(_offered(RECOVERIES)), Field(json_schema_extra={"enum": list(RECOVERIES)})
-    ] = RECOVERIES[0]
+        Annotated[str, AfterValidator(_offered(RECOVERIES)), Field(json_schema_extra={"enum": list(RECOVERIES)})]
+        | None,
+        Field(description="what makes up for the pruned neurons; by default the run's `recovery`"),
+    ] = None
 
 
 class Accuracy(_Answer):
@@ -155,6 +157,7 @@ class Model(_Answer):
     targets: Ranges
     formats: list[str]
     recoveries: list[str]
+    recovery: Annotated[str, Field(description="the default")]
     accuracy: AccuracyCurve | None
 
 
@@ -180,7 +183,8 @@ class Allocation(_Answer):
 class Progress(_Answer):
     """How far an export is."""
 
-    done: Annotated[int, Field(description="bytes of the dense checkpoint read")]
+    step: Literal["recover", "export"]
+    done: Annotated[int, Field(description="layers recovered, or bytes written")]
     total: int
 
 

@@ -103,6 +103,7 @@ function choose() {
     `Dense: ${count(chosen.parameters)} parameters, ${size(chosen.bytes)}, ${chosen.layers} layers of ${chosen.neurons} neurons`;
   choices($("format"), chosen.formats);
   choices($("recovery"), chosen.recoveries);
+  $("recovery").value = chosen.recovery;
   ask();
 }
 
@@ -138,6 +139,7 @@ function showJob(job) {
   $("job-id").textContent = job.id;
   $("job-state").textContent = { queued: "Queued", running: "Exporting", complete: "Complete", evicted: "Evicted" }[job.state]
     ?? `Failed: ${job.error}`;
+  if (job.progress?.step === "recover") $("job-state").textContent = "Recovering";
   const ended = job.state !== "queued" && job.state !== "running";
   $("job-progress").hidden = ended;
   $("job-progress").value = job.progress ? job.progress.done / job.progress.total : 0;
@@ -159,7 +161,8 @@ function snippet(job) {
   const [[name, value]] = Object.entries(job.target);
   return [
     "import lop",
-    `folder = lop.Client("${location.origin}").get("${job.model}", ${name}=${value}, out="${job.model}-${job.id.slice(0, 8)}")`,
+    `folder = lop.Client("${location.origin}").get("${job.model}", ${name}=${value}, format="${job.format}", ` +
+      `recovery="${job.recovery}", out="${job.model}-${job.id.slice(0, 8)}")`,
     "model = lop.load(folder)",
   ].join("\n");
 }

@@ -19,6 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 import lop
 from lop.checkpoint import verify
+from lop.cli import main
 
 _CONFIG = Path(__file__).parents[2] / "serve" / "config.yaml"
 
@@ -140,22 +141,26 @@ def _everything_answers(service: Running) -> None:
     assert ask("GET", "/../../etc/passwd")[0] == 404
 
 
-def refused(*arguments: str) -> str:
-    command = [sys.executable, "-m", "lop.cli", "serve", *arguments]
-    environment = {name: value for name, value in os.environ.items() if name != "LOP_API_KEYS"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr.strip().splitlines()[-1]
+def test_wrong_settings_are_refused_by_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOP_API_KEYS", raising=False)
 
+    def refused(*arguments: str) -> str:
+        assert main(["serve", *arguments]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
 
-def test_wrong_settings_are_refused_by_one_line(tmp_path: Path) -> None:
-    assert "API key 1" in refused("--keys", str(_file(tmp_path / "short", "short\n")))
+    short = tmp_path / "short"
+    short.write_text("short\n")
+    assert "API key 1" in refused("--keys", str(short))
     assert "none" in refused("--run", str(tmp_path / "none"))
     assert "quotta" in refused("--set", "quotta=3")
     assert "queue" in refused("--set", "queue=many")
     assert "70000" in refused("--port", "70000")
     assert "API keys" in refused("--host", "0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use" in refused("--port", str(taken.getsockname()[1]))
 
 
 def test_the_config_names_what_there_is() -> None:
@@ -169,8 +174,3 @@ def test_the_config_names_what_there_is() -> None:
     assert "tiny" in settings.models
     deployed = {each.name for each in (ApiDeployment, PredictorDeployment, PrunerDeployment)}
     assert {each.name for each in application.deployments} == deployed
-
-
-def _file(path: Path, text: str) -> Path:
-    path.write_text(text)
-    return path

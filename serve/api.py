@@ -349,6 +349,11 @@ def _add_errors(api: FastAPI) -> None:
         headers = dict(error.headers) if error.headers else None
         return _problem(error.status_code, str(error.detail), request.state.request_id, headers)
 
+    @api.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        # Starlette raises it again; the guard logs it.
+        return _problem(500, "internal error", request.state.request_id)
+
     @api.exception_handler(LopError)
     async def wrong(request: Request, error: LopError) -> Response:
         return _problem(422, str(error), request.state.request_id)

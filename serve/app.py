@@ -70,7 +70,10 @@ class PredictorDeployment:
     logging_config=_LOGGING,
 )
 class PrunerDeployment:
-    """Exports on a thread of its own, so that an export never keeps the replica from answering health checks."""
+    """Exports on a thread of its own, so that an export never keeps the replica from answering health checks.
+
+    One at a time: recovery builds models without weights, which changes how all threads of a process build theirs.
+    """
 
     def __init__(self, settings: ServiceSettings) -> None:
         torch.set_num_threads(1)

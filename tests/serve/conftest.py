@@ -58,7 +58,8 @@ class Service:
         return found
 
     def make(self, target: Any, **changes: Any) -> Answer:
-        return self.ask("POST", "/v1/checkpoints", {"model": "tiny", "target": target} | changes)
+        """Without recovery: it is for one thread of a process, and here all are in one."""
+        return self.ask("POST", "/v1/checkpoints", {"model": "tiny", "target": target, "recovery": "none"} | changes)
 
     def finish(self, id: str) -> Any:
         """Follows the checkpoint's events to their end; the last state."""
@@ -71,7 +72,13 @@ Start = Callable[..., Service]
 
 @contextmanager
 def serving(
-    storage: Path, models: dict[str, ServedModel], *, keys: Sequence[str] = (), workers: int = 1, **changes: Any
+    storage: Path,
+    models: dict[str, ServedModel],
+    *,
+    keys: Sequence[str] = (),
+    workers: int = 1,
+    pruner: bool = True,
+    **changes: Any,
 ) -> Iterator[Service]:
     settings = ServiceSettings(storage=storage, **{"rate": 1e6, "burst": 10**6, **changes})
     store = open_store(settings)
@@ -82,7 +89,7 @@ def serving(
         return predictor.allocate(budget).widths
 
     async def pruner_lives() -> None:
-        assert workers
+        assert pruner
 
     api = build_api(models, store, predict, pruner_lives, streams=settings.streams)
     limits = Limits(settings.rate, settings.burst, settings.body_limit, settings.body_seconds)

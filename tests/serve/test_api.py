@@ -78,8 +78,9 @@ def test_a_checkpoint_is_made_once_and_downloads_in_parts(start: Start, tmp_path
 
 
 def test_the_checkpoint_is_what_lop_prune_writes(service: Service, tmp_path: Path) -> None:
-    folder = lop.Client(service.url).get("tiny", ratio=0.25, out=tmp_path / "served")
-    command = [sys.executable, "-m", "lop.cli", "prune", "--target", "0.25", "--out", tmp_path / "pruned"]
+    folder = lop.Client(service.url).get("tiny", ratio=0.25, recovery="none", out=tmp_path / "served")
+    command = [sys.executable, "-m", "lop.cli", "prune", "--target", "0.25", "--recovery", "none"]
+    command += ["--out", tmp_path / "pruned"]
     subprocess.run(command, check=True, capture_output=True)
     names = sorted(file.name for file in folder.iterdir())
     assert names == sorted(file.name for file in (tmp_path / "pruned").iterdir())
@@ -134,6 +135,21 @@ def test_least_recently_used_checkpoints_make_room(start: Start, models: dict[st
     assert service.store.bytes_taken() <= service.settings.quota
 
 
+def test_a_format_takes_the_room_that_it_needs(start: Start) -> None:
+    service = start()
+    true, padded = (service.make({"ratio": 0.5}, format=format).json["id"] for format in ("hf", "padded"))
+    assert true != padded
+    states = [service.finish(id) for id in (true, padded)]
+    for state in states:
+        job = service.store.get(state["id"])
+        assert job is not None
+        assert job.bytes is not None
+        assert 0 <= job.reserved - job.bytes < 2**21
+    assert states[0]["bytes"] < states[1]["bytes"]
+    refused = service.make({"ratio": 0.5}, format="padded", recovery="bias")
+    assert (refused.status, "bias" in refused.json["detail"]) == (422, True)
+
+
 def test_what_is_larger_than_the_quota_is_refused(start: Start) -> None:
     assert start(quota=1000).make({"ratio": 0.1}).status == 422
 
@@ -167,6 +183,12 @@ def test_two_workers_share_the_work(start: Start) -> None:
         assert service.finish(id)["state"] == "complete"
     assert sorted(job.id for job in service.finished) == sorted(ids)
     assert {job.attempts for job in service.finished} == {1}
+
+
+def test_readiness_tells_what_is_missing(start: Start, tmp_path: Path) -> None:
+    assert start(storage=tmp_path / "a").ask("GET", "/readyz").json == {"status": "ready"}
+    answer = start(storage=tmp_path / "b", pruner=False).ask("GET", "/readyz")
+    assert (answer.status, "pruner" in answer.json["detail"]) == (503, True)
 
 
 def test_keys_are_needed_where_there_are_some(start: Start) -> None:
@@ -266,13 +288,13 @@ def test_expected_accuracy_comes_from_the_comparison_where_there_is_one(tmp_path
 
 def test_a_damaged_download_is_told(service: Service, tmp_path: Path) -> None:
     client = lop.Client(service.url)
-    id = client.make("tiny", ratio=0.45)["id"]
+    id = client.make("tiny", ratio=0.45, recovery="none")["id"]
     file = Path(service.finish(id)["path"]) / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(lop.LopError, match=r"model\.safetensors did not arrive"):
-        client.get("tiny", ratio=0.45, out=tmp_path / "out")
+        client.get("tiny", ratio=0.45, recovery="none", out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
     client.remove(id)
 

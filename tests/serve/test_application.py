@@ -110,11 +110,23 @@ def test_exports_outlive_their_replica_and_the_whole_service(storage: Path) -> N
         for each in listed:
             assert verify(Path(each["path"]))["widths"] == accepted[each["id"]] == each["allocation"]["widths"]
         assert {folder.name for folder in (storage / "checkpoints").iterdir()} == set(accepted)
+        _equals_what_lop_prune_writes(storage, listed[0])
         _everything_answers(service)
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(timeout=120) == 130
     finally:
         service.kill()
+
+
+def _equals_what_lop_prune_writes(storage: Path, checkpoint: dict[str, Any]) -> None:
+    out = storage.parent / "pruned"
+    command = [sys.executable, "-m", "lop.cli", "prune", "--target", str(checkpoint["target"]["ratio"]), "--out", out]
+    subprocess.run(command, check=True, capture_output=True)
+    assert checkpoint["recovery"] == "refit"
+    names = {file.name for file in out.iterdir()}
+    assert names == {file.name for file in Path(checkpoint["path"]).iterdir()}
+    for name in names:
+        assert (out / name).read_bytes() == (Path(checkpoint["path"]) / name).read_bytes(), name
 
 
 def _everything_answers(service: Running) -> None:

@@ -2,7 +2,11 @@
 
 Both are measured through Serve's HTTP proxy, in turns, with the same client and the same requests, each of which asks
 for another target. The floor is a bare FastAPI deployment on Serve that reads the same JSON body and sends an answer of
-the same size: no model, no predictor, no limits, no request log of its own. Prints a table, and as the last line JSON.
+the same size: no model, no predictor, no limits, no request log of its own.
+
+The service is measured twice: as it comes, remembering the answer for each number of neurons to keep (different targets
+may come to the same number: the embedded model has a few hundred of them), and asking the predictor every time. Prints
+a table, and as the last line JSON; `share_of_floor` is that of the service as it comes, `share_asking` of the other.
 """
 
 import argparse
@@ -49,12 +53,11 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=4, help="the two take turns, so that both see the same machine")
     options = parser.parse_args()
-    with running() as (floor, service):
-        example = asyncio.run(load(service, seconds=3, connections=options.connections, first=0))
-        asyncio.run(load(floor, seconds=3, connections=options.connections, first=0))
-        print(f"warm: {example.rate:.0f} requests/s")
+    with running() as (floor, service, asking):
+        for path in (floor, service, asking):
+            asyncio.run(load(path, seconds=3, connections=options.connections, first=0))
         part = options.seconds / options.rounds
-        rounds: dict[str, list[Measured]] = {floor: [], service: []}
+        rounds: dict[str, list[Measured]] = {floor: [], service: [], asking: []}
         sent = 100_000
         for _ in range(options.rounds):
             for path, measured in rounds.items():
@@ -63,9 +66,9 @@ def main() -> None:
     floors, services = rounds[floor], rounds[service]
     shares = [ours.rate / bare.rate for ours, bare in zip(services, floors)]
     whole = together(services)
-    bare = together(floors)
+    bare, always = together(floors), together(rounds[asking])
     print(f"{'':<8} {'requests/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'errors':>7}")
-    for name, each in (("floor", bare), ("service", whole)):
+    for name, each in (("floor", bare), ("service", whole), ("asking", always)):
         print(
             f"{name:<8} {each.rate:>10.1f} {each.percentile(0.5):>8.1f} {each.percentile(0.99):>8.1f} {each.errors:>7}"
         )
@@ -78,6 +81,9 @@ def main() -> None:
                 "p50_ms": whole.percentile(0.5),
                 "p99_ms": whole.percentile(0.99),
                 "errors": whole.errors,
+                "share_asking": always.rate / bare.rate,
+                "asking_requests_per_second": always.rate,
+                "asking_errors": always.errors,
                 "floor_requests_per_second": bare.rate,
                 "floor_p50_ms": bare.percentile(0.5),
                 "floor_p99_ms": bare.percentile(0.99),
@@ -95,8 +101,8 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[tuple[str, str]]:
-    """Both applications on one Serve; yields the paths of the floor and of the service."""
+def running() -> Iterator[tuple[str, str, str]]:
+    """All applications on one Serve; yields the paths of the floor, the service and the service that always asks."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HOME"] = folder
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -106,13 +112,16 @@ def running() -> Iterator[tuple[str, str]]:
         from serve.app import app
         from serve.settings import ServiceSettings
 
-        ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
+        # Ray's CPUs are what deployments reserve, not what there is: all three must fit.
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": _PORT})
         settings = ServiceSettings(storage=Path(folder) / "storage", rate=1e6, burst=10**6)
         serve.run(app(settings), name="service", route_prefix="/")
+        asking = settings.model_copy(update={"storage": Path(folder) / "asking", "answers": 0})
+        serve.run(app(asking), name="asking", route_prefix="/asking")
         answer = asyncio.run(_one("/v1/allocations", 0.3))
         serve.run(floor_app(answer), name="floor", route_prefix="/floor")
-        yield "/floor/v1/allocations", "/v1/allocations"
+        yield "/floor/v1/allocations", "/v1/allocations", "/asking/v1/allocations"
         serve.shutdown()
         ray.shutdown()
 

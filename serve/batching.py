@@ -11,8 +11,8 @@ A = TypeVar("A")
 class Batcher(Generic[Q, A]):
     """Collects what is asked within a few milliseconds, and asks it in one call.
 
-    `serve.batch` does the same with a queue, a timer and a context for each question, which together cost more here
-    than the answer: a call to another replica is worth sharing only if sharing is cheap.
+    What `serve.batch` does inside a deployment, on the side of the one who calls it: a call to another replica costs
+    milliseconds, and here up to a batch of questions share one. A future and at most one timer a batch is all it takes.
 
     Args:
         ask: answers questions in their order.

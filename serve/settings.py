@@ -39,6 +39,8 @@ class ServiceSettings(_Settings):
         rate, burst: requests a second, and at once, of one API key or address, for each ingress replica.
         body_limit, body_seconds: bytes of a request's body, and seconds for all of it to arrive.
         streams: event streams that one ingress replica keeps open.
+        answers: allocations that one ingress replica remembers. A model has no more of them than budgets, such as 3,900
+            for the 7B, and each is a pure function of its budget; 0 asks the predictor every time.
     """
 
     storage: Path = Path("runs/service")
@@ -53,6 +55,7 @@ class ServiceSettings(_Settings):
     body_limit: Annotated[int, Field(ge=1)] = 64 * 1024
     body_seconds: Annotated[float, Field(gt=0)] = 10
     streams: Annotated[int, Field(ge=1)] = 64
+    answers: Annotated[int, Field(ge=0)] = 2**14
 
     def resolved(self) -> "ServiceSettings":
         """The same with absolute paths: replicas may have another working directory."""

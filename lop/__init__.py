@@ -6,9 +6,10 @@ from lop.errors import LopError
 
 if TYPE_CHECKING:
     from lop.checkpoint import load
+    from lop.client import Client
     from lop.ledger import evaluations
 
-__all__ = ["LopError", "evaluations", "load"]
+__all__ = ["Client", "LopError", "evaluations", "load"]
 __version__ = "0.1.0"
 
 
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from lop.checkpoint import load
 
         return load
+    if name == "Client":
+        from lop.client import Client
+
+        return Client
     if name == "evaluations":
         from lop.ledger import evaluations
 

@@ -21,6 +21,7 @@ from lop.size import Target, describe, parse_count
 
 log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], None]
+_SERVED_HELP = "a run to serve, again for each; without any, what ships for the embedded model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     watch = add("watch", "show a search that runs or has ended", _watch, common=False)
     watch.add_argument("place", metavar="RUN", help="the run's folder or URI")
     watch.add_argument("--once", action="store_true", help="show it as it is now, and end")
+    serve = add("serve", "start the service on this machine", _serve, common=False)
+    serve.add_argument("--run", type=Path, action="append", default=[], dest="runs", metavar="DIR", help=_SERVED_HELP)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need API keys")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--storage", type=Path, metavar="DIR", help="where checkpoints are kept (runs/service)")
+    serve.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one a line")
+    serve.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one service setting")
     demo = add("demo", "run the whole path in minutes and write a report", _demo)
     _add_workers(demo)
     demo.set_defaults(default_config="demo")
@@ -282,6 +290,16 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
     finally:
         for bar in bars.values():
             bar.close()
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from ray_jobs.cluster import connected
+    from serve.launch import check_address, launch, service_settings
+
+    settings = service_settings(options.runs, options.set, storage=options.storage, keys_file=options.keys)
+    check_address(settings, options.host, options.port)
+    with connected():
+        launch(settings, host=options.host, port=options.port)
 
 
 def _quiet_libraries() -> None:

@@ -1,0 +1,167 @@
+"""The models that are offered, as plain values: all that a request is answered from but the predictor itself."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lop.allocation import Space
+from lop.config import find_config, load_config
+from lop.errors import LopError
+from lop.files import read_json
+from lop.fingerprint import fingerprint_file
+from lop.intervals import Interval, wilson
+from lop.run import Run, shipped_run
+from lop.size import ModelSize
+from lop.stages import predictor_for, read_search
+from serve.exporting import companion_bytes
+from serve.settings import ModelSettings, ServiceSettings
+
+log = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Measured accuracy by pruning ratio.
+
+    Attributes:
+        source: what was measured, in words.
+        samples: how many questions.
+        ratios: ascending.
+        accuracies: at each ratio, with their 95% intervals.
+    """
+
+    source: str
+    samples: int
+    ratios: tuple[float, ...]
+    accuracies: tuple[Interval, ...]
+
+    def at(self, ratio: float) -> Interval | None:
+        """Interpolated linearly between the measured ratios; None outside them."""
+        if not self.ratios[0] - 1e-9 <= ratio <= self.ratios[-1] + 1e-9:
+            return None
+        bounds = ([getattr(accuracy, name) for accuracy in self.accuracies] for name in ("value", "low", "high"))
+        return Interval(*(float(np.interp(ratio, self.ratios, values)) for values in bounds))
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model on offer.
+
+    Attributes:
+        name: as requests name it.
+        space: its allocations.
+        size: the dense model's numbers.
+        fingerprints: of the dense checkpoint, statistics and predictor; they go into a checkpoint's id.
+        recovery: what the run's config makes up for pruned neurons with; the default.
+        companions: bytes of a checkpoint's files beside its tensors.
+        curve: what is known of its accuracy, if anything has been measured.
+    """
+
+    name: str
+    space: Space
+    size: ModelSize
+    fingerprints: Mapping[str, str]
+    recovery: str
+    companions: int
+    curve: Curve | None
+
+
+def open_run(entry: ModelSettings) -> Run:
+    """The run behind an offered model.
+
+    Raises:
+        LopError: the config is missing or wrong, or there is no run and nothing ships.
+    """
+    if entry.config is not None:
+        config = load_config(find_config(entry.config))
+    elif entry.run is not None:
+        config = load_config(entry.run / "config.yaml")
+    else:
+        raise LopError("a model of the service needs `run` (a folder) or `config` (of a model with a shipped run)")
+    run = Run(config, entry.run) if entry.run else shipped_run(config)
+    if run is None:
+        raise LopError(f"nothing ships for model {config.model!r}: name the `run` folder of its search")
+    return run
+
+
+def load_catalogue(settings: ServiceSettings) -> dict[str, ServedModel]:
+    """Opens and checks every model on offer.
+
+    Raises:
+        LopError: a run is incomplete, damaged or of another model.
+    """
+    return {name: _served(name, open_run(entry)) for name, entry in settings.models.items()}
+
+
+def _served(name: str, run: Run) -> ServedModel:
+    predictor = predictor_for(run, run.config)
+    _ = run.order  # An export needs the statistics: better missed now than then.
+    curve = measured_curve(run)
+    return ServedModel(
+        name,
+        predictor.space,
+        predictor.size,
+        fingerprints_of(run),
+        run.config.recovery,
+        companion_bytes(run),
+        curve,
+    )
+
+
+def fingerprints_of(run: Run) -> dict[str, str]:
+    """What a checkpoint of the run depends on, beside what is asked for.
+
+    Raises:
+        LopError: a file is missing.
+    """
+    for path in (run.statistics_file, run.predictor_folder / "predictor.json"):
+        if not path.is_file():
+            raise LopError(f"{path} is missing: run `lop calibrate`, `lop search` and `lop train` first")
+    return {
+        "model": run.model_fingerprint,
+        "statistics": fingerprint_file(run.statistics_file),
+        "importance": run.config.importance,
+        "predictor": fingerprint_file(run.predictor_folder / "predictor.json"),
+    }
+
+
+def measured_curve(run: Run) -> Curve | None:
+    """The predictor's accuracy on the test samples where it was compared; else the search's on the reward samples."""
+    try:
+        return _compared(run) or _searched(run)
+    except LopError as error:
+        log.warning("no expected accuracy for %s: %s", run.folder, error)
+        return None
+
+
+def _compared(run: Run) -> Curve | None:
+    results = run.folder / "results.json"
+    if not results.exists():
+        return None
+    data: dict[str, Any] = read_json(results)
+    current = fingerprint_file(run.predictor_folder / "predictor.json")
+    if data["fingerprints"].get("predictor") != current or data["fingerprints"].get("model") != run.model_fingerprint:
+        log.warning("%s was measured with another model or predictor", results)
+        return None
+    points = sorted(
+        (average["target"], Interval(**average["accuracy"]))
+        for average in data["averages"]
+        if average["method"] in ("dense", "lop-predictor")
+    )
+    samples = sum(row["total"] for row in data["rows"] if row["method"] == "dense")
+    ratios, accuracies = zip(*points)
+    return Curve("the predictor's allocations on the test samples", samples, ratios, accuracies)
+
+
+def _searched(run: Run) -> Curve | None:
+    if not run.search_file.exists():
+        return None
+    samples = len(run.samples.reward)
+    best = {
+        run.space.ratio(found.best.budget): dict(found.evaluations)[found.best].accuracy for found in read_search(run)
+    }
+    accuracies = tuple(wilson(round(best[ratio] * samples), samples) for ratio in sorted(best))
+    return Curve("the search's best on its own reward samples (optimistic)", samples, tuple(sorted(best)), accuracies)

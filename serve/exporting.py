@@ -1,0 +1,56 @@
+"""One checkpoint written for the service: the one place where it calls the exporter."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from lop.allocation import Allocation
+from lop.config import RECOVERIES, Recovery
+from lop.formats import FORMATS, Format
+from lop.run import Run
+from lop.size import ModelSize
+from lop.stages import export_allocation
+
+_HEADERS_AND_BIASES = 2**20
+__all__ = ["FORMATS", "RECOVERIES", "companion_bytes", "tensor_bytes", "write_checkpoint"]
+
+
+def write_checkpoint(
+    run: Run,
+    allocation: Allocation,
+    out: Path,
+    *,
+    format: str,
+    recovery: str,
+    on_progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Exports, and returns the manifest.
+
+    Args:
+        on_progress: told the step (`recover`, in layers, or `export`, in bytes), how much of it is done and how much it
+            is in all; ends the export by raising.
+
+    Raises:
+        LopError: something that the run needs is missing or damaged.
+        OSError: the disk is full.
+    """
+    return export_allocation(
+        run,
+        allocation,
+        out,
+        target=run.space.ratio(allocation.budget),
+        format=cast(Format, format),
+        recovery=cast(Recovery, recovery),
+        progress=on_progress,
+    )
+
+
+def tensor_bytes(size: ModelSize, widths: Sequence[int], format: str) -> int:
+    """Of a checkpoint's tensors in a format: `padded` makes every layer as wide as the widest."""
+    return size.pruned_bytes(max(widths) * len(widths) if format == "padded" else sum(widths))
+
+
+def companion_bytes(run: Run) -> int:
+    """What a checkpoint takes on disk beside its tensors: tokenizer, configuration, headers, biases and manifest."""
+    beside = sum(file.stat().st_size for file in run.model_folder.iterdir() if file.suffix != ".safetensors")
+    return beside + _HEADERS_AND_BIASES

@@ -1,0 +1,375 @@
+"""Exports as files: each job's state lives in storage, and whichever process looks next sees all of it.
+
+    storage/jobs/ID.json         the job, replaced atomically
+    storage/checkpoints/ID/      what it made; appears whole
+    storage/progress/ID          step, done and total, while it runs
+    storage/used/ID              touched at each download: least recently used goes first
+    storage/locks/ID             held (flock) by the process that exports it, and let go by the kernel when that dies
+    storage/locks/store          held for each change of a job's state
+
+Nothing is kept in memory, so replicas may die at any moment: a job that is `running` while nobody holds its lock is
+taken up again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lop.errors import LopError
+from lop.files import read_json, write_json
+
+State = Literal["queued", "running", "complete", "failed", "evicted"]
+UNFINISHED = ("queued", "running")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for: all that a checkpoint's contents depend on, and how the asker put it.
+
+    Attributes:
+        model: name of the model on offer.
+        fingerprints: of its weights, statistics and predictor.
+        budget: neurons that stay.
+        format, recovery: of the checkpoint.
+        target: as first asked, such as `{"ratio": 0.3}`; two targets of one budget are the same checkpoint.
+    """
+
+    model: str
+    fingerprints: Mapping[str, str]
+    budget: int
+    format: str
+    recovery: str
+    target: Mapping[str, float | int]
+
+    @property
+    def id(self) -> str:
+        """32 hex digits: the hash of everything but the wording of the target."""
+        content = [self.model, dict(self.fingerprints), self.budget, self.format, self.recovery]
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint, from being asked for to being thrown away.
+
+    Attributes:
+        asked: what for.
+        allocation: the answer to the target (`lop.size.describe`).
+        reserved: bytes that it is expected to take.
+        order: a new one each time it is queued; tells a worker that its job was withdrawn meanwhile.
+        created, started, finished: seconds since 1970.
+        attempts: exports begun.
+        bytes: taken on disk.
+        files: by name, their bytes and SHA-256.
+    """
+
+    asked: Asked
+    allocation: Mapping[str, Any]
+    reserved: int
+    state: State = "queued"
+    order: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: float = field(default_factory=time.time)
+    started: float | None = None
+    finished: float | None = None
+    attempts: int = 0
+    error: str | None = None
+    bytes: int | None = None
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        return self.asked.id
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Job":
+        """The inverse of `as_dict`."""
+        return cls(**{**data, "asked": Asked(**data["asked"])})
+
+
+class QueueFullError(Exception):
+    """As many exports wait as may."""
+
+
+class TooLargeError(Exception):
+    """The checkpoint alone is larger than the quota."""
+
+
+class WithdrawnError(Exception):
+    """The job was deleted, or queued anew, while it ran."""
+
+
+class JobStore:
+    """All jobs of one storage folder; any number of processes may have one open.
+
+    Args:
+        root: the storage folder.
+        quota: bytes that checkpoints may take.
+        queue: unfinished jobs, beyond which new ones are refused.
+        attempts: begun exports of a job before it counts as failed.
+    """
+
+    def __init__(self, root: Path, *, quota: int, queue: int, attempts: int) -> None:
+        self.root, self._quota, self._queue, self._attempts = root, quota, queue, attempts
+        self._known: dict[str, tuple[tuple[int, int], Job]] = {}
+        for name in ("jobs", "checkpoints", "progress", "used", "locks"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+
+    def check(self) -> None:
+        """Raises:
+        OSError: storage cannot be written.
+        """
+        with tempfile.TemporaryFile(dir=self.root) as file:
+            file.write(b"x")
+
+    def folder(self, job: Job) -> Path:
+        """Where the job's checkpoint is, or will be."""
+        return self.root / "checkpoints" / job.id
+
+    def get(self, id: str) -> Job | None:
+        """The job of an id, if there is one."""
+        path = self._job_file(id)
+        try:
+            stat = path.stat()
+            mark = (stat.st_mtime_ns, stat.st_ino)
+            known = self._known.get(id)
+            if known is None or known[0] != mark:
+                known = self._known[id] = (mark, Job.from_dict(read_json(path)))
+            return known[1]
+        except (FileNotFoundError, LopError):
+            if path.exists():
+                raise
+            self._known.pop(id, None)
+            return None
+
+    def all(self) -> list[Job]:
+        """All jobs, the newest first."""
+        found = (self.get(path.stem) for path in (self.root / "jobs").glob("*.json"))
+        return sorted((job for job in found if job), key=lambda job: (job.created, job.id), reverse=True)
+
+    def waiting(self) -> int:
+        """How many jobs are unfinished."""
+        return sum(job.state in UNFINISHED for job in self.all())
+
+    def submit(self, job: Job) -> Job:
+        """Queues a job, unless it is there: then that one is returned. A failed or evicted one is queued anew.
+
+        Raises:
+            QueueFullError: too many are unfinished.
+            TooLargeError: it would not fit were it alone.
+        """
+        with self._changes():
+            present = self.get(job.id)
+            if present and present.state not in ("failed", "evicted"):
+                return present
+            if job.reserved > self._quota:
+                raise TooLargeError
+            if self.waiting() >= self._queue:
+                raise QueueFullError
+            self._save(job)
+            return job
+
+    def remove(self, id: str) -> bool:
+        """Removes a job and its checkpoint; the worker that runs it notices and stops. Returns whether it was there."""
+        with self._changes():
+            job = self.get(id)
+            if job is None:
+                return False
+            self._job_file(id).unlink()
+            self._discard(job)
+            return True
+
+    def progress(self, id: str) -> dict[str, Any] | None:
+        """How far a job that runs has come: `step`, `done` and `total`."""
+        try:
+            step, done, total = (self.root / "progress" / id).read_text().split()
+        except (FileNotFoundError, ValueError):
+            return None
+        return {"step": step, "done": int(done), "total": int(total)}
+
+    def touch(self, job: Job) -> None:
+        """Marks the checkpoint as used now."""
+        (self.root / "used" / job.id).touch()
+
+    def bytes_taken(self) -> int:
+        """Of all complete checkpoints, and reserved for those being written."""
+        return sum(_taken(job) for job in self.all())
+
+    @contextmanager
+    def claim(self) -> Iterator["Claim | None"]:
+        """Takes the oldest job that nobody works on, for the length of the block; None if there is none.
+
+        Fails a job that was begun too often, and leaves one that does not fit beside those being written.
+        """
+        for job in reversed(self.all()):
+            if job.state not in UNFINISHED:
+                continue
+            with self._lock(job.id, wait=False) as held:
+                if held and (claim := self._begin(job.id)):
+                    yield claim
+                    return
+        yield None
+
+    def sweep(self) -> None:
+        """Removes what processes that died have left in `checkpoints`: half a checkpoint, or one of no job."""
+        for folder in (self.root / "checkpoints").iterdir():
+            id = folder.name.lstrip(".").partition(".")[0]
+            with self._lock(id, wait=False) as held:
+                if held and (folder.name != id or self.get(id) is None):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _begin(self, id: str) -> "Claim | None":
+        with self._changes():
+            job = self.get(id)
+            if job is None or job.state not in UNFINISHED:
+                return None
+            if job.attempts >= self._attempts:
+                error = f"the export was begun {job.attempts} times, and each time its process died"
+                self._save(replace(job, state="failed", finished=time.time(), error=error))
+                return None
+            if not self._make_room(job):
+                return None
+            for partial in (self.root / "checkpoints").glob(f".{id}.*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+            started = replace(job, state="running", started=time.time(), attempts=job.attempts + 1)
+            self._save(started)
+            return Claim(self, started)
+
+    def _make_room(self, job: Job) -> bool:
+        """Throws out least recently used checkpoints until the job fits; whether it does."""
+        others = [other for other in self.all() if other.id != job.id]
+        taken = sum(_taken(other) for other in others)
+        complete = [other for other in others if other.state == "complete"]
+        excess = taken + job.reserved - self._quota
+        if excess > sum(_taken(other) for other in complete):
+            return False
+        for other in sorted(complete, key=self._last_used):
+            if excess <= 0:
+                break
+            excess -= _taken(other)
+            self._save(replace(other, state="evicted", bytes=None, files={}))
+            self._discard(other)
+        return True
+
+    def _last_used(self, job: Job) -> float:
+        used = self.root / "used" / job.id
+        return max(job.finished or 0, used.stat().st_mtime if used.exists() else 0)
+
+    def _discard(self, job: Job) -> None:
+        folder = self.folder(job)
+        with suppress(FileNotFoundError):
+            # Out of sight first: half a checkpoint is never seen under its name.
+            doomed = folder.with_name(f".{job.id}.{uuid.uuid4().hex}.removed")
+            folder.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        for name in ("progress", "used"):
+            (self.root / name / job.id).unlink(missing_ok=True)
+
+    def _save(self, job: Job) -> None:
+        write_json(self._job_file(job.id), job.as_dict())
+
+    def _job_file(self, id: str) -> Path:
+        return self.root / "jobs" / f"{id}.json"
+
+    @contextmanager
+    def _changes(self) -> Iterator[None]:
+        with self._lock("store", wait=True):
+            yield
+
+    @contextmanager
+    def _lock(self, name: str, *, wait: bool) -> Iterator[bool]:
+        """Holds a lock file; yields whether it could be had. The kernel lets go of it if this process dies."""
+        with (self.root / "locks" / name).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job in the hands of one worker."""
+
+    store: JobStore
+    job: Job
+
+    @property
+    def out(self) -> Path:
+        """The checkpoint's folder."""
+        return self.store.folder(self.job)
+
+    def report(self, step: str, done: int, total: int) -> None:
+        """Writes down the progress.
+
+        Raises:
+            WithdrawnError: nobody wants the job any more.
+        """
+        self._check_wanted()
+        path = self.store.root / "progress" / self.job.id
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text(f"{step} {done} {total}")
+        os.replace(temporary, path)
+
+    def complete(self, hashes: Mapping[str, str]) -> Job:
+        """Records the checkpoint in `out`, with its files' hashes.
+
+        Raises:
+            WithdrawnError: nobody wants the job any more; the checkpoint is removed.
+        """
+        sizes = {file.name: file.stat().st_size for file in sorted(self.out.iterdir())}
+        files = {name: {"bytes": size, "sha256": hashes[name]} for name, size in sizes.items()}
+        return self._finish(state="complete", bytes=sum(sizes.values()), files=files, error=None)
+
+    def fail(self, error: str) -> Job:
+        """Records why there is no checkpoint.
+
+        Raises:
+            WithdrawnError: nobody wants the job any more.
+        """
+        return self._finish(state="failed", error=error)
+
+    def give_back(self) -> None:
+        """Queues the job again as if it had not been begun: the service is being stopped."""
+        with suppress(WithdrawnError):
+            self._finish(state="queued", attempts=self.job.attempts - 1)
+
+    def _finish(self, **changes: Any) -> Job:
+        with self.store._changes():
+            try:
+                self._check_wanted()
+            except WithdrawnError:
+                if self.store.get(self.job.id) is None:
+                    self.store._discard(self.job)
+                raise
+            finished = None if changes["state"] == "queued" else time.time()
+            job = replace(self.job, finished=finished, **changes)
+            self.store._save(job)
+        (self.store.root / "progress" / self.job.id).unlink(missing_ok=True)
+        return job
+
+    def _check_wanted(self) -> None:
+        current = self.store.get(self.job.id)
+        if current is None or current.order != self.job.order:
+            raise WithdrawnError
+
+
+def _taken(job: Job) -> int:
+    if job.state == "complete":
+        return job.bytes or 0
+    return job.reserved if job.state == "running" else 0

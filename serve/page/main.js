@@ -1,0 +1,194 @@
+import * as api from "./api.js";
+import { draw } from "./chart.js";
+
+const $ = (id) => document.getElementById(id);
+const STEPS = 1000;
+const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
+
+let offered = [];
+let answer; // The last allocation shown.
+let asking; // Ends the request for an allocation that a newer one has overtaken.
+let following; // Ends the stream of the checkpoint shown before.
+
+const model = () => offered.find((each) => each.name === $("model").value);
+const kind = () => document.querySelector("input[name=kind]:checked").value;
+
+function count(value) {
+  const units = [[1e9, "B"], [1e6, "M"], [1e3, "K"]];
+  const [scale, unit] = units.find(([least]) => value >= least) ?? [1, ""];
+  return `${(value / scale).toFixed(scale === 1 ? 0 : 3)} ${unit}`.trim();
+}
+
+function size(value) {
+  const [scale, unit] = value >= 1e9 ? [1e9, "GB"] : [1e6, "MB"];
+  return `${(value / scale).toFixed(3)} ${unit}`;
+}
+
+// To the right is always smaller: a slider of ratios and one of sizes then mean the same.
+function target() {
+  const range = model().targets[kind()];
+  const share = Number($("slider").value) / STEPS;
+  if (kind() === "ratio") return { ratio: Math.min(Number((share * range.largest).toFixed(4)), range.largest) };
+  return { [kind()]: Math.round(range.largest - share * (range.largest - range.least)) };
+}
+
+function asked({ ratio, parameters, bytes }) {
+  if (ratio !== undefined) return percent(ratio);
+  return parameters !== undefined ? count(parameters) : size(bytes);
+}
+
+function complain(error) {
+  if (error?.name === "AbortError") return;
+  if (error?.status === 401) {
+    $("key-box").hidden = false;
+    $("key-box").open = true;
+  }
+  $("problem").textContent = error ? error.message : "";
+  $("problem").hidden = !error;
+}
+
+async function ask() {
+  asking?.abort();
+  asking = new AbortController();
+  $("ask").ariaBusy = "true";
+  const wanted = target();
+  $("asked").value = asked(wanted);
+  $("slider").setAttribute("aria-valuetext", asked(wanted));
+  try {
+    answer = { ...(await api.allocation(model().name, wanted, asking.signal)), target: wanted };
+    show();
+    complain();
+    $("ask").ariaBusy = "false";
+  } catch (error) {
+    complain(error);
+  }
+}
+
+function show() {
+  const dense = model();
+  $("ratio").textContent = percent(answer.ratio);
+  $("parameters").textContent = count(answer.parameters);
+  $("bytes").textContent = size(answer.bytes);
+  const expected = answer.expected_accuracy;
+  $("accuracy").textContent = expected
+    ? `${percent(expected.value)} (${percent(expected.low)} to ${percent(expected.high)})`
+    : "not measured here";
+  $("source").textContent = dense.accuracy
+    ? `Expected accuracy: ${dense.accuracy.source}, ${dense.accuracy.samples} questions, with the 95% interval; ` +
+      "interpolated between measured sizes."
+    : "";
+  $("share").style.width = percent(answer.bytes / dense.bytes);
+  $("share-text").textContent = `${percent(answer.bytes / dense.bytes)} of the dense model's bytes, vision tower included`;
+  draw($("chart"), answer.widths, dense.neurons);
+  const [least, most] = [Math.min(...answer.widths), Math.max(...answer.widths)];
+  $("chart-text").textContent =
+    `${dense.layers} layers keep ${least} to ${most} of ${dense.neurons} FFN neurons each, ${answer.kept_neurons} in all.`;
+  $("rows").replaceChildren(
+    ...answer.widths.map((width, layer) => {
+      const row = document.createElement("tr");
+      for (const text of [layer, width, percent(answer.ratios[layer])]) row.insertCell().textContent = text;
+      return row;
+    }),
+  );
+  $("make-button").disabled = false;
+}
+
+function choices(select, names) {
+  select.replaceChildren(...names.map((name) => new Option(name, name)));
+}
+
+function choose() {
+  const chosen = model();
+  $("dense").textContent =
+    `Dense: ${count(chosen.parameters)} parameters, ${size(chosen.bytes)}, ${chosen.layers} layers of ${chosen.neurons} neurons`;
+  choices($("format"), chosen.formats);
+  choices($("recovery"), chosen.recoveries);
+  $("recovery").value = chosen.recovery;
+  ask();
+}
+
+async function make(event) {
+  event.preventDefault();
+  const request = { model: model().name, target: answer.target, format: $("format").value, recovery: $("recovery").value };
+  try {
+    const job = await api.make(request);
+    complain();
+    await follow(job);
+  } catch (error) {
+    complain(error);
+  }
+}
+
+async function follow(job) {
+  following?.abort();
+  following = new AbortController();
+  showJob(job);
+  for (let state = job.state; state === "queued" || state === "running"; ) {
+    for await (const [event, data] of api.follow(job.url, following.signal)) {
+      state = event === "removed" ? event : data.state;
+      if (event === "removed") $("job").hidden = true;
+      else showJob(data);
+    }
+  }
+}
+
+function showJob(job) {
+  $("job").hidden = false;
+  $("job").dataset.url = job.url;
+  $("job").dataset.state = job.state;
+  $("job-id").textContent = job.id;
+  $("job-state").textContent = { queued: "Queued", running: "Exporting", complete: "Complete", evicted: "Evicted" }[job.state]
+    ?? `Failed: ${job.error}`;
+  if (job.progress?.step === "recover") $("job-state").textContent = "Recovering";
+  const ended = job.state !== "queued" && job.state !== "running";
+  $("job-progress").hidden = ended;
+  $("job-progress").value = job.progress ? job.progress.done / job.progress.total : 0;
+  $("cancel").textContent = ended ? "Remove" : "Cancel";
+  $("cancel").onclick = () => api.remove(job.id).then(() => ($("job").hidden = true)).catch(complain);
+  $("done").hidden = job.state !== "complete";
+  $("files").replaceChildren(...Object.entries(job.files).map(([name, file]) => fileItem(name, file)));
+  $("snippet").textContent = snippet(job);
+}
+
+function fileItem(name, file) {
+  const item = document.createElement("li");
+  const link = Object.assign(document.createElement("a"), { href: file.url, download: name, textContent: name });
+  item.append(link, ` ${file.bytes >= 1e6 ? size(file.bytes) : `${(file.bytes / 1e3).toFixed(1)} kB`}`);
+  return item;
+}
+
+function snippet(job) {
+  const [[name, value]] = Object.entries(job.target);
+  return [
+    "import lop",
+    `folder = lop.Client("${location.origin}").get("${job.model}", ${name}=${value}, format="${job.format}", ` +
+      `recovery="${job.recovery}", out="${job.model}-${job.id.slice(0, 8)}")`,
+    "model = lop.load(folder)",
+  ].join("\n");
+}
+
+async function start() {
+  try {
+    offered = await api.models();
+    choices($("model"), offered.map((each) => each.name));
+    choose();
+  } catch (error) {
+    complain(error);
+  }
+}
+
+$("model").addEventListener("change", choose);
+$("slider").addEventListener("input", ask);
+for (const radio of document.querySelectorAll("input[name=kind]")) radio.addEventListener("change", ask);
+$("make").addEventListener("submit", make);
+$("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  api.useKey($("key").value);
+  start();
+});
+$("copy").addEventListener("click", async () => {
+  await navigator.clipboard.writeText($("snippet").textContent);
+  $("copied").textContent = "Copied";
+});
+
+start();

@@ -1,0 +1,274 @@
+"""What requests and answers look like; the OpenAPI document is made of these."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic.config import JsonDict
+
+from lop.size import Target
+from serve.exporting import FORMATS, RECOVERIES
+from serve.settings import Name
+
+_LARGEST = 2**63 - 1
+_EXAMPLE: JsonDict = {"model": "tiny", "target": {"ratio": 0.3}}
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class RatioTarget(_Request):
+    """Share of the FFN neurons to remove."""
+
+    ratio: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, examples=[0.3])]
+
+    def target(self) -> Target:
+        return Target(ratio=self.ratio)
+
+
+class ParametersTarget(_Request):
+    """Parameters of the whole checkpoint, at most."""
+
+    parameters: Annotated[int, Field(ge=1, le=_LARGEST, examples=[2_500_000])]
+
+    def target(self) -> Target:
+        return Target(parameters=self.parameters)
+
+
+class BytesTarget(_Request):
+    """Bytes of all of the checkpoint's tensors, at most."""
+
+    bytes: Annotated[int, Field(ge=1, le=_LARGEST, examples=[5_000_000])]
+
+    def target(self) -> Target:
+        return Target(bytes=self.bytes)
+
+
+def _kind(target: object) -> str | None:
+    """Which target a request means: by its only key."""
+    keys = (
+        target.keys() if isinstance(target, dict) else type(target).model_fields if isinstance(target, _Request) else ()
+    )
+    return next(iter(keys)) if len(keys) == 1 else None
+
+
+AnyTarget = Annotated[
+    Annotated[RatioTarget, Tag("ratio")]
+    | Annotated[ParametersTarget, Tag("parameters")]
+    | Annotated[BytesTarget, Tag("bytes")],
+    Discriminator(
+        _kind,
+        custom_error_type="target",
+        custom_error_message="name exactly one target: ratio, parameters or bytes",
+    ),
+]
+
+
+class AllocationRequest(_Request):
+    """What `POST /v1/allocations` takes."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
+    model: Name
+    target: AnyTarget
+
+
+def _offered(names: tuple[str, ...]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"is not one of {', '.join(names)}")
+        return name
+
+    return check
+
+
+class CheckpointRequest(AllocationRequest):
+    """What `POST /v1/checkpoints` takes."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{**_EXAMPLE, "format": FORMATS[0]}]})
+    format: Annotated[str, AfterValidator(_offered(FORMATS)), Field(json_schema_extra={"enum": list(FORMATS)})] = (
+        FORMATS[0]
+    )
+    recovery: Annotated[
+        Annotated[str, AfterValidator(_offered(RECOVERIES)), Field(json_schema_extra={"enum": list(RECOVERIES)})]
+        | None,
+        Field(description="what makes up for the pruned neurons; by default the run's `recovery`"),
+    ] = None
+
+
+class Accuracy(_Answer):
+    """An accuracy with its 95% interval."""
+
+    value: Probability
+    low: Probability
+    high: Probability
+
+
+class MeasuredAccuracy(Accuracy):
+    """An accuracy that was measured at a pruning ratio."""
+
+    ratio: Probability
+
+
+class AccuracyCurve(_Answer):
+    """The run's measured results; expected accuracies are interpolated between them."""
+
+    source: str
+    samples: int
+    points: list[MeasuredAccuracy]
+
+
+class Range(_Answer):
+    """The least and the largest target."""
+
+    least: float
+    largest: float
+
+
+class CountRange(_Answer):
+    """The least and the largest target."""
+
+    least: int
+    largest: int
+
+
+class Ranges(_Answer):
+    """What can be asked for, both ends included."""
+
+    ratio: Range
+    parameters: CountRange
+    bytes: CountRange
+
+
+class Model(_Answer):
+    """A model on offer."""
+
+    name: str
+    layers: int
+    neurons: Annotated[int, Field(description="FFN neurons of each layer")]
+    granularity: Annotated[int, Field(description="widths are multiples of this")]
+    parameters: Annotated[int, Field(description="of the dense checkpoint")]
+    bytes: Annotated[int, Field(description="of the dense checkpoint's tensors")]
+    targets: Ranges
+    formats: list[str]
+    recoveries: list[str]
+    recovery: Annotated[str, Field(description="the default")]
+    accuracy: AccuracyCurve | None
+
+
+class Models(_Answer):
+    """What `GET /v1/models` answers."""
+
+    models: list[Model]
+
+
+class Allocation(_Answer):
+    """How much of each layer stays, and what that comes to."""
+
+    model: str
+    ratio: Annotated[float, Field(description="mean pruning ratio, the nearest that the target allows")]
+    ratios: Annotated[list[float], Field(description="pruning ratio of each layer, first to last")]
+    widths: Annotated[list[int], Field(description="FFN neurons that each layer keeps")]
+    kept_neurons: int
+    parameters: Annotated[int, Field(description="of the whole checkpoint")]
+    bytes: Annotated[int, Field(description="of the checkpoint's tensors")]
+    expected_accuracy: Annotated[Accuracy | None, Field(description="null where nothing was measured")]
+
+
+class Progress(_Answer):
+    """How far an export is."""
+
+    step: Literal["recover", "export"]
+    done: Annotated[int, Field(description="layers recovered, or bytes written")]
+    total: int
+
+
+class File(_Answer):
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+    url: str
+
+
+class Checkpoint(_Answer):
+    """A checkpoint and how it is coming along."""
+
+    id: Annotated[str, Field(description="hash of what was asked for")]
+    state: Literal["queued", "running", "complete", "failed", "evicted"]
+    model: str
+    target: dict[str, float | int]
+    format: str
+    recovery: str
+    allocation: Allocation
+    progress: Progress | None
+    error: Annotated[str | None, Field(description="why it failed")]
+    bytes: Annotated[int | None, Field(description="taken on disk")]
+    files: dict[str, File]
+    path: Annotated[str | None, Field(description="the folder in the service's storage, once complete")]
+    url: str
+    created: Annotated[float, Field(description="seconds since 1970, as the others")]
+    started: float | None
+    finished: float | None
+
+
+class Checkpoints(_Answer):
+    """One page, the newest first."""
+
+    checkpoints: list[Checkpoint]
+    next: Annotated[str | None, Field(description="`after` of the next page; null on the last")]
+
+
+class Status(_Answer):
+    """All is well."""
+
+    status: str
+
+
+class Problem(_Answer):
+    """An error, as RFC 9457 has it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "about:blank",
+                    "title": "Unprocessable Content",
+                    "status": 422,
+                    "detail": "target 0.99 is outside [0, 0.9333]",
+                    "request_id": "7b1c1a5e8f7e4a0c9d1f3f0e2c4b6a58",
+                }
+            ]
+        }
+    )
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` for errors that a route may answer."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": _REASONS[status], "content": content} for status in statuses}
+
+
+_REASONS = {
+    400: "The request cannot be read",
+    401: "No API key, or a wrong one",
+    403: "No API keys are configured, and the request comes from another machine",
+    404: "There is no such thing",
+    408: "The body took too long to arrive",
+    409: "Not in this state",
+    413: "The body is too large",
+    416: "The file has no such range",
+    422: "A value is wrong; `detail` names it",
+    429: "Too many requests, streams or waiting exports; `Retry-After` says when to come back",
+    503: "Not ready",
+}

@@ -1,0 +1,318 @@
+"""The API as its users meet it."""
+
+import http.client
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import lop
+from lop.checkpoint import verify
+from lop.models import assets
+from lop.size import model_size, read_tensors
+from serve.catalogue import ServedModel, load_catalogue
+from serve.jobs import Job
+from serve.settings import ServiceSettings
+from tests.serve.conftest import Service, Start
+
+
+def test_models_are_described(service: Service) -> None:
+    (model,) = service.ask("GET", "/v1/models").json["models"]
+    size = model_size(read_tensors(assets() / "model"))
+    assert (model["layers"], model["parameters"], model["bytes"]) == (size.layers, size.parameters, size.bytes)
+    assert model["targets"]["parameters"]["largest"] == size.parameters
+    assert model["accuracy"]["points"]
+
+
+def test_an_allocation_is_what_the_command_line_predicts(service: Service) -> None:
+    command = [sys.executable, "-m", "lop.cli", "predict", "--target", "0.37", "--json"]
+    expected = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    answer = service.ask("POST", "/v1/allocations", {"model": "tiny", "target": {"ratio": 0.37}}).json
+    expected_accuracy = answer.pop("expected_accuracy")
+    assert answer == {"model": "tiny", **expected}
+    assert expected_accuracy["low"] <= expected_accuracy["value"] <= expected_accuracy["high"]
+    for kind in ("parameters", "bytes"):
+        asked = {"model": "tiny", "target": {kind: answer[kind]}}
+        assert service.ask("POST", "/v1/allocations", asked).json["widths"] == answer["widths"]
+
+
+def test_both_ends_of_each_range_can_be_asked_for(service: Service) -> None:
+    (model,) = service.ask("GET", "/v1/models").json["models"]
+    for kind, ends in model["targets"].items():
+        for value in ends.values():
+            answer = service.ask("POST", "/v1/allocations", {"model": "tiny", "target": {kind: value}})
+            assert answer.status == 200, answer.json
+
+
+def test_a_checkpoint_is_made_once_and_downloads_in_parts(start: Start, tmp_path: Path) -> None:
+    service = start()
+    with ThreadPoolExecutor(20) as threads:
+        answers = list(threads.map(lambda _: service.make({"ratio": 0.3}), range(20)))
+    (id,) = {answer.json["id"] for answer in answers}
+    assert {(answer.status, answer.headers["location"]) for answer in answers} == {(202, f"/v1/checkpoints/{id}")}
+    last = service.finish(id)
+    assert last["state"] == "complete"
+    # Another wording of the same size is the same checkpoint.
+    assert service.make({"bytes": last["allocation"]["bytes"]}).json["id"] == id
+    assert len(service.finished) == 1
+    assert verify(Path(last["path"]))["widths"] == last["allocation"]["widths"]
+    whole = (Path(last["path"]) / "model.safetensors").read_bytes()
+    file = last["files"]["model.safetensors"]
+    assert file["bytes"] == len(whole)
+    middle = service.ask("GET", file["url"], headers={"Range": "bytes=1000-1999"})
+    assert (middle.status, middle.body) == (206, whole[1000:2000])
+    assert middle.headers["content-range"] == f"bytes 1000-1999/{len(whole)}"
+    rest = service.ask("GET", file["url"], headers={"Range": "bytes=2000-", "If-Range": middle.headers["etag"]})
+    assert rest.body == whole[2000:]
+    changed = service.ask("GET", file["url"], headers={"Range": "bytes=2000-", "If-Range": '"other"'})
+    assert (changed.status, changed.body) == (200, whole)
+    head = service.ask("HEAD", file["url"])
+    assert (head.status, head.headers["content-length"]) == (200, str(len(whole)))
+    for bad, status in (("bytes=999999999-", 416), ("bytes=x", 400), ("bytes=5-1", 400)):
+        assert service.ask("GET", file["url"], headers={"Range": bad}).status == status
+
+
+def test_the_checkpoint_is_what_lop_prune_writes(service: Service, tmp_path: Path) -> None:
+    folder = lop.Client(service.url).get("tiny", ratio=0.25, recovery="none", out=tmp_path / "served")
+    command = [sys.executable, "-m", "lop.cli", "prune", "--target", "0.25", "--recovery", "none"]
+    command += ["--out", tmp_path / "pruned"]
+    subprocess.run(command, check=True, capture_output=True)
+    names = sorted(file.name for file in folder.iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "pruned").iterdir())
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes(), name
+    assert isinstance(lop.load(folder), torch.nn.Module)
+
+
+def test_listing_is_paged_and_deleting_removes(start: Start) -> None:
+    service = start()
+    made = [service.make({"ratio": ratio}).json["id"] for ratio in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    for id in made:
+        service.finish(id)
+    seen, after = [], ""
+    while after is not None:
+        page = service.ask("GET", f"/v1/checkpoints?limit=2{after and f'&after={after}'}").json
+        seen += [each["id"] for each in page["checkpoints"]]
+        after = page["next"]
+    assert seen == made[::-1]
+    assert service.ask("DELETE", f"/v1/checkpoints/{made[0]}").status == 204
+    for method in ("GET", "DELETE"):
+        assert service.ask(method, f"/v1/checkpoints/{made[0]}").status == 404
+    assert {folder.name for folder in (service.settings.storage / "checkpoints").iterdir()} == set(made[1:])
+
+
+def test_the_queue_is_bounded_and_a_waiting_export_can_be_cancelled(start: Start) -> None:
+    service = start(workers=0, queue=2)
+    first, second = (service.make({"ratio": ratio}) for ratio in (0.1, 0.2))
+    refused = service.make({"ratio": 0.3})
+    assert (refused.status, int(refused.headers["retry-after"]) > 0) == (429, True)
+    assert service.make({"ratio": 0.1}).json["id"] == first.json["id"]
+    assert service.ask("GET", f"/v1/checkpoints/{first.json['id']}/files/config.json").status == 409
+    assert service.ask("DELETE", second.headers["location"]).status == 204
+    assert service.make({"ratio": 0.3}).status == 202
+
+
+def test_least_recently_used_checkpoints_make_room(start: Start, models: dict[str, ServedModel]) -> None:
+    size = model_size(read_tensors(assets() / "model"))
+    service = start(quota=int(2.2 * (size.bytes + models["tiny"].companions)))
+    ids = [service.make({"ratio": ratio}).json["id"] for ratio in (0.0, 0.05)]
+    states = [service.finish(id) for id in ids]
+    assert [state["state"] for state in states] == ["complete", "complete"]
+    # The older one is used, so the other one goes.
+    assert service.ask("GET", states[0]["files"]["config.json"]["url"]).status == 200
+    third = service.make({"ratio": 0.02}).json["id"]
+    assert service.finish(third)["state"] == "complete"
+    now = {id: service.ask("GET", f"/v1/checkpoints/{id}").json["state"] for id in (*ids, third)}
+    assert now == {ids[0]: "complete", ids[1]: "evicted", third: "complete"}
+    assert not (service.settings.storage / "checkpoints" / ids[1]).exists()
+    assert service.make({"ratio": 0.05}).json["state"] in ("queued", "running")
+    assert service.finish(ids[1])["state"] == "complete"
+    assert service.store.bytes_taken() <= service.settings.quota
+
+
+def test_a_format_takes_the_room_that_it_needs(start: Start) -> None:
+    service = start()
+    true, padded = (service.make({"ratio": 0.5}, format=format).json["id"] for format in ("hf", "padded"))
+    assert true != padded
+    states = [service.finish(id) for id in (true, padded)]
+    for state in states:
+        job = service.store.get(state["id"])
+        assert job is not None
+        assert job.bytes is not None
+        assert 0 <= job.reserved - job.bytes < 2**21
+    assert states[0]["bytes"] < states[1]["bytes"]
+    refused = service.make({"ratio": 0.5}, format="padded", recovery="bias")
+    assert (refused.status, "bias" in refused.json["detail"]) == (422, True)
+
+
+def test_what_is_larger_than_the_quota_is_refused(start: Start) -> None:
+    assert start(quota=1000).make({"ratio": 0.1}).status == 422
+
+
+def test_an_export_that_takes_too_long_fails_and_leaves_nothing(start: Start) -> None:
+    service = start(time_limit=1e-9)
+    last = service.finish(service.make({"ratio": 0.1}).json["id"])
+    assert last["state"] == "failed"
+    assert "limit" in last["error"]
+    assert list((service.settings.storage / "checkpoints").iterdir()) == []
+
+
+def test_a_full_disk_fails_the_export_alone(start: Start, small_disk: Path) -> None:
+    service = start(storage=small_disk / "s")
+    last = service.finish(service.make({"ratio": 0.1}).json["id"])
+    assert (last["state"], "space" in last["error"].lower()) == ("failed", True)
+    assert service.ask("GET", "/healthz").status == 200
+    assert list((service.settings.storage / "checkpoints").iterdir()) == []
+
+
+def test_a_restart_goes_on_with_what_was_accepted(start: Start) -> None:
+    accepted = [start(workers=0).make({"ratio": ratio}).json["id"] for ratio in (0.1, 0.2)]
+    service = start()
+    assert [service.finish(id)["state"] for id in accepted] == ["complete", "complete"]
+
+
+def test_two_workers_share_the_work(start: Start) -> None:
+    service = start(workers=2)
+    ids = [service.make({"ratio": ratio}).json["id"] for ratio in (0.1, 0.15, 0.2, 0.25)]
+    for id in ids:
+        assert service.finish(id)["state"] == "complete"
+    assert sorted(job.id for job in service.finished) == sorted(ids)
+    assert {job.attempts for job in service.finished} == {1}
+
+
+def test_readiness_tells_what_is_missing(start: Start, tmp_path: Path) -> None:
+    assert start(storage=tmp_path / "a").ask("GET", "/readyz").json == {"status": "ready"}
+    answer = start(storage=tmp_path / "b", pruner=False).ask("GET", "/readyz")
+    assert (answer.status, "pruner" in answer.json["detail"]) == (503, True)
+
+
+def test_keys_are_needed_where_there_are_some(start: Start) -> None:
+    service = start(keys=["a" * 16, "b" * 20])
+    for path in ("/", "/healthz", "/readyz", "/openapi.json", "/page/main.js"):
+        assert service.ask("GET", path).status == 200
+    for headers in ({}, {"Authorization": "Bearer " + "c" * 16}, {"X-API-Key": "a"}, {"Authorization": "Basic x"}):
+        refused = service.ask("GET", "/v1/models", headers=headers)
+        assert (refused.status, refused.headers["www-authenticate"]) == (401, "Bearer")
+    for headers in (
+        {"Authorization": "Bearer " + "a" * 16},
+        {"X-API-Key": "b" * 20},
+        {"Cookie": "lop_key=" + "a" * 16},
+    ):
+        assert service.ask("GET", "/v1/models", headers=headers).status == 200
+    # Other sites can make a browser send cookies with what changes things; this one is for reading.
+    asked = {"model": "tiny", "target": {"ratio": 0.3}}
+    assert service.ask("POST", "/v1/allocations", asked, {"Cookie": "lop_key=" + "a" * 16}).status == 401
+
+
+def test_without_keys_only_this_machine_is_answered(service: Service) -> None:
+    assert service.ask("GET", "/v1/models", headers={"Host": "attacker.example"}).status == 403
+    assert service.ask("GET", "/v1/models", headers={"Host": f"localhost:{service.port}"}).status == 200
+
+
+def test_requests_are_limited_by_client(start: Start) -> None:
+    service = start(keys=["a" * 16, "b" * 16], rate=0.01, burst=3)
+    asked = [service.ask("GET", "/v1/models", headers={"X-API-Key": "a" * 16}) for _ in range(4)]
+    assert [answer.status for answer in asked] == [200, 200, 200, 429]
+    assert int(asked[-1].headers["retry-after"]) > 1
+    assert service.ask("GET", "/v1/models", headers={"X-API-Key": "b" * 16}).status == 200
+
+
+def test_event_streams_are_limited(start: Start) -> None:
+    service = start(workers=0, streams=1)
+    location = service.make({"ratio": 0.1}).headers["location"]
+    first = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+    first.request("GET", f"{location}/events")
+    stream = first.getresponse()
+    assert service.ask("GET", f"{location}/events").status == 429
+    assert service.ask("DELETE", location).status == 204
+    assert b"event: removed" in stream.read()
+    location = service.make({"ratio": 0.2}).headers["location"]
+    first.request("GET", f"{location}/events")
+    assert first.getresponse().status == 200
+    first.close()
+
+
+def test_requests_are_logged_as_json_without_secrets(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    service = start(keys=["secret-" + "a" * 16])
+    with caplog.at_level("INFO", "ray.serve"):
+        answer = service.ask("GET", "/v1/models?x=1", headers={"Authorization": "Bearer secret-" + "a" * 16})
+        service.ask("GET", "/v1/models", headers={"Authorization": "Bearer wrong-" + "a" * 16})
+        while len(caplog.messages) < 2:  # The second line is written once its answer is sent.
+            time.sleep(0.01)
+    lines = [json.loads(line) for line in caplog.messages]
+    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+        ("GET", "/v1/models", 200),
+        ("GET", "/v1/models", 401),
+    ]
+    assert lines[0]["request"] == answer.headers["x-request-id"]
+    assert "secret" not in caplog.text
+    assert "wrong" not in caplog.text
+
+
+def test_expected_accuracy_comes_from_the_comparison_where_there_is_one(tmp_path: Path) -> None:
+    import shutil
+
+    from lop.fingerprint import fingerprint_file
+    from lop.intervals import Interval
+    from lop.models import fingerprint_model
+
+    run = tmp_path / "run"
+    shutil.copytree(assets() / "run", run)
+    made_from = {
+        "predictor": fingerprint_file(run / "predictor" / "predictor.json"),
+        "model": fingerprint_model(assets() / "model"),
+    }
+    points = {("dense", 0.0): 0.9, ("lop-predictor", 0.5): 0.7, ("flap", 0.5): 0.1}
+    averages = [
+        {"method": method, "target": target, "accuracy": {"value": value, "low": value - 0.1, "high": value + 0.1}}
+        for (method, target), value in points.items()
+    ]
+    results = {"fingerprints": made_from, "averages": averages, "rows": [{"method": "dense", "total": 40}]}
+    (run / "results.json").write_text(json.dumps(results))
+    settings = ServiceSettings(storage=tmp_path, models={"tiny": {"run": run}})
+    curve = load_catalogue(settings)["tiny"].curve
+    assert curve is not None
+    assert curve.samples == 40
+    assert curve.at(0.25) == pytest.approx(Interval(0.8, 0.7, 0.9)) or curve.at(0.25).value == pytest.approx(0.8)
+    assert curve.at(0.6) is None
+    # Of another predictor: not shown.
+    (run / "results.json").write_text(json.dumps(results | {"fingerprints": {**made_from, "predictor": "other"}}))
+    other = load_catalogue(settings)["tiny"].curve
+    assert other is None or other.source != curve.source
+
+
+def test_a_damaged_download_is_told(service: Service, tmp_path: Path) -> None:
+    client = lop.Client(service.url)
+    id = client.make("tiny", ratio=0.45, recovery="none")["id"]
+    file = Path(service.finish(id)["path"]) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(lop.LopError, match=r"model\.safetensors did not arrive"):
+        client.get("tiny", ratio=0.45, recovery="none", out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    client.remove(id)
+
+
+def test_the_client_says_what_is_wrong(service: Service, tmp_path: Path) -> None:
+    with pytest.raises(lop.LopError, match="outside"):
+        lop.Client(service.url).allocation("tiny", ratio=0.99)
+    with pytest.raises(lop.LopError, match="not offered: tiny"):
+        lop.Client(service.url).get("other", ratio=0.3, out=tmp_path / "out")
+    with pytest.raises(lop.LopError, match="cannot be reached"):
+        lop.Client("http://127.0.0.1:1").models()
+    with pytest.raises(lop.LopError, match="http://"):
+        lop.Client("file:///etc/passwd")
+
+
+def test_jobs_survive_being_written_down(service: Service) -> None:
+    id = service.make({"ratio": 0.35}).json["id"]
+    service.finish(id)
+    job = service.store.get(id)
+    assert job is not None
+    assert Job.from_dict(json.loads(json.dumps(job.as_dict()))) == job

@@ -1,0 +1,188 @@
+"""The application on Ray Serve, as `lop serve` starts it, and what it outlives."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+import lop
+from lop.checkpoint import verify
+from lop.cli import main
+
+_CONFIG = Path(__file__).parents[2] / "serve" / "config.yaml"
+
+
+class Running:
+    """`lop serve` in a process of its own, with all that it started."""
+
+    def __init__(self, storage: Path, *options: str) -> None:
+        self.storage = storage
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "lop.cli", "serve", "--storage", storage, "--port", str(self.port), *options]
+        environment = {**os.environ, "RAY_enable_worker_prestart": "0"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        )
+        assert self.process.stdout
+        first_line = self.process.stdout.readline()
+        assert first_line == f"http://127.0.0.1:{self.port}/\n", "the service did not start"
+        self.client = lop.Client(f"http://127.0.0.1:{self.port}", timeout=240)
+
+    def pids(self, name: str = "") -> list[int]:
+        """The processes below this one whose command line holds a text."""
+        parents, found = {self.process.pid}, []
+        listing = subprocess.run(
+            ["ps", "-eo", "pid,ppid,args", "--sort=pid"], capture_output=True, text=True, check=True
+        )
+        rows = [line.split(None, 2) for line in listing.stdout.splitlines()[1:]]
+        for _ in range(6):
+            parents |= {int(pid) for pid, parent, *_ in rows if int(parent) in parents}
+        for pid, _, *arguments in rows:
+            if int(pid) in parents and name in (arguments or [""])[0]:
+                found.append(int(pid))
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL for all of it, as when a machine loses power."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage") / "s"
+
+
+def until(condition: Callable[[], Any], seconds: float = 240) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.02)
+    return found
+
+
+def states(storage: Path) -> dict[str, str]:
+    return {path.stem: json.loads(path.read_text())["state"] for path in (storage / "jobs").glob("*.json")}
+
+
+def test_exports_outlive_their_replica_and_the_whole_service(storage: Path) -> None:
+    accepted: dict[str, list[int]] = {}
+    service = Running(storage)
+    try:
+        for number in range(4):
+            made = service.client.make("tiny", ratio=0.1 + 0.2 * number)
+            accepted[made["id"]] = made["allocation"]["widths"]
+        (pruner,) = service.pids("ServeReplica:lop:pruner")
+        until(lambda: "running" in states(storage).values())
+        os.kill(pruner, signal.SIGKILL)
+        until(lambda: list(states(storage).values()).count("complete") >= 1)
+        (another,) = until(lambda: service.pids("ServeReplica:lop:pruner"))
+        assert another != pruner
+        for number in range(2):
+            made = service.client.make("tiny", ratio=0.25 + 0.2 * number)
+            accepted[made["id"]] = made["allocation"]["widths"]
+        until(lambda: "running" in states(storage).values())
+    finally:
+        service.kill()
+    assert set(states(storage)) == set(accepted)
+    assert {"queued", "running"} & set(states(storage).values())
+    service = Running(storage)
+    try:
+        until(lambda: set(states(storage).values()) == {"complete"})
+        listed = service.client._json("GET", "/v1/checkpoints?limit=100")["checkpoints"]
+        assert sorted(each["id"] for each in listed) == sorted(accepted)
+        for each in listed:
+            assert verify(Path(each["path"]))["widths"] == accepted[each["id"]] == each["allocation"]["widths"]
+        assert {folder.name for folder in (storage / "checkpoints").iterdir()} == set(accepted)
+        _equals_what_lop_prune_writes(storage, listed[0])
+        _everything_answers(service)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(timeout=120) == 130
+    finally:
+        service.kill()
+
+
+def _equals_what_lop_prune_writes(storage: Path, checkpoint: dict[str, Any]) -> None:
+    out = storage.parent / "pruned"
+    command = [sys.executable, "-m", "lop.cli", "prune", "--target", str(checkpoint["target"]["ratio"]), "--out", out]
+    subprocess.run(command, check=True, capture_output=True)
+    assert checkpoint["recovery"] == "refit"
+    names = {file.name for file in out.iterdir()}
+    assert names == {file.name for file in Path(checkpoint["path"]).iterdir()}
+    for name in names:
+        assert (out / name).read_bytes() == (Path(checkpoint["path"]) / name).read_bytes(), name
+
+
+def _everything_answers(service: Running) -> None:
+    """What the API's own tests see without Serve, once through Serve's proxy."""
+    assert service.client._json("GET", "/readyz") == {"status": "ready"}
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+
+    def ask(method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    status, body = ask("GET", "/", None)
+    assert (status, b"<title>LOP" in body) == (200, True)
+    (first, *_) = service.client._json("GET", "/v1/checkpoints?limit=1")["checkpoints"]
+    whole = (Path(first["path"]) / "model.safetensors").read_bytes()
+    url = first["files"]["model.safetensors"]["url"]
+    assert ask("GET", url, Range="bytes=100000-299999") == (206, whole[100_000:300_000])
+    status, body = ask("GET", f"{first['url']}/events")
+    assert (status, body.startswith(b"event: checkpoint\ndata: {")) == (200, True)
+    assert ask("POST", "/v1/allocations", b"[" * 10**7, **{"Content-Type": "application/json"})[0] == 413
+    connection.close()
+    assert ask("GET", "/v1/models", Host="attacker.example")[0] == 403
+    assert ask("GET", "/../../etc/passwd")[0] == 404
+
+
+def test_wrong_settings_are_refused_by_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOP_API_KEYS", raising=False)
+
+    def refused(*arguments: str) -> str:
+        assert main(["serve", *arguments]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    short = tmp_path / "short"
+    short.write_text("short\n")
+    assert "API key 1" in refused("--keys", str(short))
+    assert "none" in refused("--run", str(tmp_path / "none"))
+    assert "quotta" in refused("--set", "quotta=3")
+    assert "queue" in refused("--set", "queue=many")
+    assert "70000" in refused("--port", "70000")
+    assert "API keys" in refused("--host", "0.0.0.0")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use" in refused("--port", str(taken.getsockname()[1]))
+
+
+def test_the_config_names_what_there_is() -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load(_CONFIG.read_text()))
+    (application,) = config.applications
+    from serve.app import ApiDeployment, PredictorDeployment, PrunerDeployment
+    from serve.settings import ServiceSettings
+
+    settings = ServiceSettings.model_validate(application.args)
+    assert config.http_options.host == "127.0.0.1"
+    assert "tiny" in settings.models
+    deployed = {each.name for each in (ApiDeployment, PredictorDeployment, PrunerDeployment)}
+    assert {each.name for each in application.deployments} == deployed

@@ -85,7 +85,9 @@ def alpha_pruning(statistics: NeuronStatistics, space: Space, budget: int) -> Al
         LopError: the statistics have no exponents.
     """
     if statistics.exponents is None:
-        raise LopError("these statistics are from before alphapruning was there: run `lop calibrate` into another --run")
+        raise LopError(
+            "these statistics are from before alphapruning was there: run `lop calibrate` into another --run"
+        )
     wanted = 1 - _ALPHA_SPREAD + 2 * _ALPHA_SPREAD * _unit_range(statistics.exponents)
     return project(space.ratio(budget) * wanted / wanted.mean(), space, budget)
 

@@ -108,7 +108,9 @@ def _add_evaluate(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     stage.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     stage.add_argument("--data", action="append", default=[], metavar="TASK=FOLDER", help="a task's data, if local")
-    stage.add_argument("--cache", type=Path, default=Path("runs/evaluations"), metavar="DIR", help="where results are kept")
+    stage.add_argument(
+        "--cache", type=Path, default=Path("runs/evaluations"), metavar="DIR", help="where results are kept"
+    )
     stage.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -108,7 +108,9 @@ def _load_task(name: str, options: Evaluate) -> tuple[Any, Any]:
     # lmms-eval's own tasks take eight seconds to index.
     manager = TaskManager("WARNING", include_path=str(tasks_folder()), include_defaults=not is_embedded)
     if name not in manager.all_tasks:
-        raise LopError(f"task {name!r} is none of lmms-eval's: name {', '.join((*EMBEDDED_TASKS, *REAL_TASKS))} or another")
+        raise LopError(
+            f"task {name!r} is none of lmms-eval's: name {', '.join((*EMBEDDED_TASKS, *REAL_TASKS))} or another"
+        )
     if name == "mmbench_en_dev" and not os.environ.get("OPENAI_API_KEY"):
         log.warning("mmbench_en_dev asks OPENAI_API_KEY's model what an unclear answer means, and guesses without one")
     local = (options.data or {}).get(name)
@@ -119,8 +121,7 @@ def _load_task(name: str, options: Evaluate) -> tuple[Any, Any]:
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         place = f"in {local}" if local else "on the hub or in its cache"
         raise LopError(
-            f"task {name}: its data is not to be had {place} ({reason}): "
-            f"name a local copy with --data {name}=FOLDER"
+            f"task {name}: its data is not to be had {place} ({reason}): name a local copy with --data {name}=FOLDER"
         ) from None
 
 

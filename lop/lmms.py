@@ -4,7 +4,6 @@ lmms-eval finds this through its own entry points (group `lmms_eval.models`; see
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -13,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lop.adapter import load_model
+from lop.generation import encode_prompts, generate
 from lop.models import find_model
 
 _NEW_TOKENS = 128
@@ -73,18 +73,18 @@ class LopQwenVL(lmms):
 
     def _generate(self, requests: Sequence[Instance]) -> list[str]:
         options = dict(requests[0].args[1])
-        inputs = self._inputs([request.args[0] for request in requests], [self._images(r, 2) for r in requests])
-        written = self._vl.model.generate(
-            **inputs, do_sample=False, max_new_tokens=int(options.get("max_new_tokens", _NEW_TOKENS)), use_cache=True
+        texts = generate(
+            self._vl,
+            [_prompt(request) for request in requests],
+            [self._images(request) for request in requests],
+            new_tokens=int(options.get("max_new_tokens", _NEW_TOKENS)),
         )
-        texts = self._vl.processor.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         until = options.get("until") or []
         return [_cut(text, [until] if isinstance(until, str) else until) for text in texts]
 
     def _likelihood(self, request: Instance) -> tuple[float, bool]:
-        context, continuation = request.args[0], request.args[1]
-        inputs = self._inputs([context], [self._images(request, 2)])
-        ids = self._vl.processor.tokenizer(continuation, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        inputs = encode_prompts(self._vl, [_prompt(request)], [self._images(request)])
+        ids = self._vl.processor.tokenizer(request.args[1], add_special_tokens=False, return_tensors="pt")["input_ids"]
         ids = ids.to(inputs["input_ids"].device)
         for name, more in (("input_ids", ids), ("attention_mask", 1), ("mm_token_type_ids", 0)):
             if name in inputs:
@@ -94,23 +94,14 @@ class LopQwenVL(lmms):
         chosen = logits.log_softmax(-1).gather(1, ids[0][:, None])
         return -float(chosen.double().sum()), bool((logits.argmax(-1) == ids[0]).all())
 
-    def _images(self, request: Instance, place: int) -> list[Image.Image]:
-        doc_to_visual, doc_id, task, split = request.args[place : place + 4]
+    def _images(self, request: Instance) -> list[Image.Image]:
+        doc_to_visual, doc_id, task, split = request.args[2:6]
         return [image.convert("RGB") for image in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
 
-    def _inputs(self, contexts: Sequence[str], images: Sequence[list[Image.Image]]) -> Any:
-        texts = []
-        for context, mine in zip(contexts, images):
-            text = {"type": "text", "text": context.replace("<image>", "")}
-            message = {"role": "user", "content": [*({"type": "image"} for _ in mine), text]}
-            texts.append(
-                self._vl.processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-            )
-        every = [image for mine in images for image in mine]
-        inputs = self._vl.processor(
-            text=texts, images=every or None, padding=True, padding_side="left", return_tensors="pt"
-        )
-        return inputs.to(self._vl.device)
+
+def _prompt(request: Instance) -> str:
+    # Where tasks say that the image stands, the chat template says so already.
+    return str(request.args[0]).replace("<image>", "")
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

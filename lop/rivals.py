@@ -102,9 +102,13 @@ def rival_root(run: Run, rival: str, target: float) -> Allocation:
         path = run.folder / "rivals" / f"{_job_fingerprint(run, job)}.json"
         if job.rival == rival and target in job.targets and path.exists():
             return next(
-                Allocation(outcome.widths) for outcome in map(Outcome.from_dict, read_json(path)) if outcome.target == target
+                Allocation(outcome.widths)
+                for outcome in map(Outcome.from_dict, read_json(path))
+                if outcome.target == target
             )
-    raise LopError(f"search.roots: {rival} has not been run for target {target}: run `lop rivals` with it in tables.targets")
+    raise LopError(
+        f"search.roots: {rival} has not been run for target {target}: run `lop rivals` with it in tables.targets"
+    )
 
 
 def _jobs(run: Run, seeds: int) -> list[Job]:
@@ -176,7 +180,9 @@ class RivalWorker:
             best, worth, curve = uniform(self._space, budget), (-np.inf,), []
             for count in range(settings.evaluations):
                 move = random.uniform(-settings.step, settings.step, self._space.layers) if count else 0.0
-                allocation = project(self._space.ratio(budget) + np.broadcast_to(move, self._space.layers), self._space, budget)
+                allocation = project(
+                    self._space.ratio(budget) + np.broadcast_to(move, self._space.layers), self._space, budget
+                )
                 best, worth = max((best, worth), (allocation, self._worth(allocation)), key=lambda item: item[1])
                 curve.append((count + 1.0, worth[0]))
             yield target, best, worth, curve

@@ -18,9 +18,7 @@ def scan_widths(space: Space, levels: int) -> list[int]:
 def scan(space: Space, widths: Sequence[int]) -> list[Allocation]:
     """The allocations to measure: each layer alone at each width, all others dense; layer by layer."""
     full = [space.neurons] * space.layers
-    return [
-        Allocation((*full[:layer], width, *full[layer + 1 :])) for layer in range(space.layers) for width in widths
-    ]
+    return [Allocation((*full[:layer], width, *full[layer + 1 :])) for layer in range(space.layers) for width in widths]
 
 
 def damage_table(space: Space, widths: Sequence[int], damages: np.ndarray) -> np.ndarray:

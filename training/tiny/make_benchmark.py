@@ -5,7 +5,7 @@ python -m training.tiny.make_benchmark [--samples FOLDER]
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lop.benchmark import FOLDER, NEGATIVES, Question
 from lop.samples import LETTERS, Sample, load_samples
 from training.tiny.facts import countries
 from training.tiny.images import Picture, decode, products, shapes
-from training.tiny.questions import FACTS, KINDS, MANY_RIGHT, WORDINGS, ask, is_negated, values_of
+from training.tiny.questions import KINDS, MANY_RIGHT, WORDINGS, ask, is_negated, values_of
 
 _MMBENCH_QUESTIONS = 360
 _MME_PAIRS = {
@@ -40,8 +40,6 @@ _POPULAR_SHARE = 1 / 3
 _ADVERSARIES = 3
 _TRIES = 200
 
-Ask = Callable[[Picture, str, str], Sample]
-
 
 @dataclass(frozen=True)
 class _Pool:
@@ -52,8 +50,8 @@ class _Pool:
     def take(self, source: str, count: int, random: np.random.Generator) -> list[Picture]:
         """Pictures of a source, each as often as the others."""
         mine = self.pictures[source]
-        rounds = [list(random.permutation(np.arange(len(mine)))) for _ in range(-(-count // len(mine)))]
-        return [mine[index] for index in sum(rounds, [])[:count]]
+        rounds = [random.permutation(len(mine)) for _ in range(-(-count // len(mine)))]
+        return [mine[index] for index in np.concatenate(rounds)[:count]]
 
 
 def main() -> None:
@@ -111,9 +109,7 @@ def _mme(pool: _Pool, random: np.random.Generator) -> Iterator[Question]:
                 yield Question("mme", f"{name}/{number:04}", part, sample)
 
 
-def _pair(
-    pool: _Pool, source: str, kind: str, negated: bool, random: np.random.Generator
-) -> tuple[Sample, Sample]:
+def _pair(pool: _Pool, source: str, kind: str, negated: bool, random: np.random.Generator) -> tuple[Sample, Sample]:
     while True:
         (picture,) = pool.take(source, 1, random)
         answers: dict[str, Sample] = {}
@@ -175,7 +171,14 @@ def _pope(pool: _Pool, random: np.random.Generator) -> Iterator[Question]:
             for negatives in NEGATIVES:
                 for value, answer in ((right, "yes"), (str(random.choice(wrong[negatives])), "no")):
                     sample = Sample(
-                        picture.image, picture.image_id, picture.source, kind, "yes_no", wording.format(value), (), answer
+                        picture.image,
+                        picture.image_id,
+                        picture.source,
+                        kind,
+                        "yes_no",
+                        wording.format(value),
+                        (),
+                        answer,
                     )
                     yield Question("pope", f"{kind}/{number:04}", negatives, sample)
 
@@ -191,7 +194,9 @@ def _look_alikes(pictures: Sequence[Picture], kind: str) -> dict[str, list[str]]
         return float(np.abs(means[one] - means[other]).mean())
 
     return {
-        value: sorted((other for other in means if other != value), key=lambda other: distance(value, other))[:_ADVERSARIES]
+        value: sorted((other for other in means if other != value), key=lambda other: distance(value, other))[
+            :_ADVERSARIES
+        ]
         for value in means
     }
 

@@ -86,7 +86,7 @@ def alpha_pruning(statistics: NeuronStatistics, space: Space, budget: int) -> Al
     """
     if statistics.exponents is None:
         raise LopError(
-            "these statistics are from before alphapruning was there: run `lop calibrate` into another --run"
+            "these statistics have no spectra, which alphapruning needs: run `lop calibrate` into another --run"
         )
     wanted = 1 - _ALPHA_SPREAD + 2 * _ALPHA_SPREAD * _unit_range(statistics.exponents)
     return project(space.ratio(budget) * wanted / wanted.mean(), space, budget)

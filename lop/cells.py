@@ -29,7 +29,7 @@ from lop.workers import map_on_workers
 
 @dataclass(frozen=True)
 class Cell:
-    """What to prune: the neurons that a named importance ranks last, down to these widths, with FLAP's bias or without."""
+    """What to prune: the neurons that an importance ranks last, down to these widths; with FLAP's bias or without."""
 
     importance: str
     widths: tuple[int, ...]

@@ -28,7 +28,7 @@ ROUNDS = (Selection(survivors=4, share=1 / 16), Selection(survivors=1, share=1 /
 
 @dataclass(frozen=True)
 class Step:
-    """What an evolution has come to: evaluations spent, in units of all samples, and the best allocation with its worth."""
+    """How far an evolution is: evaluations spent, in units of all samples, and the best allocation with its worth."""
 
     spent: float
     best: Allocation
@@ -71,7 +71,7 @@ def evolve(
 
     Args:
         worth: of an allocation on the first share of the samples.
-        evaluations: to spend, in units of one allocation on all samples; a generation that would exceed it is not begun.
+        evaluations: to spend, in units of all samples; a generation that would exceed it is not begun.
         step: neurons that a move takes from one layer and gives to another; a multiple of the granularity.
     """
     random = np.random.default_rng(list(seed))

@@ -64,7 +64,7 @@ class LopQwenVL(lmms):
 
     @torch.inference_mode()
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """For each continuation its negative log-probability in nats, which lmms-eval minimises, and if it is greedy."""
+        """Each continuation's negative log-probability in nats, which lmms-eval minimises, and whether it is greedy."""
         return [GenerationResult(text=self._likelihood(request)) for request in requests]  # type: ignore[arg-type]
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:

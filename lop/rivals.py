@@ -8,7 +8,7 @@ by side, and what is done already is not done again.
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from lop.adapter import load_model
-from lop.allocation import Allocation, Space, dense, project, uniform
+from lop.allocation import Allocation, Space, project, uniform
 from lop.config import Config
 from lop.elastic import ElasticModel
 from lop.encoding import encode
@@ -147,7 +147,9 @@ class RivalWorker:
             share: encode(model, shuffled[:count], batch_tokens=config.batch_tokens) for share, count in counts.items()
         }
         elastic = ElasticModel(model, order)
-        self._evaluators = {share: Evaluator(elastic, part) for share, part in encoded.items()}
+        needed = config.search.needs_divergence
+        self._evaluators = {share: Evaluator(elastic, part, divergence=needed) for share, part in encoded.items()}
+        self._with_divergence = Evaluator(elastic, encoded[1.0], divergence=True, cache_bytes=config.cache_bytes)
 
     def __call__(self, job: Job) -> list[Outcome]:
         """Runs a job: a function of the job, the config and the samples."""
@@ -169,7 +171,8 @@ class RivalWorker:
         return self._rank(self._evaluators[share].evaluate(allocation))
 
     def _rank(self, evaluation: Evaluation) -> Worth:
-        return float(getattr(evaluation, self._config.search.reward)), evaluation.log_probability
+        settings = self._config.search
+        return evaluation.worth(settings.reward), evaluation.worth(settings.tie_breaker)
 
     def _random(self, job: Job) -> Iterator[_Result]:
         """Random search: the moves that the tree makes at its root, always from the uniform allocation."""
@@ -188,16 +191,15 @@ class RivalWorker:
             yield target, best, worth, curve
 
     def _sensitivity(self, job: Job) -> Iterator[_Result]:
-        """Each layer alone at each level; then the additive optimum for every target."""
+        """Each layer alone at each level, KL to the dense model; then the additive optimum for every target."""
         widths = scan_widths(self._space, self._config.tables.sensitivity_levels)
-        full = self._evaluators[1.0]
-        base = full.evaluate(dense(self._space)).log_probability
-        losses = [base - full.evaluate(allocation).log_probability for allocation in scan(self._space, widths)]
-        table = damage_table(self._space, widths, np.reshape(losses, (self._space.layers, len(widths))))
+        alone = [self._with_divergence.evaluate(allocation) for allocation in scan(self._space, widths)]
+        damages = np.reshape([-result.worth("divergence") for result in alone], (self._space.layers, len(widths)))
+        table = damage_table(self._space, widths, damages)
         for target in job.targets:
             best = best_additive(self._space, table, self._space.budget(target))
             worth = self._worth(best)
-            yield target, best, worth, [(len(losses) + 2.0, worth[0])]
+            yield target, best, worth, [(len(alone) + 1.0, worth[0])]
 
     def _evolution(self, job: Job) -> Iterator[_Result]:
         for target in job.targets:
@@ -223,9 +225,10 @@ class RivalWorker:
             tree = SearchTree(
                 self._space,
                 [uniform(self._space, budget)],
-                settings.tree_options(),
+                replace(settings.tree_options(), rival=0),  # Every rival scores all samples: no races.
                 seed=(job.seed, budget),
-                reward=lambda evaluation: self._rank(evaluation)[0],
+                reward=lambda evaluation: evaluation.worth(settings.reward),
+                tie_breaker=lambda evaluation: evaluation.worth(settings.tie_breaker),
             )
             with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger", {}) as ledger:
                 run_search({target: tree}, InProcess(self._evaluators[1.0]), ledger)

@@ -227,7 +227,7 @@ def make_tables(
         seconds=tuple(_seconds(run, entries, scored)),
         models=tuple(_models(run, board, entries, others, questions, progress=progress)),
         allocations=tuple(_allocations(run, entries)),
-        curves=tuple([*outcomes, *_tree_curves(runs, targets)]),
+        curves=(*outcomes, *_tree_curves(runs, targets)),
         predictors=tuple(_predictors(runs)),
     )
 
@@ -507,16 +507,20 @@ def _allocations(run: Run, entries: Sequence[Entry]) -> Iterator[Mapping[str, An
 
 
 def _tree_curves(runs: Sequence[Run], targets: Sequence[float]) -> Iterator[Outcome]:
-    """The search's own curves, in the form of the rivals'."""
+    """The search's own curves, in the form of the rivals'; a race that was given up counts by the samples it took."""
     for run in runs:
-        reward = run.config.search.reward
+        reward, samples = run.config.search.reward, len(run.samples.reward)
         wanted = {run.space.budget(target): target for target in targets}
         for found in read_search(run):
-            target = wanted.get(run.space.budget(found.target))
-            if target is not None:
-                best = np.maximum.accumulate([getattr(evaluation, reward) for _, evaluation in found.evaluations])
-                curve = tuple((count + 1.0, float(value)) for count, value in enumerate(best))
-                yield Outcome("mcts", target, run.config.seed, found.best.widths, curve[-1][1], curve, 0.0)
+            if (target := wanted.get(run.space.budget(found.target))) is None:
+                continue
+            spent, best, curve = 0.0, -np.inf, []
+            for _, evaluation in found.evaluations:
+                spent += 1.0 if evaluation.scored is None else evaluation.scored / samples
+                if evaluation.is_complete and not evaluation.error:
+                    best = max(best, evaluation.worth(reward))
+                    curve.append((spent, best))
+            yield Outcome("mcts", target, run.config.seed, found.best.widths, best, tuple(curve), 0.0)
 
 
 def _predictors(runs: Sequence[Run]) -> Iterator[Mapping[str, Any]]:

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from lop.files import atomic_file, write_json
+from lop.intervals import Interval
 from lop.run import Run
 from lop.tables import Model, Seconds, Tables, Value
 
@@ -60,13 +61,13 @@ def _markdown(run: Run, tables: Tables, pictures: dict[str, tuple[Row, list[Row]
     seeds = ", ".join(map(str, tables.seeds))
     parts = [
         f"# LOP and its rivals on `{run.config.model}`",
-        f"The embedded benchmark: {counts} questions, on images of the test samples alone. Calibration, reward and test "
-        "share no image; the paper searches on MMBench and reports MMBench, so its own figures there are not of unseen "
-        f"questions. Seeds of searches and trainings: {seeds}.",
+        f"The embedded benchmark: {counts} questions, on images of the test samples alone. Calibration, reward and "
+        "test share no image; the paper searches on MMBench and reports MMBench, so its own figures there are not of "
+        f"unseen questions. Seeds of searches and trainings: {seeds}.",
         "## Table 1: methods by pruning ratio",
-        "In each benchmark's own unit (MME: points of accuracy + accuracy+, others: percent), with the drop against the "
-        "dense model in brackets; the average is over the columns, each in percent of its maximum, with the 95% interval "
-        "of a bootstrap over images. **Bold**: significantly better (p < 0.05, paired bootstrap over images) than the "
+        "In each benchmark's own unit (MME: points of accuracy + accuracy+, others: percent), with the drop against "
+        "the dense model in brackets; the average is over the columns, each in percent of its maximum, with the 95% "
+        "interval of a bootstrap over images. **Bold**: significantly better (p < 0.05, paired bootstrap over images) than the "
         "best method of the other side, LOP's two against all baselines. Speed-up: against FLAP, as the paper counts / "
         "with everything cached for everyone.",
         _text(*pictures["table1"]),
@@ -87,10 +88,10 @@ def _markdown(run: Run, tables: Tables, pictures: dict[str, tuple[Row, list[Row]
         "![Allocations](figure4.png)",
         "## Searches compared",
         "Best reward so far on the reward samples, by evaluations spent (in units of all reward samples); mean over "
-        "targets and seeds with the spread of seeds. The sensitivity programme is one point: its scan serves all targets.",
+        "targets, with the 95% interval over seeds. The sensitivity programme is a point: its scan serves all targets.",
         "![Best reward by evaluations](rivals.png)",
         "## Seconds",
-        "Medians over targets and seeds. *Paper*: FLAP's calibrate + allocate + sort + prune over the same of the method; "
+        "Medians over targets and seeds. *Paper*: FLAP's calibrate + allocate + sort + prune over the method's own; "
         "of LOP only allocate + prune, for its statistics, order and predictor are there when a target is asked for. "
         "*Cached*: allocate + prune for everyone. LOP's search and training are in the run's `report.md`, once for all "
         "targets.",
@@ -130,7 +131,7 @@ def _behind(values: Sequence[Value]) -> str:
             value.method,
             _NAMES[value.column],
             value.rival,
-            f"{100 * value.lead.value:+.2f} ({100 * value.lead.low:+.2f} to {100 * value.lead.high:+.2f})",
+            _points(value.lead),
             f"{value.p:.3f}",
         ]
         for value in _shown(values)
@@ -147,13 +148,17 @@ def _tests_table(tables: Tables) -> str:
             f"{test.target:.0%}",
             test.method,
             test.baseline,
-            f"{100 * test.difference.value:+.2f} ({100 * test.difference.low:+.2f} to {100 * test.difference.high:+.2f})",
+            _points(test.difference),
             f"{test.bootstrap_p:.4f}",
             f"{test.mcnemar_p:.2g}",
         ]
         for test in tables.tests
     ]
     return _text(["pruned", "method", "against", "difference", "bootstrap p", "McNemar p"], rows)
+
+
+def _points(value: Interval) -> str:
+    return f"{100 * value.value:+.2f} ({100 * value.low:+.2f} to {100 * value.high:+.2f})"
 
 
 def _table2(models: Sequence[Model], columns: Sequence[str]) -> tuple[Row, list[Row]]:

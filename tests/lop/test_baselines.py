@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lop.allocation import Space
-from lop.baselines import ALL_BASELINES, BASELINES, VARIANTS, alpha_pruning, global_threshold, owl, root_allocation
+from lop.baselines import ALL_BASELINES, VARIANTS, alpha_pruning, global_threshold, owl, root_allocation
 from lop.errors import LopError
 from lop.importance import activation, contribution, flap, fluctuation, importance, magnitude, order, wanda
 from lop.statistics import NeuronStatistics, tail_exponent

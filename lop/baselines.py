@@ -105,8 +105,8 @@ BASELINES = {
     "wanda": Baseline(wanda),
     "flap": Baseline(flap, is_global=True, bias=True),
 }
-# FLAP's other settings: three scores, UL-UM (equal ratios) or AL-AM (one threshold), with and without bias. One of them,
-# WIFN with equal ratios and no bias, is Wanda-sp.
+# FLAP's other settings: three scores, UL-UM (equal ratios) or AL-AM (one threshold), with and without bias. One of
+# them, WIFN with equal ratios and no bias, is Wanda-sp.
 VARIANTS = {
     f"flap-{metric}-{'al-am' if is_global else 'ul-um'}{'-bias' if bias else ''}": Baseline(score, is_global, bias)
     for metric, score in (("wifv", flap), ("wifn", wanda), ("ifv", fluctuation))

@@ -31,9 +31,9 @@ _MME_PAIRS = {
 _POPE_IMAGES = {"colour": 70, "shape": 70, "product": 70, "country": 140}
 _MMMU_QUESTIONS = 840
 _SUBJECTS = {
-    "geography": ("capital", "continent", "subregion", "area", "neighbour"),
-    "society": ("language", "demonym", "population", "german", "french", "japanese"),
-    "codes": ("currency", "calling_code", "code3", "number"),
+    "geography": ("capital", "continent", "subregion", "neighbour"),
+    "society": ("language", "demonym", "german"),
+    "codes": ("currency", "calling_code", "code3"),
 }
 _SOURCES = {"colour": "easy-vqa", "shape": "easy-vqa", "product": "fashion-mnist", "country": "flags"}
 _POPULAR_SHARE = 1 / 3

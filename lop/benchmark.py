@@ -101,13 +101,17 @@ def limit(benchmark: Benchmark, groups: int | None) -> dict[str, tuple[Question,
     """The benchmark with at most so many groups of each part of each task; all if None."""
     if groups is None:
         return {task: tuple(questions) for task, questions in benchmark.items()}
+
+    def part(question: Question) -> str:
+        return "" if question.task == "mmbench" else question.part  # MMBench's parts are one question's rotations.
+
     kept: dict[str, tuple[Question, ...]] = {}
     for task, questions in benchmark.items():
         seen: dict[str, dict[str, None]] = defaultdict(dict)
         for question in questions:
-            seen[question.part][question.group] = None
-        chosen = {(part, group) for part, found in seen.items() for group in list(found)[:groups]}
-        kept[task] = tuple(question for question in questions if (question.part, question.group) in chosen)
+            seen[part(question)][question.group] = None
+        chosen = {(name, group) for name, found in seen.items() for group in list(found)[:groups]}
+        kept[task] = tuple(question for question in questions if (part(question), question.group) in chosen)
     return kept
 
 

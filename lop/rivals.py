@@ -124,7 +124,9 @@ def _jobs(run: Run, seeds: int) -> list[Job]:
 
 def _job_fingerprint(run: Run, job: Job) -> str:
     config = run.config
-    settings = [config.search.model_dump(mode="json"), config.tables.sensitivity_levels]
+    # A search may start from what a rival found: its roots and targets are none of the rival's.
+    search = config.search.model_dump(mode="json", exclude={"roots", "targets"})
+    settings = [search, config.tables.sensitivity_levels]
     return fingerprint([run.evaluation_fingerprints, asdict(run.space), settings, asdict(job)])
 
 

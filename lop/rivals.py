@@ -182,7 +182,9 @@ class RivalWorker:
         for target in job.targets:
             budget = self._space.budget(target)
             random = np.random.default_rng([job.seed, budget])
-            best, worth, curve = uniform(self._space, budget), (-np.inf,), []
+            best = uniform(self._space, budget)
+            worth: Worth = (-np.inf,)
+            curve: list[tuple[float, float]] = []
             for count in range(settings.evaluations):
                 move = random.uniform(-settings.step, settings.step, self._space.layers) if count else 0.0
                 allocation = project(

@@ -15,7 +15,6 @@ Result = TypeVar("Result")
 _ATTEMPTS = 3
 
 
-@ray.remote(max_restarts=_ATTEMPTS, max_task_retries=_ATTEMPTS)
 class _Worker:
     def __init__(self, build: Callable[[], Callable[[Any], Any]]) -> None:
         self._work = build()
@@ -37,8 +36,13 @@ def map_on_actors(
     """
     with connected():
         shared = ray.put(build)
-        options = {"num_cpus": config.threads, "num_gpus": config.gpus_per_worker}
-        idle = [_Worker.options(**options).remote(shared) for _ in range(min(config.workers, len(items)))]
+        actor_class = ray.remote(
+            num_cpus=config.threads,
+            num_gpus=config.gpus_per_worker,
+            max_restarts=_ATTEMPTS,
+            max_task_retries=_ATTEMPTS,
+        )(_Worker)
+        idle = [actor_class.remote(shared) for _ in range(min(config.workers, len(items)))]
         running: dict[Any, tuple[Any, Item]] = {}
         waiting = list(reversed(items))
         while waiting or running:

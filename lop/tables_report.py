@@ -68,7 +68,8 @@ def _markdown(run: Run, tables: Tables, pictures: dict[str, tuple[Row, list[Row]
         "In each benchmark's own unit (MME: points of accuracy + accuracy+, others: percent), with the drop against "
         "the dense model in brackets; the average is over the columns, each in percent of its maximum, with the 95% "
         "interval of a bootstrap over images. **Bold**: significantly better (p < 0.05, paired bootstrap over images) "
-        "than the best method of the other side, LOP's two against all baselines. Speed-up: against FLAP, as the paper counts / "
+        "than the best method of the other side, LOP's two against all baselines. Speed-up: against FLAP, as "
+        "the paper counts / "
         "with everything cached for everyone.",
         _text(*pictures["table1"]),
         "### Where LOP is not significantly ahead",

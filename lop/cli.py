@@ -82,7 +82,15 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = add("inspect", "tell what a checkpoint is, and check its files", _inspect, common=False)
     inspect.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder, dense or pruned")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    add("compare", "evaluate LOP and the baselines on the test samples and write the report", _compare)
+    rivals = add("rivals", "run the rivals that search, each with as many evaluations as a tree", _rivals)
+    _add_workers(rivals)
+    rivals.add_argument("--seeds", type=int, metavar="N", help="repeat with N seeds")
+    compare = add("compare", "evaluate LOP and the baselines on the test samples and write report and tables", _compare)
+    _add_workers(compare)
+    compare.add_argument("--seeds", type=int, metavar="N", help="repeat searches and trainings with N seeds")
+    compare.add_argument("--against", action="append", default=[], metavar="MODEL", help="another model, for table 2")
+    evaluate = add("evaluate", "evaluate a checkpoint under lmms-eval", _evaluate, common=False)
+    _add_evaluate(evaluate)
     ledger = add("ledger", "print a search's evaluations, while it runs or later", _ledger, common=False)
     ledger.add_argument("place", metavar="RUN", help="the run's folder or URI")
     ledger.add_argument("--json", action="store_true", help="print one JSON object a line")
@@ -118,6 +126,20 @@ def _add_max_width(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--max-width-ratio", type=float, metavar="X", help=help)
 
 
+def _add_evaluate(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--model", required=True, help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id")
+    stage.add_argument("--tasks", default="embedded", metavar="NAMES", help="embedded, real, or lmms-eval's names")
+    stage.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences generated together")
+    stage.add_argument("--device", default="auto", help="auto, cpu, cuda:0 …")
+    stage.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    stage.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    stage.add_argument("--data", action="append", default=[], metavar="TASK=FOLDER", help="a task's data, if local")
+    stage.add_argument(
+        "--cache", type=Path, default=Path("runs/evaluations"), metavar="DIR", help="where results are kept"
+    )
+    stage.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _add_target(stage: argparse.ArgumentParser) -> None:
     target = stage.add_mutually_exclusive_group(required=True)
     target.add_argument("--target", metavar="RATIO", help="share of FFN neurons to remove, such as 0.3")
@@ -146,8 +168,10 @@ def _config(options: argparse.Namespace) -> Config:
     else:
         is_embedded = options.model in (None, EMBEDDED)
         path = find_config(options.default_config or (EMBEDDED if is_embedded else "qwen2_5_vl_7b"))
+    seeds = getattr(options, "seeds", None)
+    overrides = [*options.set, *([] if seeds is None else [f"tables.seeds={seeds}"])]
     named = {name: getattr(options, name, None) for name in ("model", "workers", "recovery", "max_width_ratio")}
-    return load_config(path, options.set, **named)
+    return load_config(path, overrides, **named)
 
 
 @contextmanager
@@ -248,9 +272,41 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from lop.report import write_report
+    from lop.tables import write_tables
 
     run = _run(options)
     print(write_report(run))
+    if (tables := write_tables(run, others=options.against)) is not None:
+        print(tables)
+
+
+def _rivals(options: argparse.Namespace) -> None:
+    from lop.rivals import rivals_stage
+
+    run = _run(options)
+    for outcome in rivals_stage(run, seeds=run.config.tables.seeds):
+        print(f"{outcome.rival:<14} {outcome.target:>6.1%}  seed {outcome.seed}  reward {outcome.reward:.4f}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from lop.evaluate import Evaluate, evaluate
+
+    data = {}
+    for entry in options.data:
+        task, equals, folder = entry.partition("=")
+        if not equals or not Path(folder).is_dir():
+            raise LopError(f"--data {entry!r}: write TASK=FOLDER with a folder that is there")
+        data[task] = Path(folder)
+    if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
+        raise LopError(f"--batch-size {options.batch_size} and --limit {options.limit} must be at least 1")
+    settings = Evaluate(options.batch_size, options.device, options.dtype, options.limit, data, options.cache)
+    results = evaluate(options.model, options.tasks.split(","), settings)
+    if options.json:
+        print(json.dumps(results))
+        return
+    for task, metrics in results.items():
+        for metric, value in metrics.items():
+            print(f"{task:<16} {metric:<12} {value:.4f}")
 
 
 def _demo(options: argparse.Namespace) -> None:

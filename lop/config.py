@@ -15,8 +15,13 @@ from lop.tree import TreeOptions
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
-Importance = Literal["activation", "contribution", "magnitude", "wanda", "flap"]
-Root = Literal["uniform", "magnitude", "wanda", "flap"]
+Importance = Literal["activation", "contribution", "magnitude", "wanda", "flap", "fluctuation"]
+# Those of `lop.rivals` (the last three) must have been run for the search's targets.
+Root = Literal[
+    "uniform", "magnitude", "wanda", "flap", "flap-ifv-al-am", "owl", "alphapruning",
+    "random", "sensitivity", "evolution",
+]  # fmt: skip
+Rival = Literal["random", "sensitivity", "evolution", "mcts-noroots"]
 Recovery = Literal["none", "bias", "refit"]
 RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 
@@ -117,6 +122,22 @@ class CompareSettings(_Settings):
     recoveries: tuple[Recovery, ...] = ("none", "bias", "refit")
 
 
+class TablesSettings(_Settings):
+    """What `lop compare` makes of the benchmark: the paper's tables and figures.
+
+    `baselines` are names of `lop.baselines`; None means all. `rivals` search as long as LOP does; they are run by
+    `lop rivals`, and by `lop compare` where they have not been. `limit` takes only so many groups of questions of each
+    part of a task.
+    """
+
+    targets: tuple[Ratio, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    baselines: tuple[str, ...] | None = None
+    rivals: tuple[Rival, ...] = ("random", "sensitivity", "evolution", "mcts-noroots")
+    sensitivity_levels: Positive = 20
+    seeds: Positive = 1
+    limit: Positive | None = None
+
+
 class Config(_Settings):
     """All settings of a run.
 
@@ -146,6 +167,7 @@ class Config(_Settings):
     search: SearchSettings
     train: TrainSettings = TrainSettings()
     compare: CompareSettings = CompareSettings()
+    tables: TablesSettings = TablesSettings()
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Config:

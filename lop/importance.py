@@ -24,8 +24,16 @@ def magnitude(statistics: NeuronStatistics) -> np.ndarray:
 
 
 def wanda(statistics: NeuronStatistics) -> np.ndarray:
-    """`mean_i |W_down[i, j]|·sqrt(E[h_j²])` (Wanda, Sun et al. 2023; structured as in An et al. 2023)."""
+    """`mean_i |W_down[i, j]|·sqrt(E[h_j²])` (Wanda, Sun et al. 2023; structured as in An et al. 2023).
+
+    The same as FLAP's weighted input feature norm, WIFN.
+    """
     return statistics.down_l1 * np.sqrt(statistics.squares / statistics.count)
+
+
+def fluctuation(statistics: NeuronStatistics) -> np.ndarray:
+    """`Var[h_j]`, the input feature variance IFV (FLAP, An et al. 2023)."""
+    return statistics.variance
 
 
 def flap(statistics: NeuronStatistics) -> np.ndarray:
@@ -42,6 +50,7 @@ IMPORTANCES: dict[str, Callable[[NeuronStatistics], np.ndarray]] = {
     "magnitude": magnitude,
     "wanda": wanda,
     "flap": flap,
+    "fluctuation": fluctuation,
 }
 
 

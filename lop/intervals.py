@@ -1,6 +1,7 @@
 """How sure a measured accuracy is."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,3 +62,62 @@ def paired_bootstrap(
         means.append((draws @ sums) / np.maximum(draws @ sizes, 1))
     low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
     return Interval(mean_over_forms(values, forms), float(low), float(high))
+
+
+class Resampler:
+    """Bootstraps over images, the same draws for everything measured on them, so that differences are paired.
+
+    Args:
+        images: each image's name, once.
+    """
+
+    def __init__(self, images: Sequence[str], *, seed: int = 0, resamples: int = 2000) -> None:
+        count = len(images)
+        self._index = {image: number for number, image in enumerate(images)}
+        random = np.random.default_rng(seed)
+        self._draws = random.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float32)
+
+    def means(self, values: np.ndarray, strata: np.ndarray, images: Sequence[str]) -> np.ndarray:
+        """[resamples], each the mean over strata of means over units; a unit comes as often as its image is drawn.
+
+        Args:
+            values: [n], one number a unit.
+            strata: [n], each unit's stratum as an index.
+            images: [n], each unit's image.
+        """
+        places = np.array([self._index[image] for image in images])
+        parts = []
+        for stratum in np.unique(strata):
+            chosen = strata == stratum
+            sums = np.bincount(places[chosen], values[chosen], minlength=len(self._index))
+            sizes = np.bincount(places[chosen], minlength=len(self._index))
+            parts.append((self._draws @ sums) / np.maximum(self._draws @ sizes, 1))
+        return np.asarray(np.mean(parts, axis=0))
+
+
+def percentile_interval(value: float, resampled: np.ndarray) -> Interval:
+    """A value with the 95% percentile interval of its resampled selves."""
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return Interval(value, float(low), float(high))
+
+
+def bootstrap_p(differences: np.ndarray) -> float:
+    """The two-sided p-value of a difference, from its resampled selves: how rarely they lie beyond zero.
+
+    `2·min(P(d ≤ 0), P(d ≥ 0))`, each with one more resample counted on either side (Davison & Hinkley 1997), at most 1.
+    """
+    count = len(differences) + 1
+    below, above = np.sum(differences <= 0) + 1, np.sum(differences >= 0) + 1
+    return float(min(1.0, 2 * min(below, above) / count))
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """The exact two-sided p-value of McNemar's test (1947): do two methods err on as many questions?
+
+    Args:
+        first, second: [n] bool, which questions each method answers right.
+    """
+    only = sorted((int((first & ~second).sum()), int((second & ~first).sum())))
+    total = sum(only)
+    tail = sum(math.comb(total, count) for count in range(only[0] + 1))
+    return min(1.0, 2 * tail / 2**total)

@@ -79,8 +79,12 @@ class SampleSets:
 
 def prompt_text(sample: Sample) -> str:
     """The question as the model reads it, options included."""
-    lines = [sample.question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, sample.options))]
-    return "\n".join(lines)
+    return prompt_of(sample.question, sample.options)
+
+
+def prompt_of(question: str, options: Sequence[str]) -> str:
+    """A question and its options as the model reads them."""
+    return "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options))])
 
 
 def load_sample_sets(folder: Path) -> SampleSets:

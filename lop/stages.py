@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lop import __version__
 from lop.adapter import load_model
 from lop.allocation import Allocation
-from lop.baselines import root_allocation
+from lop.baselines import ALL_BASELINES, root_allocation
 from lop.checkpoint import export
 from lop.config import Config, Recovery, save_config
 from lop.destination import check_absent
@@ -105,7 +105,7 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
     return {
         target: SearchTree(
             run.space,
-            [root_allocation(name, run.statistics, run.space, budget) for name in names],
+            [_root(run, name, target, budget) for name in names],
             settings.tree_options(),
             seed=(run.config.seed, budget),
             reward=lambda evaluation: evaluation.worth(settings.reward),
@@ -113,6 +113,14 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
         )
         for target, budget in budgets.items()
     }
+
+
+def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
+    if name in ALL_BASELINES:
+        return root_allocation(name, run.statistics, run.space, budget)
+    from lop.rivals import rival_root
+
+    return rival_root(run, name, target)
 
 
 def search_stage(run: Run, *, progress: bool = True) -> None:

@@ -253,3 +253,36 @@ def test_what_ships_answers_without_a_run(tmp_path: Path) -> None:
     assert lop_command("prune", "--target", "0.3", "--out", tmp_path / "p", cwd=tmp_path).returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"p"}
     assert os.listdir(tmp_path / "p")
+
+
+def test_compare_makes_the_papers_tables(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("checkpoints"))
+    few = (
+        *FEW,
+        "--set", "tables.limit=3",
+        "--set", "tables.targets=[0.5]",
+        "--set", "tables.baselines=[uniform, flap, owl]",
+        "--set", "tables.rivals=[random, sensitivity]",
+        "--set", "tables.sensitivity_levels=1",
+    )  # fmt: skip
+    checkpoint = finished / "checkpoints" / "0.500"
+    arguments = ("compare", "--config", "demo", "--run", run, "--workers", "0", "--against", checkpoint, *few)
+    done = lop_command(*arguments)
+    assert done.returncode == 0, done.stderr
+    tables = json.loads((run / "tables.json").read_text())
+    average = {v["method"]: v for v in tables["values"] if v["column"] == "average" and v["target"] == 0.5}
+    assert {"uniform", "flap", "owl", "random", "sensitivity", "lop-search", "lop-predictor"} <= set(average)
+    for value in average.values():
+        assert value["share"]["low"] <= value["share"]["value"] <= value["share"]["high"]
+        assert value["p"] < 0.05 or not value["bold"]
+    # The predictor's checkpoint, written out and asked to generate, says what its slices were scored to say.
+    by_name = {model["name"]: model for model in tables["models"]}
+    assert by_name[str(checkpoint)]["metrics"] == pytest.approx(by_name["LOP 50%"]["metrics"])
+    assert by_name[str(checkpoint)]["parameters"] == by_name["LOP 50%"]["parameters"]
+    for name in ("table1", "table2", "table3", "figure1", "figure4", "rivals"):
+        assert (run / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "against all baselines" in (run / "tables.md").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (*(run / "cells").iterdir(), *(run / "rivals").iterdir())}
+    assert lop_command(*arguments).returncode == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}

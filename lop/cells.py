@@ -1,0 +1,104 @@
+"""Cells of a table: a way to prune at a target, scored on the benchmark once and kept."""
+
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lop.adapter import load_model
+from lop.allocation import Allocation
+from lop.config import Config
+from lop.elastic import ElasticModel
+from lop.encoding import encode
+from lop.evaluator import Evaluator
+from lop.files import read_json, write_json
+from lop.fingerprint import fingerprint
+from lop.importance import importance, order
+from lop.models import find_model
+from lop.run import Run
+from lop.samples import Sample, fingerprint_samples
+from lop.statistics import NeuronStatistics
+from lop.workers import map_on_workers
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What to prune: the neurons that an importance ranks last, down to these widths; with FLAP's bias or without."""
+
+    importance: str
+    widths: tuple[int, ...]
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a cell's model writes.
+
+    Attributes:
+        hits: [n] bool, which of the samples it answers exactly.
+        sort_seconds: to rank and permute all layers' neurons by the importance; once for a model.
+        prune_seconds: to take the widths, and to compute the bias; for each target.
+    """
+
+    hits: np.ndarray
+    sort_seconds: float
+    prune_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        packed = base64.b64encode(np.packbits(self.hits).tobytes()).decode()
+        return {"hits": packed, "sort_seconds": self.sort_seconds, "prune_seconds": self.prune_seconds}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], count: int) -> "Scored":
+        """The inverse of `as_dict` for `count` samples."""
+        bits = np.frombuffer(base64.b64decode(data["hits"]), np.uint8)
+        return cls(np.unpackbits(bits, count=count).astype(bool), data["sort_seconds"], data["prune_seconds"])
+
+
+class CellWorker:
+    """Holds the model and encoded samples, and scores cells on them."""
+
+    def __init__(self, config: Config, statistics: NeuronStatistics, samples: Sequence[Sample]) -> None:
+        torch.set_num_threads(config.threads)
+        model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
+        encoded = encode(model, samples, batch_tokens=config.batch_tokens)
+        self._statistics = statistics
+        self._elastic = ElasticModel(model, order(importance(config.importance, statistics)))
+        self._evaluator = Evaluator(self._elastic, encoded)
+
+    def __call__(self, cell: Cell) -> Scored:
+        """Scores one cell."""
+        start = time.perf_counter()
+        self._elastic.sort(order(importance(cell.importance, self._statistics)))
+        sorted_at = time.perf_counter()
+        self._elastic.prune(Allocation(cell.widths), self._statistics.mean if cell.bias else None)
+        pruned_at = time.perf_counter()
+        hits = self._evaluator.scores().correct
+        self._elastic.restore()
+        return Scored(hits, sorted_at - start, pruned_at - sorted_at)
+
+
+def score_cells(
+    run: Run, cells: Sequence[Cell], samples: Sequence[Sample], *, progress: bool = True
+) -> dict[Cell, Scored]:
+    """Scores every cell once; what an earlier call has scored is read from the run's folder.
+
+    Raises:
+        LopError: the statistics are missing, or belong to another model.
+    """
+    made_from = [run.evaluation_fingerprints, fingerprint_samples(samples)]
+    files = {cell: run.folder / "cells" / f"{fingerprint([made_from, asdict(cell)])}.json" for cell in cells}
+    waiting = [cell for cell in files if not files[cell].exists()]
+    # Cells of one importance stand together: sorting is what a change of it costs.
+    waiting.sort(key=lambda cell: cell.importance)
+    results = map_on_workers(partial(CellWorker, run.config, run.statistics, samples), waiting, run.config)
+    for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
+        write_json(files[cell], scored.as_dict())
+    return {cell: Scored.from_dict(read_json(path), len(samples)) for cell, path in files.items()}

@@ -1,0 +1,65 @@
+"""Independent pieces of work on actors: minutes each, so a simple pool does."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayTaskError
+
+from lop.config import Config
+from lop.errors import LopError
+from ray_jobs.cluster import connected
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_ATTEMPTS = 3
+
+
+class _Worker:
+    def __init__(self, build: Callable[[], Callable[[Any], Any]]) -> None:
+        self._work = build()
+
+    def do(self, item: Any) -> Any:
+        return self._work(item)
+
+
+def map_on_actors(
+    build: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: Config
+) -> Iterator[tuple[Item, Result]]:
+    """Pairs of item and result, as they come; an actor that dies is started again, and its item with it.
+
+    Args:
+        build: makes a worker's function; picklable.
+
+    Raises:
+        LopError: what a worker raised, or why an actor could not be had.
+    """
+    with connected():
+        shared = ray.put(build)
+        actor_class = ray.remote(
+            num_cpus=config.threads,
+            num_gpus=config.gpus_per_worker,
+            max_restarts=_ATTEMPTS,
+            max_task_retries=_ATTEMPTS,
+        )(_Worker)
+        idle = [actor_class.remote(shared) for _ in range(min(config.workers, len(items)))]
+        running: dict[Any, tuple[Any, Item]] = {}
+        waiting = list(reversed(items))
+        while waiting or running:
+            while waiting and idle:
+                actor, item = idle.pop(), waiting.pop()
+                running[actor.do.remote(item)] = (actor, item)
+            (done,), _ = ray.wait(list(running))
+            actor, item = running.pop(done)
+            yield item, _result(done)
+            idle.append(actor)
+
+
+def _result(reference: ray.ObjectRef) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, LopError):
+            raise cause from None
+        raise

@@ -36,7 +36,7 @@ def test_overrides_reach_into_groups(tmp_path: Path) -> None:
         ("seed=true", "seed"),
         ("granularity=0", "granularity: .*not 0"),
         ("max_ratio=1", "max_ratio"),
-        ("search.roots=[owl]", "search.roots.0"),
+        ("search.roots=[oracle]", "search.roots.0"),
         ("search.targets={first: 0.5, last: 0.2, step: 0.1}", "must not be below first"),
         ("model=2026-01-01", "not a number, text or list"),
         ("search", "write key=value"),

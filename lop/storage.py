@@ -126,3 +126,11 @@ class Location:
             OSError: it cannot be removed.
         """
         self.filesystem.delete_file(f"{self.path}/{name}")
+
+    def clear(self) -> None:
+        """Removes everything in the folder, if there is such a folder.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
+        self.filesystem.delete_dir_contents(self.path, missing_dir_ok=True)

@@ -11,6 +11,7 @@ from ray import tune
 from tqdm import tqdm
 
 from lop.config import TrainSettings
+from lop.storage import Location
 from lop.training import Fit, Pair, fit
 from ray_jobs.cluster import connected
 from ray_jobs.job import run_on_driver
@@ -34,7 +35,8 @@ def tune_fits(
     """One fit for each architecture and learning rate, the same as `lop.training.fit` makes of the same arguments.
 
     Args:
-        storage: an absolute path or URI for Tune's own records, one that all machines of the cluster share.
+        storage: an absolute path or URI for Tune's own records, one that all machines of the cluster share. What an
+            earlier training has left there is removed: Tune would keep adding to it.
 
     Raises:
         LopError: the cluster cannot be reached.
@@ -42,6 +44,7 @@ def tune_fits(
     trainable = tune.with_parameters(
         _trial, training=list(training), validation=list(validation), settings=settings, seed=seed
     )
+    Location.parse(storage).clear()
     trials = len(settings.architectures) * len(settings.learning_rates)
     with connected():
         tuner = tune.Tuner(

@@ -54,3 +54,4 @@ def test_training_again_into_the_same_folder_gives_the_new_fits_alone(tmp_path: 
         (found,) = tune_fits(TRAINING, VALIDATION, settings, seed=seed, storage=str(tmp_path), progress=False)
         alone = fit("mlp", TRAINING, VALIDATION, epochs=2, batch=40, learning_rate=1e-3, seed=seed)
         assert found.validation_errors == alone.validation_errors
+    assert len(list(tmp_path.rglob("fit.pt"))) == 1

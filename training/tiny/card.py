@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lop.adapter import load_model
-from lop.allocation import Allocation
+from lop.allocation import Allocation, Space, dense, uniform
 from lop.elastic import ElasticModel
 from lop.encoding import encode
 from lop.evaluator import Evaluator
@@ -24,7 +24,7 @@ _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 _ALONE = 0.75
 _FORMS = ("word", "choice", "yes_no")
 _BATCH_TOKENS = 4096
-_GRANULARITY = 8
+_GRANULARITY, _MAX_RATIO = 8, 0.95
 _INTRODUCTION = """---
 license: mit
 pipeline_tag: image-text-to-text
@@ -84,20 +84,19 @@ def measure(folder: Path, calibration: Sequence[Sample], test: Sequence[Sample],
     elastic = ElasticModel(model, order(importance("activation", statistics)))
     evaluator = Evaluator(elastic, encode(model, test, batch_tokens=_BATCH_TOKENS))
     size = model_size(read_tensors(folder))
-    layers, neurons = size.layers, size.neurons
+    space = Space(size.layers, size.neurons, _GRANULARITY, _MAX_RATIO)
 
-    def score(widths: Sequence[int]) -> np.ndarray:
-        with elastic.pruned(Allocation(tuple(widths))):
+    def score(allocation: Allocation) -> np.ndarray:
+        with elastic.pruned(allocation):
             return evaluator.scores().correct
 
-    def kept(ratio: float) -> int:
-        return round((1 - ratio) * neurons / _GRANULARITY) * _GRANULARITY
-
+    kept = round((1 - _ALONE) * size.neurons / _GRANULARITY) * _GRANULARITY
     return Figures(
-        dense=score([neurons] * layers),
-        uniform={ratio: score([kept(ratio)] * layers) for ratio in ((0.3, 0.5) if quick else _RATIOS)},
+        dense=score(dense(space)),
+        uniform={ratio: score(uniform(space, space.budget(ratio))) for ratio in ((0.3, 0.5) if quick else _RATIOS)},
         alone=[
-            score([kept(_ALONE) if layer == pruned else neurons for layer in range(layers)]) for pruned in range(layers)
+            score(Allocation(tuple(kept if layer == pruned else size.neurons for layer in range(size.layers))))
+            for pruned in range(size.layers)
         ],
     )
 

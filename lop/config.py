@@ -54,7 +54,7 @@ class RacingSettings(_Settings):
     """Whether and how candidates race; see `lop.racing`. `rank`: against the how-manieth best of their target."""
 
     rounds: Annotated[int, Field(ge=2)] = 16
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
     rank: Positive = 1
 
 

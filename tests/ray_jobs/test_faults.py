@@ -78,14 +78,9 @@ def test_a_driver_killed_three_times_repeats_nothing_that_was_recorded(
     killed_and_resumed(str(tmp_path / "ledger"), tmp_path, calm, lambda: cluster.address, [subprocess.Popen.kill] * 3)
 
 
-def test_a_ledger_in_a_bucket_is_read_meanwhile_and_taken_up_after_a_kill(
-    cluster: Cluster, calm: Outcome, tmp_path: Path, bucket: str
+def test_another_head_takes_up_from_a_bucket_what_was_begun_on_one_that_is_lost(
+    calm: Outcome, tmp_path: Path, bucket: str
 ) -> None:
-    ledger = bucket.format("killed/ledger")
-    killed_and_resumed(ledger, tmp_path, calm, lambda: cluster.address, [subprocess.Popen.kill])
-
-
-def test_another_head_takes_up_what_was_begun_on_one_that_is_lost(calm: Outcome, tmp_path: Path) -> None:
     node = {"num_cpus": 3, "include_dashboard": False}
     heads = [Cluster(initialize_head=True, head_node_args=node)]
 
@@ -94,14 +89,17 @@ def test_another_head_takes_up_what_was_begun_on_one_that_is_lost(calm: Outcome,
         driver.kill()  # It is on the same machine.
         heads.append(Cluster(initialize_head=True, head_node_args=node))
 
-    killed_and_resumed(str(tmp_path / "ledger"), tmp_path, calm, lambda: heads[-1].address, [lose_head])
+    killed_and_resumed(bucket.format("lost/ledger"), tmp_path, calm, lambda: heads[-1].address, [lose_head])
     heads[-1].shutdown()
 
 
 def killed_and_resumed(
     ledger: str, folder: Path, calm: Outcome, address: Callable[[], str], kills: Sequence[Callable[[Driver], None]]
 ) -> None:
-    """Runs one search again and again, each time to be killed at a random moment, and at last to its end."""
+    """Runs one search again and again, each time to be killed at a random moment, and at last to its end.
+
+    The ledger, a folder or a URI, is read meanwhile.
+    """
     logged, result = folder / "log", folder / "outcome"
     command = [sys.executable, "-m", "tests.ray_jobs.driver", ledger, str(logged), str(result)]
     recorded: set[str] = set()

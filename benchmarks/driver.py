@@ -239,29 +239,59 @@ def by_trees(counts: list[int], simulations: int) -> list[dict[str, float]]:
     return rows
 
 
+def _measure_trees(quick: bool) -> dict[str, Any]:
+    rows = by_trees([1, 8, 64], simulations=30 if quick else 300)
+    _print_rows(rows)
+    return {"trees": rows}
+
+
+def _measure_replay(quick: bool) -> dict[str, Any]:
+    seconds = replay_seconds(10_000)
+    print(f"replay of 10,000 evaluations: {seconds:.2f} s")
+    return {"replay_seconds": seconds}
+
+
+def _measure_commits(quick: bool) -> dict[str, Any]:
+    rates = commits_per_second(64, rounds=1 if quick else 5, simulations=60 if quick else 300)
+    median = statistics.median(rates)
+    print(f"commits per second: {median:.0f} ({min(rates):.0f} to {max(rates):.0f})")
+    return {"commits_per_second": median, "commits_per_second_rounds": rates}
+
+
+def _measure_speedup(quick: bool) -> dict[str, Any]:
+    found = two_worker_speedup(rounds=1 if quick else 3, evaluations=6 if quick else 30)
+    print(f"two workers against one: {found['two_worker_speedup']:.2f} times")
+    return found
+
+
+def _measure_busy(quick: bool) -> dict[str, Any]:
+    workers, seconds, rounds = (100, 2.0, 5) if quick else (1000, 20.0, 6)
+    found = busy_share(workers, seconds, rounds)
+    print(f"{workers} workers, evaluations of {seconds:g} s: {found['busy_share']:.1%} busy")
+    return found | {"busy_workers": workers, "busy_seconds": seconds}
+
+
+_MEASURES = {
+    "trees": _measure_trees,
+    "replay": _measure_replay,
+    "commits": _measure_commits,
+    "speedup": _measure_speedup,
+    "busy": _measure_busy,
+}
+
+
 def main() -> None:
     """Measures all of it."""
     parser = argparse.ArgumentParser(description="What the search's driver costs.")
     parser.add_argument("--quick", action="store_true", help="a hundred workers, evaluations of 2 s, one round")
+    parser.add_argument("--only", nargs="+", choices=_MEASURES, default=list(_MEASURES), help="these alone")
     options = parser.parse_args()
-    quick = options.quick
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     result: dict[str, Any] = {"benchmark": "driver", "cores": os.cpu_count()}
-    result["trees"] = by_trees([1, 8, 64], simulations=30 if quick else 300)
-    _print_rows(result["trees"])
-    result["replay_seconds"] = replay_seconds(10_000)
-    print(f"replay of 10,000 evaluations: {result['replay_seconds']:.2f} s")
     ray.init(address="local", num_cpus=2, **RAY)
-    rates = commits_per_second(64, rounds=1 if quick else 5, simulations=60 if quick else 300)
-    result["commits_per_second"] = statistics.median(rates)
-    result["commits_per_second_rounds"] = rates
-    print(f"commits per second: {result['commits_per_second']:.0f} ({min(rates):.0f} to {max(rates):.0f})")
-    result |= two_worker_speedup(rounds=1 if quick else 3, evaluations=6 if quick else 30)
-    print(f"two workers against one: {result['two_worker_speedup']:.2f} times")
-    workers, seconds, rounds = (100, 2.0, 5) if quick else (1000, 20.0, 6)
-    result |= busy_share(workers, seconds, rounds) | {"busy_workers": workers, "busy_seconds": seconds}
-    print(f"{workers} workers, evaluations of {seconds:g} s: {result['busy_share']:.1%} busy")
+    for name in options.only:
+        result |= _MEASURES[name](options.quick)
     ray.shutdown()
     result["driver_peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(result))

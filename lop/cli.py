@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _complain(f"{error.filename or 'disk'}: {error.strerror or error}")
+        # What the system says comes in parts; what remote storage says is a sentence that names the place.
+        return _complain(f"{error.filename or 'disk'}: {error.strerror}" if error.strerror else str(error))
     except KeyboardInterrupt:
         print("lop: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

@@ -1,7 +1,7 @@
 """One allocation scored on a set of samples."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -84,7 +84,7 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values: those that are there."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, "")}
+        return {name: value for name, value in vars(self).items() if value not in (None, "")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":

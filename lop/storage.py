@@ -40,7 +40,7 @@ class Location:
         """A local path or a URI.
 
         Raises:
-            LopError: pyarrow does not know the kind of storage, or the URI is malformed.
+            LopError: pyarrow does not know the kind of storage, or the URI is malformed or names no folder.
         """
         text = str(place)
         if not is_uri(text):
@@ -49,6 +49,8 @@ class Location:
             filesystem, path = FileSystem.from_uri(text)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise LopError(f"storage {text!r} cannot be opened: {first_line(error)}") from None
+        if not path.strip("/"):
+            raise LopError(f"storage {text!r} names no folder: write it as {text.partition('://')[0]}://bucket/folder")
         return cls(filesystem, path.rstrip("/"), text)
 
     def __str__(self) -> str:

@@ -212,15 +212,18 @@ class SearchTree:
         while node.depth < self._options.depth:
             if len(node.children) < (self._root_limit if node is self.root else self._options.children):
                 return self._expand(node)
-            node = max(node.children, key=self._upper_bound)
+            node = self._best_child(node)
         return node
 
-    def _upper_bound(self, child: Node) -> float:
-        """`Q(s,a) + c·sqrt(ln N(s) / N(s,a))`; a child whose first result is in flight borrows its parent's mean."""
-        parent = child.parent
-        assert parent is not None
-        value = child.total / child.visits if child.visits else parent.total / max(parent.visits, 1)
-        return value + self._options.exploration * math.sqrt(math.log(parent.seen) / child.seen)
+    def _best_child(self, node: Node) -> Node:
+        """By `Q(s,a) + c·sqrt(ln N(s) / N(s,a))`; a child whose first result is in flight borrows its parent's mean."""
+        logarithm, mean, exploration = math.log(node.seen), node.total / max(node.visits, 1), self._options.exploration
+
+        def upper_bound(child: Node) -> float:
+            value = child.total / child.visits if child.visits else mean
+            return value + exploration * math.sqrt(logarithm / (child.visits + child.in_flight))
+
+        return max(node.children, key=upper_bound)
 
     def _expand(self, node: Node) -> Node:
         size = self._options.step * self._options.decay ** (node.depth + 1)

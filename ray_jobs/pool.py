@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from lop.config import Config
-from lop.errors import LopError
+from lop.errors import LopError, first_line
 from ray_jobs.cluster import connected
 
 Item = TypeVar("Item")
@@ -16,10 +16,15 @@ _ATTEMPTS = 3
 
 
 class _Worker:
+    """Builds its function when it is first needed, so that a failure to build reaches the driver as the error it is."""
+
     def __init__(self, build: Callable[[], Callable[[Any], Any]]) -> None:
-        self._work = build()
+        self._build = build
+        self._work: Callable[[Any], Any] | None = None
 
     def do(self, item: Any) -> Any:
+        if self._work is None:
+            self._work = self._build()
         return self._work(item)
 
 
@@ -32,7 +37,7 @@ def map_on_actors(
         build: makes a worker's function; picklable.
 
     Raises:
-        LopError: what a worker raised, or why an actor could not be had.
+        LopError: what a worker raised, or an item whose actors die again and again.
     """
     with connected():
         shared = ray.put(build)
@@ -51,15 +56,16 @@ def map_on_actors(
                 running[actor.do.remote(item)] = (actor, item)
             (done,), _ = ray.wait(list(running))
             actor, item = running.pop(done)
-            yield item, _result(done)
+            yield item, _result(done, item)
             idle.append(actor)
 
 
-def _result(reference: ray.ObjectRef) -> Any:
+def _result(reference: ray.ObjectRef, item: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, LopError):
-            raise cause from None
+        if isinstance(error.cause, LopError):
+            raise error.cause from None
         raise
+    except RayActorError as error:
+        raise LopError(f"a worker died {1 + _ATTEMPTS} times at {item}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""A search's driver to be killed: `python -m tests.ray_jobs.driver LEDGER LOG OUTCOME`."""
+"""A search's driver to be killed: `python -m tests.ray_jobs.driver LEDGER LOG OUTCOME`; a ledger may be a URI."""
 
 import sys
 from functools import partial
@@ -12,7 +12,7 @@ from tests.lop.test_search import make_trees, outcome
 from tests.ray_jobs.evaluators import Logged
 
 
-def main(ledger: Path, log: Path, result: Path) -> None:
+def main(ledger: str, log: Path, result: Path) -> None:
     trees = make_trees()
     with connected(), Fleet(partial(Logged, log, 0.1), count=3) as fleet, Ledger(ledger, {}) as opened:
         run_search(trees, fleet, opened)
@@ -20,4 +20,4 @@ def main(ledger: Path, log: Path, result: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

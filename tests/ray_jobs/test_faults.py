@@ -2,12 +2,11 @@
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from lop.evaluator import Evaluation
 from lop.ledger import Ledger, read_ledger
 from lop.racing import Candidate
 from lop.search import InProcess, run_search
+from lop.storage import Location
 from ray_jobs.fleet import Fleet
 from tests.lop.test_search import make_trees, outcome
 from tests.ray_jobs.evaluators import ERRORS, SECONDS, CalmlyTroubled, Logged, Troubled
 from tests.ray_jobs.waiting import wait_for
 
+Driver = subprocess.Popen[bytes]
 Outcome = tuple[list[object], list[tuple[Allocation, Evaluation]]]
 
 
@@ -74,22 +75,48 @@ def test_a_node_that_goes_changes_nothing(cluster: Cluster, calm: Outcome, tmp_p
 def test_a_driver_killed_three_times_repeats_nothing_that_was_recorded(
     cluster: Cluster, calm: Outcome, tmp_path: Path
 ) -> None:
-    folder, logged, result = tmp_path / "ledger", tmp_path / "log", tmp_path / "outcome"
-    command = [sys.executable, "-m", "tests.ray_jobs.driver", str(folder), str(logged), str(result)]
-    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    killed_and_resumed(str(tmp_path / "ledger"), tmp_path, calm, lambda: cluster.address, [subprocess.Popen.kill] * 3)
+
+
+def test_another_head_takes_up_from_a_bucket_what_was_begun_on_one_that_is_lost(
+    calm: Outcome, tmp_path: Path, bucket: str
+) -> None:
+    node = {"num_cpus": 3, "include_dashboard": False}
+    heads = [Cluster(initialize_head=True, head_node_args=node)]
+
+    def lose_head(driver: Driver) -> None:
+        heads[-1].head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+        driver.kill()  # It is on the same machine.
+        heads.append(Cluster(initialize_head=True, head_node_args=node))
+
+    killed_and_resumed(bucket.format("lost/ledger"), tmp_path, calm, lambda: heads[-1].address, [lose_head])
+    heads[-1].shutdown()
+
+
+def killed_and_resumed(
+    ledger: str, folder: Path, calm: Outcome, address: Callable[[], str], kills: Sequence[Callable[[Driver], None]]
+) -> None:
+    """Runs one search again and again, each time to be killed at a random moment, and at last to its end.
+
+    The ledger, a folder or a URI, is read meanwhile.
+    """
+    logged, result = folder / "log", folder / "outcome"
+    command = [sys.executable, "-m", "tests.ray_jobs.driver", ledger, str(logged), str(result)]
     recorded: set[str] = set()
     moments = random.Random(0)
-    for _ in range(3):
+    for kill in kills:
+        environment = {**os.environ, "RAY_ADDRESS": address()}
         with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as driver:
             more = len(recorded) + moments.randint(5, 25)
-            wait_for(partial(_has_grown, driver, folder, more), "a ledger that grows")
+            wait_for(partial(_has_grown, driver, ledger, more), "a ledger that grows")
             assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""
-            driver.send_signal(signal.SIGKILL)
+            kill(driver)
         before = len(logged.read_text().splitlines())
-        recorded = {"-".join(map(str, allocation.widths)) for allocation, _ in read_ledger(folder)}
+        recorded = {"-".join(map(str, allocation.widths)) for allocation, _ in read_ledger(ledger)}
         time.sleep(0.5)  # For what the actors of the killed driver had begun.
+    environment = {**os.environ, "RAY_ADDRESS": address()}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
-    assert sorted(read_ledger(folder)) == calm[1]
+    assert sorted(read_ledger(ledger)) == calm[1]
     assert result.read_text() == repr(calm[0])
     again = logged.read_text().splitlines()[before:]
     assert not recorded & set(again)
@@ -132,7 +159,7 @@ def test_actors_that_nothing_is_left_for_are_given_back(cluster: Cluster, tmp_pa
         wait_for(lambda: ray.available_resources().get("CPU", 0) == 4, "the actors' CPUs")
 
 
-def _has_grown(driver: "subprocess.Popen[bytes]", folder: Path, count: int) -> bool:
+def _has_grown(driver: Driver, ledger: str, count: int) -> bool:
     """Whether a ledger, which may not be there yet, holds so many evaluations; or its driver has ended."""
-    held = len(list(read_ledger(folder))) if folder.exists() and any(folder.glob("*.jsonl")) else 0
-    return held >= count or driver.poll() is not None
+    is_there = any(name.endswith(".jsonl") for name in Location.parse(ledger).files())
+    return (is_there and len(list(read_ledger(ledger))) >= count) or driver.poll() is not None

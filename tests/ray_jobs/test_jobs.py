@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
@@ -29,10 +31,21 @@ SETTINGS = ("search.targets={first: 0.3, last: 0.5, step: 0.1}", "search.evaluat
 
 @dataclass(frozen=True)
 class Head:
-    """Addresses of a head node: for drivers, and for jobs and questions."""
+    """Addresses of a head node: for drivers, for jobs and questions, and for Prometheus."""
 
     gcs: str
     dashboard: str
+    metrics: str
+
+    def published(self) -> dict[str, float]:
+        """The search's numbers, as Prometheus would scrape them; none while the head has none."""
+        try:
+            with urlopen(self.metrics, timeout=5) as page:
+                lines = page.read().decode().splitlines()
+        except OSError:
+            return {}
+        values = [re.fullmatch(r"ray_(lop_\w+)\{.*\} (\S+)", line) for line in lines]
+        return {found[1]: float(found[2]) for found in values if found}
 
     def workers(self) -> int:
         """Nodes beside the head that are alive."""
@@ -43,7 +56,7 @@ class Head:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A head without CPUs whose autoscaler may start up to three nodes of one CPU on this machine."""
     folder = tmp_path_factory.mktemp("head")
-    gcs, dashboard, agent = _free_ports(3)
+    gcs, dashboard, agent, metrics = _free_ports(4)
     config = {
         **BASE_READONLY_CONFIG,
         "cluster_name": "fake",
@@ -70,6 +83,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         **os.environ,
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_metrics_report_interval_ms": "500",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
@@ -79,11 +93,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0"),
         f"--autoscaling-config={folder / 'autoscaling.json'}",
         *("--node-ip-address=127.0.0.1", f"--port={gcs}", "--include-dashboard=true", f"--dashboard-port={dashboard}"),
-        *(f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats", f"--temp-dir={folder / 'ray'}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"),
+        *("--disable-usage-stats", f"--temp-dir={folder / 'ray'}"),
     ]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    found = Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
+    found = Head(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics")
     try:
         wait_for(lambda: _answers(found), "a head that answers", seconds=120)
         yield found
@@ -104,15 +119,20 @@ def test_a_job_makes_nodes_appear_uses_them_and_lets_them_go(head: Head, tmp_pat
         *("--config", "tiny", "--run", str(run), "--workers", "2", *settings),
     ]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    seen = 0
+    seen, published = 0, dict[str, float]()
     while job.poll() is None:
         seen = max(seen, head.workers())
+        published |= head.published()
         time.sleep(0.5)
     printed = job.stdout.read() if job.stdout else ""
     assert job.returncode == 0, printed
     assert 1 <= seen <= 2
     assert "search: 12 of 12 evaluations" in printed
     assert "\r" not in printed
+    names = ("evaluations_done", "evaluations_planned", "evaluations_per_second", "workers_alive", "best_reward")
+    assert {f"lop_{name}" for name in names} <= set(published)
+    assert published["lop_evaluations_planned"] == 12
+    assert 0 < published["lop_best_reward"] <= 1
     wait_for(lambda: head.workers() == 0, "the nodes to go", seconds=120)
 
     calm = Run(load_config(find_config("tiny"), SETTINGS), tmp_path / "calm")

@@ -1,14 +1,19 @@
 """cluster.yaml, the KubeRay manifests, and what travels with a job."""
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
 from ray._private.runtime_env.packaging import create_package, get_uri_for_directory
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from lop.storage import Location
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +104,19 @@ def test_the_cluster_has_a_cpu_head_and_gpu_workers_on_spot_before_on_demand() -
     assert spot["min_workers"] == on_demand["min_workers"] == 0
     assert max(("gpu_spot", "gpu_on_demand")) == "gpu_spot"  # Ray takes the later name of equals.
     assert "ami-" in types["head"]["node_config"]["ImageId"]
+
+
+def test_the_cluster_makes_its_bucket_once_with_nothing_but_keys(bucket: str, tmp_path: Path) -> None:
+    server = parse_qs(urlsplit(bucket).query)["endpoint_override"][0]
+    environment = {**os.environ, "AWS_ENDPOINT_URL": server, "HOME": str(tmp_path)}
+    (command,) = [command for command in cluster()["head_setup_commands"] if "create_bucket" in command]
+    for _ in range(2):
+        subprocess.run(["bash", "-c", command], env=environment, check=True, timeout=60)
+    made = (tmp_path / "lop_runs").read_text()
+    assert re.fullmatch(r"s3://lop-\d{12}-us-west-2", made)
+    Location.parse(bucket.replace("s3://bucket/{}", made)).write("file", b"written")
+    assert any("LOP_RUNS=$(cat ~/lop_runs)" in command for command in cluster()["head_start_ray_commands"])
+    assert "BUCKET" not in (ROOT / "cluster.yaml").read_text()
 
 
 def test_the_cluster_installs_what_lop_depends_on() -> None:

@@ -39,7 +39,13 @@ class Running:
         command = [sys.executable, "-m", "lop.cli", "serve", "--storage", storage, "--port", str(self.port), *options]
         environment = {**os.environ, "RAY_enable_worker_prestart": "0"}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            # Tests may run in the background of a shell, which has its jobs ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert self.process.stdout
         first_line = self.process.stdout.readline()
@@ -85,6 +91,7 @@ def states(storage: Path) -> dict[str, str]:
     return {path.stem: json.loads(path.read_text())["state"] for path in (storage / "jobs").glob("*.json")}
 
 
+@pytest.mark.timeout(900)  # Two starts of Ray and Serve, which on a busy machine take minutes.
 def test_exports_outlive_their_replica_and_the_whole_service(storage: Path) -> None:
     accepted: dict[str, list[int]] = {}
     service = Running(storage)

@@ -351,12 +351,14 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
 def _serve(options: argparse.Namespace) -> None:
     from ray_jobs.cluster import connected
+    from serve.app import app
     from serve.launch import check_address, launch, service_settings
 
     settings = service_settings(options.runs, options.set, storage=options.storage, keys_file=options.keys)
     check_address(settings, options.host, options.port)
+    application = app(settings)  # What is wrong with a model or the storage is told before anything is started.
     with connected():
-        launch(settings, host=options.host, port=options.port)
+        launch(application, host=options.host, port=options.port)
 
 
 def _quiet_libraries() -> None:

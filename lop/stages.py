@@ -229,6 +229,7 @@ def export_allocation(
     target: float,
     format: Format = "hf",
     recovery: Recovery | None = None,
+    scratch: Path | None = None,
     progress: Progress = lambda step, done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -241,6 +242,7 @@ def export_allocation(
         out: a new folder: a local path, or a URI that pyarrow knows, such as `s3://bucket/folder`.
         target: the pruning ratio that was asked for; goes into the manifest.
         recovery: None takes the config's.
+        scratch: where recovery keeps a folder while it runs; by default the system's place for temporary files.
         progress: called in this thread with the step (`"recover"`, counted in layers, or `"export"`, in bytes), how
             much of it is done, and how much it is in all.
         cancelled: asked after each layer, and about every 8 MiB, whether to give up.
@@ -272,7 +274,7 @@ def export_allocation(
             raise CancelledError("the export was cancelled")
         progress("recover", done, total)
 
-    with TemporaryDirectory(prefix="lop-recovery-") as folder:
+    with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
         recovered = recover_checkpoint(
             run.model_folder,
             allocation,

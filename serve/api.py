@@ -377,8 +377,14 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
     """The fields of `schemas.Allocation`."""
     budget = asked.target.target().budget(model.space, model.size)
     answer = describe(Allocation(await predict(model.name, budget)), model.space, model.size)
-    expected = model.curve.at(answer["ratio"]) if model.curve else None
-    return {"model": model.name, **answer, "expected_accuracy": _interval(expected) if expected else None}
+    return {"model": model.name, **answer, "expected_accuracy": _expected(model, asked.recovery, answer["ratio"])}
+
+
+def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[str, Any] | None:
+    """The fields of `schemas.ExpectedAccuracy`."""
+    curve = model.curve(recovery or model.recovery)
+    accuracy = curve.at(ratio) if curve else None
+    return {**_interval(accuracy), "recovery": curve.recovery} if curve and accuracy else None
 
 
 def _model(model: ServedModel) -> schemas.Model:
@@ -399,7 +405,7 @@ def _model(model: ServedModel) -> schemas.Model:
         formats=list(FORMATS),
         recoveries=list(RECOVERIES),
         recovery=model.recovery,
-        accuracy=_curve(model.curve) if model.curve else None,
+        accuracy=[_curve(curve) for curve in model.curves.values()],
     )
 
 
@@ -408,7 +414,7 @@ def _curve(curve: Curve) -> schemas.AccuracyCurve:
         schemas.MeasuredAccuracy(ratio=max(ratio, 0), **_interval(accuracy))
         for ratio, accuracy in zip(curve.ratios, curve.accuracies)
     ]
-    return schemas.AccuracyCurve(source=curve.source, samples=curve.samples, points=points)
+    return schemas.AccuracyCurve(source=curve.source, recovery=curve.recovery, samples=curve.samples, points=points)
 
 
 def _interval(interval: Interval) -> dict[str, float]:
@@ -453,6 +459,9 @@ def _openapi(api: FastAPI) -> dict[str, Any]:
         document = get_openapi(title=api.title, version=api.version, description=api.description, routes=api.routes)
         schemes = document["components"]
         schemes["schemas"]["Problem"] = schemas.Problem.model_json_schema()
+        for name, schema in schemes["schemas"].items():
+            if "examples" in schema:  # FastAPI has dropped their nulls.
+                schema["examples"] = getattr(schemas, name).model_json_schema()["examples"]
         schemes["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in document["paths"].items():
             for operation in methods.values():

@@ -65,7 +65,7 @@ class PredictorDeployment:
     name="pruner",
     num_replicas=1,
     ray_actor_options={"num_cpus": 0.5},
-    health_check_period_s=10,
+    health_check_period_s=2,  # How soon a replica that died is replaced.
     graceful_shutdown_timeout_s=20,
     logging_config=_LOGGING,
 )

@@ -28,12 +28,14 @@ class Curve:
 
     Attributes:
         source: what was measured, in words.
+        recovery: of the models that were measured.
         samples: how many questions.
         ratios: ascending.
         accuracies: at each ratio, with their 95% intervals.
     """
 
     source: str
+    recovery: str
     samples: int
     ratios: tuple[float, ...]
     accuracies: tuple[Interval, ...]
@@ -57,7 +59,7 @@ class ServedModel:
         fingerprints: of the dense checkpoint, statistics and predictor; they go into a checkpoint's id.
         recovery: what the run's config makes up for pruned neurons with; the default.
         companions: bytes of a checkpoint's files beside its tensors.
-        curve: what is known of its accuracy, if anything has been measured.
+        curves: what is known of its accuracy, by recovery; empty if nothing has been measured.
     """
 
     name: str
@@ -66,7 +68,11 @@ class ServedModel:
     fingerprints: Mapping[str, str]
     recovery: str
     companions: int
-    curve: Curve | None
+    curves: Mapping[str, Curve]
+
+    def curve(self, recovery: str) -> Curve | None:
+        """What was measured with a recovery; else, without any."""
+        return self.curves.get(recovery) or self.curves.get("none")
 
 
 def open_run(entry: ModelSettings) -> Run:
@@ -99,7 +105,6 @@ def load_catalogue(settings: ServiceSettings) -> dict[str, ServedModel]:
 def _served(name: str, run: Run) -> ServedModel:
     predictor = predictor_for(run, run.config)
     _ = run.order  # An export needs the statistics: better missed now than then.
-    curve = measured_curve(run)
     return ServedModel(
         name,
         predictor.space,
@@ -107,7 +112,7 @@ def _served(name: str, run: Run) -> ServedModel:
         fingerprints_of(run),
         run.config.recovery,
         companion_bytes(run),
-        curve,
+        measured_curves(run),
     )
 
 
@@ -128,40 +133,51 @@ def fingerprints_of(run: Run) -> dict[str, str]:
     }
 
 
-def measured_curve(run: Run) -> Curve | None:
+def measured_curves(run: Run) -> dict[str, Curve]:
     """The predictor's accuracy on the test samples where it was compared; else the search's on the reward samples."""
     try:
-        return _compared(run) or _searched(run)
+        curves = _compared(run) or _searched(run)
     except LopError as error:
         log.warning("no expected accuracy for %s: %s", run.folder, error)
-        return None
+        return {}
+    return {curve.recovery: curve for curve in curves}
 
 
-def _compared(run: Run) -> Curve | None:
+def _compared(run: Run) -> list[Curve]:
     results = run.folder / "results.json"
     if not results.exists():
-        return None
+        return []
     data: dict[str, Any] = read_json(results)
     current = fingerprint_file(run.predictor_folder / "predictor.json")
     if data["fingerprints"].get("predictor") != current or data["fingerprints"].get("model") != run.model_fingerprint:
         log.warning("%s was measured with another model or predictor", results)
-        return None
-    points = sorted(
-        (average["target"], Interval(**average["accuracy"]))
-        for average in data["averages"]
-        if average["method"] in ("dense", "lop-predictor")
-    )
+        return []
+    dense = next(average for average in data["averages"] if average["method"] == "dense")
     samples = sum(row["total"] for row in data["rows"] if row["method"] == "dense")
-    ratios, accuracies = zip(*points)
-    return Curve("the predictor's allocations on the test samples", samples, ratios, accuracies)
+    measured: dict[str, dict[float, Interval]] = {}
+    # A comparison of no recoveries has measured the predictor without any.
+    for row in data.get("recoveries") or ({**average, "recovery": "none"} for average in data["averages"]):
+        if row["method"] == "lop-predictor":
+            points = measured.setdefault(row["recovery"], {dense["target"]: Interval(**dense["accuracy"])})
+            points[row["target"]] = Interval(**row["accuracy"])
+    source = "the predictor's allocations on the test samples"
+    return [Curve(source, recovery, samples, *_columns(points)) for recovery, points in measured.items()]
 
 
-def _searched(run: Run) -> Curve | None:
+def _searched(run: Run) -> list[Curve]:
     if not run.search_file.exists():
-        return None
+        return []
     samples = len(run.samples.reward)
-    best = {
-        run.space.ratio(found.best.budget): dict(found.evaluations)[found.best].accuracy for found in read_search(run)
+    points = {
+        run.space.ratio(found.best.budget): wilson(
+            round(dict(found.evaluations)[found.best].accuracy * samples), samples
+        )
+        for found in read_search(run)
     }
-    accuracies = tuple(wilson(round(best[ratio] * samples), samples) for ratio in sorted(best))
-    return Curve("the search's best on its own reward samples (optimistic)", samples, tuple(sorted(best)), accuracies)
+    source = "the search's best on its own reward samples (optimistic)"
+    return [Curve(source, "none", samples, *_columns(points))]
+
+
+def _columns(points: Mapping[float, Interval]) -> tuple[tuple[float, ...], tuple[Interval, ...]]:
+    ratios = tuple(sorted(points))
+    return ratios, tuple(points[ratio] for ratio in ratios)

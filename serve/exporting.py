@@ -22,11 +22,13 @@ def write_checkpoint(
     *,
     format: str,
     recovery: str,
+    scratch: Path,
     on_progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """Exports, and returns the manifest.
 
     Args:
+        scratch: a folder for recovery's files, which whoever calls cleans up should this process die.
         on_progress: told the step (`recover`, in layers, or `export`, in bytes), how much of it is done and how much it
             is in all; ends the export by raising.
 
@@ -41,6 +43,7 @@ def write_checkpoint(
         target=run.space.ratio(allocation.budget),
         format=cast(Format, format),
         recovery=cast(Recovery, recovery),
+        scratch=scratch,
         progress=on_progress,
     )
 

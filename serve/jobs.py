@@ -2,6 +2,7 @@
 
     storage/jobs/ID.json         the job, replaced atomically
     storage/checkpoints/ID/      what it made; appears whole
+    storage/scratch/ID/          what its export needs until it is done
     storage/progress/ID          step, done and total, while it runs
     storage/used/ID              touched at each download: least recently used goes first
     storage/locks/ID             held (flock) by the process that exports it, and let go by the kernel when that dies
@@ -126,7 +127,7 @@ class JobStore:
     def __init__(self, root: Path, *, quota: int, queue: int, attempts: int) -> None:
         self.root, self._quota, self._queue, self._attempts = root, quota, queue, attempts
         self._known: dict[str, tuple[tuple[int, int], Job]] = {}
-        for name in ("jobs", "checkpoints", "progress", "used", "locks"):
+        for name in ("jobs", "checkpoints", "scratch", "progress", "used", "locks"):
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def check(self) -> None:
@@ -220,16 +221,19 @@ class JobStore:
                 continue
             with self._lock(job.id, wait=False) as held:
                 if held and (claim := self._begin(job.id)):
-                    yield claim
+                    try:
+                        yield claim
+                    finally:
+                        shutil.rmtree(claim.scratch, ignore_errors=True)
                     return
         yield None
 
     def sweep(self) -> None:
-        """Removes what processes that died have left in `checkpoints`: half a checkpoint, or one of no job."""
-        for folder in (self.root / "checkpoints").iterdir():
+        """Removes what processes that died have left: half a checkpoint, one of no job, an export's scratch files."""
+        for folder in (*(self.root / "checkpoints").iterdir(), *(self.root / "scratch").iterdir()):
             id = folder.name.lstrip(".").partition(".")[0]
             with self._lock(id, wait=False) as held:
-                if held and (folder.name != id or self.get(id) is None):
+                if held and (folder.parent.name == "scratch" or folder.name != id or self.get(id) is None):
                     shutil.rmtree(folder, ignore_errors=True)
 
     def _begin(self, id: str) -> "Claim | None":
@@ -245,9 +249,11 @@ class JobStore:
                 return None
             for partial in (self.root / "checkpoints").glob(f".{id}.*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
-            started = replace(job, state="running", started=time.time(), attempts=job.attempts + 1)
-            self._save(started)
-            return Claim(self, started)
+            claim = Claim(self, replace(job, state="running", started=time.time(), attempts=job.attempts + 1))
+            shutil.rmtree(claim.scratch, ignore_errors=True)
+            claim.scratch.mkdir()
+            self._save(claim.job)
+            return claim
 
     def _make_room(self, job: Job) -> bool:
         """Throws out least recently used checkpoints until the job fits; whether it does."""
@@ -313,6 +319,11 @@ class Claim:
     def out(self) -> Path:
         """The checkpoint's folder."""
         return self.store.folder(self.job)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder of its own, for as long as it runs."""
+        return self.store.root / "scratch" / self.job.id
 
     def report(self, step: str, done: int, total: int) -> None:
         """Writes down the progress.

@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 from ray import serve
+from ray.serve import Application
 
 from lop.config import load_config
-from lop.errors import LopError
-from serve.app import app
+from lop.errors import LopError, first_line
 from serve.guard import is_loopback
 from serve.keys import VARIABLE, load_keys
 from serve.settings import ModelSettings, ServiceSettings
@@ -66,20 +66,23 @@ def check_address(settings: ServiceSettings, host: str, port: int) -> None:
             raise LopError(f"{host}:{port} cannot be listened on: {error.strerror}") from None
 
 
-def launch(settings: ServiceSettings, *, host: str, port: int) -> None:
+def launch(application: Application, *, host: str, port: int) -> None:
     """Serves until SIGINT or SIGTERM. Ray must be connected.
 
     Raises:
-        LopError: a model cannot be served.
+        LopError: the cluster serves something already, or the application does not start.
         KeyboardInterrupt: the signal came; exports go on at the next start.
     """
-    application = app(settings)
-    serve.start(http_options={"host": host, "port": port})
+    if serve.status().proxies:
+        raise LopError("this Ray cluster runs Serve already: use `serve deploy`, or another RAY_ADDRESS")
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
+        serve.start(http_options={"host": host, "port": port})
         serve.run(application, name="lop", route_prefix="/")
         print(f"http://{host}:{port}/", flush=True)
-        signal.signal(signal.SIGTERM, _interrupt)
         signal.pause()
+    except RuntimeError as error:
+        raise LopError(f"the service did not start: {first_line(error)} (see Ray's logs)") from None
     finally:
         serve.shutdown()
 

@@ -115,6 +115,7 @@ class Worker:
             claim.out,
             format=job.asked.format,
             recovery=job.asked.recovery,
+            scratch=claim.scratch,
             on_progress=self._reporter(claim),
         )
 

@@ -12,7 +12,68 @@ from serve.settings import Name
 
 _LARGEST = 2**63 - 1
 _EXAMPLE: JsonDict = {"model": "tiny", "target": {"ratio": 0.3}}
+# Answers about a model of four layers, which is small enough to be read.
+_EXPECTED: JsonDict = {"value": 0.97, "low": 0.964, "high": 0.976, "recovery": "refit"}
+_ALLOCATION: JsonDict = {
+    "model": "tiny",
+    "ratio": 0.3125,
+    "ratios": [0.0, 0.25, 0.5, 0.5],
+    "widths": [128, 96, 64, 64],
+    "kept_neurons": 352,
+    "parameters": 2_033_000,
+    "bytes": 4_066_000,
+    "expected_accuracy": _EXPECTED,
+}
+_MODEL: JsonDict = {
+    "name": "tiny",
+    "layers": 4,
+    "neurons": 128,
+    "granularity": 8,
+    "parameters": 2_061_800,
+    "bytes": 4_123_600,
+    "targets": {
+        "ratio": {"least": 0.0, "largest": 0.9375},
+        "parameters": {"least": 1_975_400, "largest": 2_061_800},
+        "bytes": {"least": 3_950_800, "largest": 4_123_600},
+    },
+    "formats": [*FORMATS],
+    "recoveries": [*RECOVERIES],
+    "recovery": "refit",
+    "accuracy": [
+        {
+            "source": "the predictor's allocations on the test samples",
+            "recovery": "refit",
+            "samples": 3600,
+            "points": [
+                {"ratio": 0.0, "value": 0.98, "low": 0.975, "high": 0.985},
+                {"ratio": 0.5, "value": 0.964, "low": 0.957, "high": 0.971},
+            ],
+        }
+    ],
+}
+_CHECKPOINT: JsonDict = {
+    "id": "5f0c6b1e2d3a49788c9d0e1f2a3b4c5d",
+    "state": "running",
+    "model": "tiny",
+    "target": {"ratio": 0.3},
+    "format": "hf",
+    "recovery": "refit",
+    "allocation": _ALLOCATION,
+    "progress": {"step": "export", "done": 1_048_576, "total": 4_066_000},
+    "error": None,
+    "bytes": None,
+    "files": {},
+    "path": None,
+    "url": "/v1/checkpoints/5f0c6b1e2d3a49788c9d0e1f2a3b4c5d",
+    "created": 1_795_538_436.2,
+    "started": 1_795_538_436.4,
+    "finished": None,
+}
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _examples(example: JsonDict) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [example]})
 
 
 class _Request(BaseModel):
@@ -70,14 +131,6 @@ AnyTarget = Annotated[
 ]
 
 
-class AllocationRequest(_Request):
-    """What `POST /v1/allocations` takes."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
-    model: Name
-    target: AnyTarget
-
-
 def _offered(names: tuple[str, ...]) -> Callable[[str], str]:
     def check(name: str) -> str:
         if name not in names:
@@ -87,18 +140,28 @@ def _offered(names: tuple[str, ...]) -> Callable[[str], str]:
     return check
 
 
+_Recovery = Annotated[
+    Annotated[str, AfterValidator(_offered(RECOVERIES)), Field(json_schema_extra={"enum": list(RECOVERIES)})] | None,
+    Field(description="what makes up for the pruned neurons; by default the run's `recovery`"),
+]
+
+
+class AllocationRequest(_Request):
+    """What `POST /v1/allocations` takes; recovery changes nothing but the expected accuracy."""
+
+    model_config = _examples(_EXAMPLE)
+    model: Name
+    target: AnyTarget
+    recovery: _Recovery = None
+
+
 class CheckpointRequest(AllocationRequest):
     """What `POST /v1/checkpoints` takes."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{**_EXAMPLE, "format": FORMATS[0]}]})
+    model_config = _examples({**_EXAMPLE, "format": FORMATS[0]})
     format: Annotated[str, AfterValidator(_offered(FORMATS)), Field(json_schema_extra={"enum": list(FORMATS)})] = (
         FORMATS[0]
     )
-    recovery: Annotated[
-        Annotated[str, AfterValidator(_offered(RECOVERIES)), Field(json_schema_extra={"enum": list(RECOVERIES)})]
-        | None,
-        Field(description="what makes up for the pruned neurons; by default the run's `recovery`"),
-    ] = None
 
 
 class Accuracy(_Answer):
@@ -115,10 +178,17 @@ class MeasuredAccuracy(Accuracy):
     ratio: Probability
 
 
+class ExpectedAccuracy(Accuracy):
+    """Interpolated between an accuracy curve's points."""
+
+    recovery: Annotated[str, Field(description="what was measured: `none` where the one asked for was not")]
+
+
 class AccuracyCurve(_Answer):
-    """The run's measured results; expected accuracies are interpolated between them."""
+    """The run's measured results with one recovery; expected accuracies are interpolated between them."""
 
     source: str
+    recovery: str
     samples: int
     points: list[MeasuredAccuracy]
 
@@ -158,18 +228,20 @@ class Model(_Answer):
     formats: list[str]
     recoveries: list[str]
     recovery: Annotated[str, Field(description="the default")]
-    accuracy: AccuracyCurve | None
+    accuracy: Annotated[list[AccuracyCurve], Field(description="empty where nothing was measured")]
 
 
 class Models(_Answer):
     """What `GET /v1/models` answers."""
 
+    model_config = _examples({"models": [_MODEL]})
     models: list[Model]
 
 
 class Allocation(_Answer):
     """How much of each layer stays, and what that comes to."""
 
+    model_config = _examples(_ALLOCATION)
     model: str
     ratio: Annotated[float, Field(description="mean pruning ratio, the nearest that the target allows")]
     ratios: Annotated[list[float], Field(description="pruning ratio of each layer, first to last")]
@@ -177,7 +249,7 @@ class Allocation(_Answer):
     kept_neurons: int
     parameters: Annotated[int, Field(description="of the whole checkpoint")]
     bytes: Annotated[int, Field(description="of the checkpoint's tensors")]
-    expected_accuracy: Annotated[Accuracy | None, Field(description="null where nothing was measured")]
+    expected_accuracy: Annotated[ExpectedAccuracy | None, Field(description="null where nothing was measured")]
 
 
 class Progress(_Answer):
@@ -199,6 +271,7 @@ class File(_Answer):
 class Checkpoint(_Answer):
     """A checkpoint and how it is coming along."""
 
+    model_config = _examples(_CHECKPOINT)
     id: Annotated[str, Field(description="hash of what was asked for")]
     state: Literal["queued", "running", "complete", "failed", "evicted"]
     model: str
@@ -220,6 +293,7 @@ class Checkpoint(_Answer):
 class Checkpoints(_Answer):
     """One page, the newest first."""
 
+    model_config = _examples({"checkpoints": [_CHECKPOINT], "next": None})
     checkpoints: list[Checkpoint]
     next: Annotated[str | None, Field(description="`after` of the next page; null on the last")]
 
@@ -227,23 +301,20 @@ class Checkpoints(_Answer):
 class Status(_Answer):
     """All is well."""
 
+    model_config = _examples({"status": "ready"})
     status: str
 
 
 class Problem(_Answer):
     """An error, as RFC 9457 has it."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "type": "about:blank",
-                    "title": "Unprocessable Content",
-                    "status": 422,
-                    "detail": "target 0.99 is outside [0, 0.9333]",
-                    "request_id": "7b1c1a5e8f7e4a0c9d1f3f0e2c4b6a58",
-                }
-            ]
+    model_config = _examples(
+        {
+            "type": "about:blank",
+            "title": "Unprocessable Content",
+            "status": 422,
+            "detail": "target 0.99 is outside [0, 0.9333]",
+            "request_id": "7b1c1a5e8f7e4a0c9d1f3f0e2c4b6a58",
         }
     )
     type: str

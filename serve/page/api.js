@@ -30,8 +30,7 @@ async function send(path, { method = "GET", body, signal } = {}) {
 
 export const models = async () => (await (await send("/v1/models")).json()).models;
 
-export const allocation = async (model, target, signal) =>
-  (await send("/v1/allocations", { method: "POST", body: { model, target }, signal })).json();
+export const allocation = async (body, signal) => (await send("/v1/allocations", { method: "POST", body, signal })).json();
 
 export const make = async (request) => (await send("/v1/checkpoints", { method: "POST", body: request })).json();
 

@@ -1,10 +1,10 @@
 // The allocation as one column a layer: what stays, on what there was.
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 600;
-const HEIGHT = 220;
-const LEFT = 56;
+const TOP = 10;
+const LEFT = 52;
 const BOTTOM = 22;
+const LABEL = 28; // Room for a layer's number.
 
 function add(parent, name, attributes, text) {
   const element = document.createElementNS(SVG, name);
@@ -14,24 +14,26 @@ function add(parent, name, attributes, text) {
   return element;
 }
 
+// In the page's own pixels, so that labels are as large on a phone as elsewhere.
 export function draw(svg, widths, neurons) {
+  const { width: wide, height: high } = svg.getBoundingClientRect();
   svg.replaceChildren();
-  svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`);
-  const tall = HEIGHT - BOTTOM - 8;
-  const step = (WIDTH - LEFT) / widths.length;
-  const every = Math.ceil(widths.length / 20);
+  svg.setAttribute("viewBox", `0 0 ${wide} ${high}`);
+  const tall = high - BOTTOM - TOP;
+  const step = (wide - LEFT) / widths.length;
+  const every = Math.ceil(LABEL / step);
   for (const share of [0, 0.5, 1]) {
-    add(svg, "text", { x: LEFT - 6, y: 12 + (1 - share) * tall, "text-anchor": "end" }, Math.round(share * neurons));
+    add(svg, "text", { x: LEFT - 6, y: TOP + 4 + (1 - share) * tall, "text-anchor": "end" }, Math.round(share * neurons));
   }
   widths.forEach((width, layer) => {
     const x = LEFT + layer * step + step * 0.1;
     const height = (tall * width) / neurons;
     const column = add(svg, "g", {});
     add(column, "title", {}, `layer ${layer}: ${width} of ${neurons} neurons`);
-    add(column, "rect", { class: "whole", x, y: 8, width: step * 0.8, height: tall, rx: 2 });
-    add(column, "rect", { class: "kept", x, y: 8 + tall - height, width: step * 0.8, height, rx: 2 });
+    add(column, "rect", { class: "whole", x, y: TOP, width: step * 0.8, height: tall, rx: 2 });
+    add(column, "rect", { class: "kept", x, y: TOP + tall - height, width: step * 0.8, height, rx: 2 });
     if (layer % every === 0) {
-      add(svg, "text", { x: x + step * 0.4, y: HEIGHT - 6, "text-anchor": "middle" }, layer);
+      add(svg, "text", { x: x + step * 0.4, y: high - 6, "text-anchor": "middle" }, layer);
     }
   });
 }

@@ -55,7 +55,8 @@ async function ask() {
   $("asked").value = asked(wanted);
   $("slider").setAttribute("aria-valuetext", asked(wanted));
   try {
-    answer = { ...(await api.allocation(model().name, wanted, asking.signal)), target: wanted };
+    const question = { model: model().name, target: wanted, recovery: $("recovery").value };
+    answer = { ...(await api.allocation(question, asking.signal)), target: wanted };
     show();
     complain();
     $("ask").ariaBusy = "false";
@@ -73,10 +74,7 @@ function show() {
   $("accuracy").textContent = expected
     ? `${percent(expected.value)} (${percent(expected.low)} to ${percent(expected.high)})`
     : "not measured here";
-  $("source").textContent = dense.accuracy
-    ? `Expected accuracy: ${dense.accuracy.source}, ${dense.accuracy.samples} questions, with the 95% interval; ` +
-      "interpolated between measured sizes."
-    : "";
+  $("source").textContent = expected ? measured(dense.accuracy.find((curve) => curve.recovery === expected.recovery)) : "";
   $("share").style.width = percent(answer.bytes / dense.bytes);
   $("share-text").textContent = `${percent(answer.bytes / dense.bytes)} of the dense model's bytes, vision tower included`;
   draw($("chart"), answer.widths, dense.neurons);
@@ -91,6 +89,11 @@ function show() {
     }),
   );
   $("make-button").disabled = false;
+}
+
+function measured({ source, samples, recovery }) {
+  const how = recovery === "none" ? "without recovery" : `with recovery ${recovery}`;
+  return `Expected accuracy: ${source}, ${how}; ${samples} questions, 95% interval, interpolated between measured sizes.`;
 }
 
 function choices(select, names) {
@@ -179,6 +182,7 @@ async function start() {
 
 $("model").addEventListener("change", choose);
 $("slider").addEventListener("input", ask);
+$("recovery").addEventListener("change", ask);
 for (const radio of document.querySelectorAll("input[name=kind]")) radio.addEventListener("change", ask);
 $("make").addEventListener("submit", make);
 $("key-form").addEventListener("submit", (event) => {
@@ -187,8 +191,15 @@ $("key-form").addEventListener("submit", (event) => {
   start();
 });
 $("copy").addEventListener("click", async () => {
-  await navigator.clipboard.writeText($("snippet").textContent);
-  $("copied").textContent = "Copied";
+  try {
+    await navigator.clipboard.writeText($("snippet").textContent);
+    $("copied").textContent = "Copied";
+  } catch {
+    // Over plain HTTP from another machine a page may not write to the clipboard.
+    getSelection().selectAllChildren($("snippet"));
+    $("copied").textContent = "Selected: copy it with the keyboard";
+  }
 });
+new ResizeObserver(() => answer && draw($("chart"), answer.widths, model().neurons)).observe($("chart"));
 
 start();

@@ -123,7 +123,9 @@ def models() -> dict[str, ServedModel]:
 def start(tmp_path: Path, models: dict[str, ServedModel]) -> Iterator[Start]:
     """Starts a service with other settings; on the storage of the test, unless told otherwise."""
     with ExitStack() as stack:
-        yield lambda **changes: stack.enter_context(serving(changes.pop("storage", tmp_path / "s"), models, **changes))
+        yield lambda **changes: stack.enter_context(
+            serving(changes.pop("storage", tmp_path / "s"), changes.pop("models", models), **changes)
+        )
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,7 @@
 
 import http.client
 import json
-import subprocess
-import sys
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +12,12 @@ import torch
 
 import lop
 from lop.checkpoint import verify
-from lop.models import assets
+from lop.cli import main
+from lop.fingerprint import fingerprint_file
+from lop.intervals import Interval
+from lop.models import assets, fingerprint_model
 from lop.size import model_size, read_tensors
+from serve import schemas
 from serve.catalogue import ServedModel, load_catalogue
 from serve.jobs import Job
 from serve.settings import ServiceSettings
@@ -26,12 +29,13 @@ def test_models_are_described(service: Service) -> None:
     size = model_size(read_tensors(assets() / "model"))
     assert (model["layers"], model["parameters"], model["bytes"]) == (size.layers, size.parameters, size.bytes)
     assert model["targets"]["parameters"]["largest"] == size.parameters
-    assert model["accuracy"]["points"]
+    assert model["accuracy"]
+    assert all(curve["points"] for curve in model["accuracy"])
 
 
-def test_an_allocation_is_what_the_command_line_predicts(service: Service) -> None:
-    command = [sys.executable, "-m", "lop.cli", "predict", "--target", "0.37", "--json"]
-    expected = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+def test_an_allocation_is_what_the_command_line_predicts(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", "--target", "0.37", "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
     answer = service.ask("POST", "/v1/allocations", {"model": "tiny", "target": {"ratio": 0.37}}).json
     expected_accuracy = answer.pop("expected_accuracy")
     assert answer == {"model": "tiny", **expected}
@@ -79,9 +83,7 @@ def test_a_checkpoint_is_made_once_and_downloads_in_parts(start: Start, tmp_path
 
 def test_the_checkpoint_is_what_lop_prune_writes(service: Service, tmp_path: Path) -> None:
     folder = lop.Client(service.url).get("tiny", ratio=0.25, recovery="none", out=tmp_path / "served")
-    command = [sys.executable, "-m", "lop.cli", "prune", "--target", "0.25", "--recovery", "none"]
-    command += ["--out", tmp_path / "pruned"]
-    subprocess.run(command, check=True, capture_output=True)
+    assert main(["prune", "--target", "0.25", "--recovery", "none", "--out", str(tmp_path / "pruned")]) == 0
     names = sorted(file.name for file in folder.iterdir())
     assert names == sorted(file.name for file in (tmp_path / "pruned").iterdir())
     for name in names:
@@ -242,48 +244,79 @@ def test_requests_are_logged_as_json_without_secrets(start: Start, caplog: pytes
     with caplog.at_level("INFO", "ray.serve"):
         answer = service.ask("GET", "/v1/models?x=1", headers={"Authorization": "Bearer secret-" + "a" * 16})
         service.ask("GET", "/v1/models", headers={"Authorization": "Bearer wrong-" + "a" * 16})
-        while len(caplog.messages) < 2:  # The second line is written once its answer is sent.
+        while len(caplog.records) < 2:  # The second line is written once its answer is sent.
             time.sleep(0.01)
-    lines = [json.loads(line) for line in caplog.messages]
-    assert [(line["method"], line["path"], line["status"]) for line in lines] == [
+    fields = [vars(record) for record in caplog.records]
+    assert [(line["method"], line["path"], line["status"]) for line in fields] == [
         ("GET", "/v1/models", 200),
         ("GET", "/v1/models", 401),
     ]
-    assert lines[0]["request"] == answer.headers["x-request-id"]
-    assert "secret" not in caplog.text
-    assert "wrong" not in caplog.text
+    assert fields[0]["request"] == answer.headers["x-request-id"]
+    assert "secret" not in str(fields)
+    assert "wrong" not in str(fields)
 
 
-def test_expected_accuracy_comes_from_the_comparison_where_there_is_one(tmp_path: Path) -> None:
-    import shutil
-
-    from lop.fingerprint import fingerprint_file
-    from lop.intervals import Interval
-    from lop.models import fingerprint_model
-
+def test_expected_accuracy_comes_from_the_comparison_where_there_is_one(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(assets() / "run", run)
     made_from = {
         "predictor": fingerprint_file(run / "predictor" / "predictor.json"),
         "model": fingerprint_model(assets() / "model"),
     }
-    points = {("dense", 0.0): 0.9, ("lop-predictor", 0.5): 0.7, ("flap", 0.5): 0.1}
-    averages = [
-        {"method": method, "target": target, "accuracy": {"value": value, "low": value - 0.1, "high": value + 0.1}}
-        for (method, target), value in points.items()
-    ]
-    results = {"fingerprints": made_from, "averages": averages, "rows": [{"method": "dense", "total": 40}]}
-    (run / "results.json").write_text(json.dumps(results))
-    settings = ServiceSettings(storage=tmp_path, models={"tiny": {"run": run}})
-    curve = load_catalogue(settings)["tiny"].curve
-    assert curve is not None
-    assert curve.samples == 40
-    assert curve.at(0.25) == pytest.approx(Interval(0.8, 0.7, 0.9)) or curve.at(0.25).value == pytest.approx(0.8)
-    assert curve.at(0.6) is None
+
+    def measured(method: str, target: float, value: float, **more: str) -> dict[str, object]:
+        return {"method": method, "target": target, "accuracy": vars(Interval(value, value - 0.1, value + 0.1)), **more}
+
+    results = {
+        "fingerprints": made_from,
+        "averages": [measured("dense", 0, 0.9), measured("lop-predictor", 0.5, 0.7), measured("flap", 0.5, 0.1)],
+        "rows": [{"method": "dense", "total": 40}],
+        "recoveries": [
+            measured("lop-predictor", 0.5, 0.7, recovery="none"),
+            measured("lop-predictor", 0.5, 0.8, recovery="refit"),
+            measured("flap", 0.5, 0.1, recovery="refit"),
+        ],
+    }
+
+    def catalogue(results: dict[str, object]) -> dict[str, ServedModel]:
+        (run / "results.json").write_text(json.dumps(results))
+        return load_catalogue(ServiceSettings(storage=tmp_path, models={"tiny": {"run": run}}))
+
+    service = start(models=catalogue(results))
+
+    def expected(ratio: float, **asked: str) -> dict[str, object]:
+        answer = service.ask("POST", "/v1/allocations", {"model": "tiny", "target": {"ratio": ratio}, **asked}).json
+        return dict(answer["expected_accuracy"] or {})
+
+    refitted = expected(0.25, recovery="refit")
+    assert refitted.pop("recovery") == "refit"
+    assert refitted == pytest.approx({"value": 0.85, "low": 0.75, "high": 0.95}, abs=1e-3)
+    assert expected(0.25) == refitted | {"recovery": "refit"}
+    assert expected(0.25, recovery="none")["value"] == pytest.approx(0.8, abs=1e-3)
+    # What was not measured is not made up: neither a recovery nor a size.
+    assert expected(0.25, recovery="bias")["recovery"] == "none"
+    assert expected(0.6) == {}
+    without = catalogue({name: value for name, value in results.items() if name != "recoveries"})["tiny"]
+    assert without.curve("refit").at(0.5).value == pytest.approx(0.7)  # type: ignore[union-attr]
     # Of another predictor: not shown.
-    (run / "results.json").write_text(json.dumps(results | {"fingerprints": {**made_from, "predictor": "other"}}))
-    other = load_catalogue(settings)["tiny"].curve
-    assert other is None or other.source != curve.source
+    other = catalogue(results | {"fingerprints": {**made_from, "predictor": "other"}})["tiny"].curve("refit")
+    assert other is None or other.samples != 40
+
+
+def test_every_body_in_the_api_document_has_a_valid_example(service: Service) -> None:
+    document = service.ask("GET", "/openapi.json").json
+    named = {
+        body["schema"]["$ref"].rpartition("/")[2]
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        for part in (operation.get("requestBody", {}), *operation["responses"].values())
+        for body in part.get("content", {}).values()
+        if "$ref" in body.get("schema", {})
+    }
+    assert {"AllocationRequest", "CheckpointRequest", "Allocation", "Checkpoint", "Problem"} <= named
+    for name in named:
+        for example in document["components"]["schemas"][name]["examples"]:
+            getattr(schemas, name).model_validate(example)
 
 
 def test_a_damaged_download_is_told(service: Service, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import importlib
 import json
 import os
 import signal
@@ -15,13 +16,16 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.serve.schema import ServeDeploySchema
+from ray.serve import Application
+from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
 import lop
 from lop.checkpoint import verify
 from lop.cli import main
+from serve.app import ApiDeployment, PredictorDeployment, PrunerDeployment
+from serve.settings import ServiceSettings
 
-_CONFIG = Path(__file__).parents[2] / "serve" / "config.yaml"
+_ROOT = Path(__file__).parents[2]
 
 
 class Running:
@@ -35,7 +39,13 @@ class Running:
         command = [sys.executable, "-m", "lop.cli", "serve", "--storage", storage, "--port", str(self.port), *options]
         environment = {**os.environ, "RAY_enable_worker_prestart": "0"}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            # Tests may run in the background of a shell, which has its jobs ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert self.process.stdout
         first_line = self.process.stdout.readline()
@@ -81,12 +91,13 @@ def states(storage: Path) -> dict[str, str]:
     return {path.stem: json.loads(path.read_text())["state"] for path in (storage / "jobs").glob("*.json")}
 
 
+@pytest.mark.timeout(900)  # Two starts of Ray and Serve, which on a busy machine take minutes.
 def test_exports_outlive_their_replica_and_the_whole_service(storage: Path) -> None:
     accepted: dict[str, list[int]] = {}
     service = Running(storage)
     try:
-        for number in range(4):
-            made = service.client.make("tiny", ratio=0.1 + 0.2 * number)
+        for ratio in (0.1, 0.3):
+            made = service.client.make("tiny", ratio=ratio)
             accepted[made["id"]] = made["allocation"]["widths"]
         (pruner,) = service.pids("ServeReplica:lop:pruner")
         until(lambda: "running" in states(storage).values())
@@ -94,14 +105,14 @@ def test_exports_outlive_their_replica_and_the_whole_service(storage: Path) -> N
         until(lambda: list(states(storage).values()).count("complete") >= 1)
         (another,) = until(lambda: service.pids("ServeReplica:lop:pruner"))
         assert another != pruner
-        for number in range(2):
-            made = service.client.make("tiny", ratio=0.25 + 0.2 * number)
-            accepted[made["id"]] = made["allocation"]["widths"]
+        made = service.client.make("tiny", ratio=0.5)
+        accepted[made["id"]] = made["allocation"]["widths"]
         until(lambda: "running" in states(storage).values())
     finally:
         service.kill()
     assert set(states(storage)) == set(accepted)
     assert {"queued", "running"} & set(states(storage).values())
+    assert list((storage / "scratch").iterdir()) != []
     service = Running(storage)
     try:
         until(lambda: set(states(storage).values()) == {"complete"})
@@ -110,23 +121,33 @@ def test_exports_outlive_their_replica_and_the_whole_service(storage: Path) -> N
         for each in listed:
             assert verify(Path(each["path"]))["widths"] == accepted[each["id"]] == each["allocation"]["widths"]
         assert {folder.name for folder in (storage / "checkpoints").iterdir()} == set(accepted)
+        assert until(lambda: not list((storage / "scratch").iterdir()))
         _equals_what_lop_prune_writes(storage, listed[0])
         _everything_answers(service)
-        service.process.send_signal(signal.SIGTERM)
-        assert service.process.wait(timeout=120) == 130
+        _stops_in_the_middle_of_an_export(service)
     finally:
         service.kill()
 
 
 def _equals_what_lop_prune_writes(storage: Path, checkpoint: dict[str, Any]) -> None:
     out = storage.parent / "pruned"
-    command = [sys.executable, "-m", "lop.cli", "prune", "--target", str(checkpoint["target"]["ratio"]), "--out", out]
-    subprocess.run(command, check=True, capture_output=True)
+    assert main(["prune", "--target", str(checkpoint["target"]["ratio"]), "--out", str(out)]) == 0
     assert checkpoint["recovery"] == "refit"
     names = {file.name for file in out.iterdir()}
     assert names == {file.name for file in Path(checkpoint["path"]).iterdir()}
     for name in names:
         assert (out / name).read_bytes() == (Path(checkpoint["path"]) / name).read_bytes(), name
+
+
+def _stops_in_the_middle_of_an_export(service: Running) -> None:
+    """Ctrl-C, which a terminal sends to all processes of the command, leaves none of them."""
+    id = service.client.make("tiny", ratio=0.6)["id"]
+    until(lambda: states(service.storage)[id] == "running")
+    started = service.pids()
+    os.killpg(service.process.pid, signal.SIGINT)
+    assert service.process.wait(timeout=120) == 130
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    assert states(service.storage)[id] != "failed"
 
 
 def _everything_answers(service: Running) -> None:
@@ -172,17 +193,33 @@ def test_wrong_settings_are_refused_by_one_line(
     assert "70000" in refused("--port", "70000")
     assert "API keys" in refused("--host", "0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert "in use" in refused("--port", str(taken.getsockname()[1]))
+        port = str(taken.getsockname()[1])
+        assert "in use" in refused("--port", port)
+    assert str(short) in refused("--port", port, "--storage", str(short))
+    assert "nothing" in refused("--port", port, "--set", "models={a: {config: nothing}}")
 
 
-def test_the_config_names_what_there_is() -> None:
-    config = ServeDeploySchema.model_validate(yaml.safe_load(_CONFIG.read_text()))
+def _configs() -> dict[str, Any]:
+    service = next(yaml.safe_load_all((_ROOT / "kuberay" / "serve.yaml").read_text()))
+    return {
+        "config.yaml": yaml.safe_load((_ROOT / "serve" / "config.yaml").read_text()),
+        "kuberay": yaml.safe_load(service["spec"]["serveConfigV2"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "kuberay"])
+def test_a_config_passes_rays_schema_and_builds_the_application(name: str, tmp_path: Path) -> None:
+    config = ServeDeploySchema.model_validate(_configs()[name])
     (application,) = config.applications
-    from serve.app import ApiDeployment, PredictorDeployment, PrunerDeployment
-    from serve.settings import ServiceSettings
-
     settings = ServiceSettings.model_validate(application.args)
-    assert config.http_options.host == "127.0.0.1"
-    assert "tiny" in settings.models
+    assert settings.storage.is_absolute()
+    module, _, builder = application.import_path.partition(":")
+    built = getattr(importlib.import_module(module), builder)(settings.model_copy(update={"storage": tmp_path}))
+    assert isinstance(built, Application)
     deployed = {each.name for each in (ApiDeployment, PredictorDeployment, PrunerDeployment)}
-    assert {each.name for each in application.deployments} == deployed
+    # Ray takes a misspelt name for a deployment, or a setting of one, without a word until it is deployed.
+    assert {each.name for each in application.deployments} <= deployed
+    known = set(DeploymentSchema.model_fields)
+    assert all(set(each) <= known for each in _configs()[name]["applications"][0].get("deployments", ()))
+    # Only with keys, which a cluster's secret brings, on other addresses than this machine's own.
+    assert (config.http_options.host == "127.0.0.1") == (name == "config.yaml")

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 
 import lop
+from lop.cli import main
 from tests.serve.conftest import Service, Start
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -74,8 +73,10 @@ def test_from_the_slider_to_the_same_logits_as_lop_prune(
     assert widths == expected["widths"]
     assert ratio == pytest.approx(expected["ratio"], abs=6e-4)
     assert page.locator("#chart .kept").count() == len(widths)
-    assert page.text_content("#accuracy")
+    assert "%" in page.text_content("#accuracy")
     page.select_option("#recovery", "none")
+    settle(page)
+    assert "without recovery" in page.text_content("#source")
     page.click("#make-button")
     page.wait_for_selector("#done:not([hidden])")
     picture(page, "page.png")
@@ -84,8 +85,8 @@ def test_from_the_slider_to_the_same_logits_as_lop_prune(
         with page.expect_download() as download:
             link.click()
         download.value.save_as(folder / download.value.suggested_filename)
-    command = [sys.executable, "-m", "lop.cli", "prune", "--target", str(asked["target"]["ratio"])]
-    subprocess.run([*command, "--recovery", "none", "--out", tmp_path / "pruned"], check=True, capture_output=True)
+    target = str(asked["target"]["ratio"])
+    assert main(["prune", "--target", target, "--recovery", "none", "--out", str(tmp_path / "pruned")]) == 0
     tokens = torch.arange(5, 25)[None]
     with torch.inference_mode():
         ours, theirs = (lop.load(path)(input_ids=tokens).logits for path in (folder, tmp_path / "pruned"))

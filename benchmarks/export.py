@@ -1,10 +1,10 @@
 """Memory and time of exporting a 7B-shaped checkpoint: `python benchmarks/export.py [--gb N]`.
 
-Makes a dense checkpoint of random bfloat16 weights in the shape of Qwen2.5-VL-7B (`--gb` below 16: the same with fewer
-layers), exports it with uneven widths in a process of its own, and copies as many bytes as the export wrote with `cp`.
-Both begin with the page cache rid of their input and end when the bytes are on the disk. Rounds alternate, so that both
-meet the same disk. The last line is JSON: `peak_rss_gib` (the largest of all exports) and `time_over_cp` (the ratio of
-the medians).
+Makes a dense checkpoint of random bfloat16 weights in the shape of Qwen2.5-VL-7B (`--gb` below 16: the same matrices
+with fewer layers and words), exports it with uneven widths in a process of its own, and copies as many bytes as the
+export wrote with `cp`. Both begin with the page cache rid of their input and end when the bytes are on the disk. Rounds
+alternate, so that both meet the same disk. The last line is JSON: `peak_rss_gib` (the largest of all exports) and
+`time_over_cp` (the ratio of the medians).
 """
 
 import argparse
@@ -103,16 +103,16 @@ def export_once(source: Path, out: Path, target: float, kind: Any) -> dict[str, 
 
 def make_checkpoint(folder: Path, gb: float) -> int:
     """Writes a checkpoint of random weights of about `gb` · 10⁹ bytes; returns its tensors' bytes."""
-    layer = 2 * sum(int(np.prod(shape)) for shape in layer_shapes(0).values())
-    fixed = 2 * sum(int(np.prod(shape)) for shape in fixed_shapes().values())
-    layers = LAYERS if gb >= 16 else max(round((gb * 1e9 - fixed) / layer), 1)
-    shapes = fixed_shapes()
+    share = min(gb / 16, 1)
+    layers = max(round(LAYERS * share), 1)
+    vocabulary, vision_layers = round(VOCABULARY * share), max(round(VISION_LAYERS * share), 1)
+    shapes = fixed_shapes(vocabulary, vision_layers)
     for index in range(layers):
         shapes |= layer_shapes(index)
     folder.mkdir()
     weight_map = write_shards(folder, shapes)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    write_json(folder / "config.json", config(layers))
+    write_json(folder / "config.json", config(layers, vocabulary, vision_layers))
     return 2 * sum(int(np.prod(shape)) for shape in shapes.values())
 
 
@@ -137,12 +137,12 @@ def layer_shapes(layer: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def fixed_shapes() -> dict[str, tuple[int, ...]]:
+def fixed_shapes(vocabulary: int, vision_layers: int) -> dict[str, tuple[int, ...]]:
     """Embeddings, head and vision tower."""
     shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.embed_tokens.weight": (vocabulary, HIDDEN),
         "model.norm.weight": (HIDDEN,),
-        "lm_head.weight": (VOCABULARY, HIDDEN),
+        "lm_head.weight": (vocabulary, HIDDEN),
         "visual.patch_embed.proj.weight": (VISION, 3, 2, 14, 14),
         "visual.merger.ln_q.weight": (VISION,),
         "visual.merger.mlp.0.weight": (4 * VISION, 4 * VISION),
@@ -150,7 +150,7 @@ def fixed_shapes() -> dict[str, tuple[int, ...]]:
         "visual.merger.mlp.2.weight": (HIDDEN, 4 * VISION),
         "visual.merger.mlp.2.bias": (HIDDEN,),
     }
-    for block in range(VISION_LAYERS):
+    for block in range(vision_layers):
         parts = {
             "norm1.weight": (VISION,),
             "norm2.weight": (VISION,),
@@ -203,8 +203,8 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], noise: memoryvie
             file.write(noise[: end - start])
 
 
-def config(layers: int) -> dict[str, Any]:
-    """The published config of the 7B, flat as it is there, with this many layers."""
+def config(layers: int, vocabulary: int, vision_layers: int) -> dict[str, Any]:
+    """The published config of the 7B, flat as it is there, with this many layers and words."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "attention_dropout": 0.0,
@@ -234,7 +234,7 @@ def config(layers: int) -> dict[str, Any]:
         "use_cache": True,
         "use_sliding_window": False,
         "vision_config": {
-            "depth": VISION_LAYERS,
+            "depth": vision_layers,
             "hidden_act": "silu",
             "hidden_size": VISION,
             "intermediate_size": VISION_NEURONS,
@@ -250,7 +250,7 @@ def config(layers: int) -> dict[str, Any]:
             "temporal_patch_size": 2,
         },
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
     }
 
 

@@ -94,13 +94,22 @@ def verify(folder: Path) -> dict[str, Any]:
         LopError: there is no manifest, or a file is missing or changed; names the file.
     """
     manifest = read_manifest(folder)
-    for name, expected in manifest["sha256"].items():
+    check_hashes(folder, manifest["sha256"])
+    return manifest
+
+
+def check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Holds files against their SHA-256.
+
+    Raises:
+        LopError: one is missing or changed; names the file.
+    """
+    for name, expected in hashes.items():
         if not (folder / name).is_file():
             raise LopError(f"{folder} is damaged: {name} is missing")
         with (folder / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise LopError(f"{folder} is damaged: {name} is not what was written (SHA-256 differs)")
-    return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -64,13 +64,18 @@ class Average:
 
 @dataclass(frozen=True)
 class Recovered:
-    """One method's allocation at one target with a recovery: the mean over forms, and the paired difference to none."""
+    """One method's allocation at one target with a recovery.
+
+    Attributes:
+        accuracy: the mean over forms.
+        differences: to each recovery that stands before it in the config, paired on the same questions.
+    """
 
     method: str
     target: float
     recovery: Recovery
     accuracy: Interval
-    difference: Interval
+    differences: Mapping[Recovery, Interval]
 
 
 @dataclass(frozen=True)
@@ -107,17 +112,19 @@ class Comparison:
     def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
         """The inverse of `as_dict`."""
 
-        def intervals(values: dict[str, Any]) -> dict[str, Any]:
-            return values | {name: Interval(**values[name]) for name in ("accuracy", "difference")}
-
         def average(values: dict[str, Any]) -> Average:
-            return Average(**{**intervals(values), "widths": tuple(values["widths"])})
+            intervals = {name: Interval(**values[name]) for name in ("accuracy", "difference")}
+            return Average(**{**values, **intervals, "widths": tuple(values["widths"])})
+
+        def recovered(values: dict[str, Any]) -> Recovered:
+            differences = {name: Interval(**value) for name, value in values["differences"].items()}
+            return Recovered(**{**values, "accuracy": Interval(**values["accuracy"]), "differences": differences})
 
         return cls(
             fingerprints=data["fingerprints"],
             rows=tuple(Row(**row) for row in data["rows"]),
             averages=tuple(average(values) for values in data["averages"]),
-            recoveries=tuple(Recovered(**intervals(values)) for values in data["recoveries"]),
+            recoveries=tuple(map(recovered, data["recoveries"])),
             seconds=tuple(Seconds(**values) for values in data["seconds"]),
         )
 
@@ -133,7 +140,7 @@ class _Choice:
 
 
 def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
-    """Evaluates every method at every target of the config.
+    """Evaluates every method at every target of the config, and with every recovery at those meant for it.
 
     Raises:
         LopError: the search or the training has not been run, or a target was not searched.
@@ -154,31 +161,38 @@ def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
     apply: dict[str, list[float]] = {name: [] for name in choose}
     recovered: dict[tuple[str, float, Recovery], np.ndarray] = {}
     known: dict[tuple[bytes, Allocation, Recovery], np.ndarray] = {}
-    pairs = [(name, target) for target in config.compare.targets for name in choose]
+
+    def scored(rows: np.ndarray, allocation: Allocation, recovery: Recovery) -> np.ndarray:
+        # LOP's search and predictor often choose the same.
+        key = (rows.tobytes(), allocation, recovery)
+        if key not in known:
+            recover(allocation, recovery)
+            known[key] = evaluator.scores().correct
+        return known[key]
+
+    targets, recoveries = config.compare.targets, config.compare.recoveries
+    recovery_targets = config.compare.recovery_targets if recoveries else ()
+    pairs = [(name, target) for target in dict.fromkeys((*targets, *recovery_targets)) for name in choose]
     for name, target in tqdm(pairs, desc="compare", unit="method", disable=not progress):
         choice = choose[name](run.space.budget(target))
         rows = order(choice.scores)
         start = time.perf_counter()
         elastic.sort(rows)
-        recover(choice.allocation, choice.recovery)
-        apply[name].append(time.perf_counter() - start)
-        # As each method was published, then with every recovery alike.
-        for recovery in dict.fromkeys((choice.recovery, *config.compare.recoveries)):
-            # LOP's search and predictor often choose the same.
-            key = (rows.tobytes(), choice.allocation, recovery)
-            if key not in known:
-                recover(choice.allocation, recovery)
-                known[key] = evaluator.scores().correct
-            recovered[name, target, recovery] = known[key]
+        if target in targets:
+            recover(choice.allocation, choice.recovery)
+            apply[name].append(time.perf_counter() - start)
+            allocate[name].append(choice.seconds)
+            hits[name, target] = scored(rows, choice.allocation, choice.recovery)
+            widths[name, target] = choice.allocation.widths
+        if target in recovery_targets:
+            for recovery in recoveries:
+                recovered[name, target, recovery] = scored(rows, choice.allocation, recovery)
         elastic.restore()
-        allocate[name].append(choice.seconds)
-        hits[name, target] = recovered[name, target, choice.recovery]
-        widths[name, target] = choice.allocation.widths
     return Comparison(
         fingerprints=comparison_fingerprints(run),
         rows=tuple(row for (name, target), correct in hits.items() for row in _rows(run, name, target, correct)),
         averages=tuple(_averages(run.samples.test, hits, widths)),
-        recoveries=tuple(_recoveries(run.samples.test, recovered)) if config.compare.recoveries else (),
+        recoveries=tuple(_recoveries(run.samples.test, recovered)),
         seconds=tuple(
             Seconds(
                 name,
@@ -218,7 +232,10 @@ def _choosers(run: Run) -> dict[str, Callable[[int], _Choice]]:
 
     def searched(budget: int) -> _Choice:
         if budget not in found:
-            raise LopError(f"compare.targets: {run.space.ratio(budget):.4g} is not one of the search's targets")
+            raise LopError(
+                f"the search has no target {run.space.ratio(budget):.4g}: "
+                "name those that it has in compare.targets and compare.recovery_targets"
+            )
         return _Choice(found[budget].best, scores, "none", search_seconds)
 
     def predicted(budget: int) -> _Choice:
@@ -271,10 +288,13 @@ def _recoveries(
     samples: Sequence[Sample], hits: Mapping[tuple[str, float, Recovery], np.ndarray]
 ) -> Iterator[Recovered]:
     interval = _bootstrap(samples)
+    earlier: dict[tuple[str, float], dict[Recovery, np.ndarray]] = {}
     for (method, target, recovery), correct in hits.items():
-        plain = hits.get((method, target, "none"), correct)
-        difference = interval(correct.astype(np.int64) - plain.astype(np.int64))
-        yield Recovered(method, target, recovery, interval(correct), difference)
+        others = earlier.setdefault((method, target), {})
+        number = correct.astype(np.int64)
+        differences = {other: interval(number - value) for other, value in others.items()}
+        others[recovery] = number
+        yield Recovered(method, target, recovery, interval(correct), differences)
 
 
 def _bootstrap(samples: Sequence[Sample]) -> Callable[[np.ndarray], Interval]:

@@ -116,9 +116,13 @@ class TrainSettings(_Settings):
 
 
 class CompareSettings(_Settings):
-    """What `lop compare` reports."""
+    """What `lop compare` reports: every method as published at `targets`, and with each recovery at others.
+
+    All of these targets must have been searched. Without `recoveries` there is no table of them.
+    """
 
     targets: tuple[Ratio, ...] = (0.2, 0.3, 0.5)
+    recovery_targets: tuple[Ratio, ...] = (0.5, 0.6)
     recoveries: tuple[Recovery, ...] = ("none", "bias", "refit")
 
 

@@ -46,11 +46,13 @@ class Evaluate:
     cache: Path | None = None
 
 
-def manifest() -> "ModelManifest":
-    """What lmms-eval asks of a plugin: the model's name and where its class is."""
+def manifest() -> "list[ModelManifest]":
+    """What lmms-eval asks of a plugin: the models' names and where their classes are."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="lop", simple_class_path="lop.lmms.LopQwenVL")
+    own = ModelManifest(model_id="lop", simple_class_path="lop.lmms.LopQwenVL")
+    theirs = "lop.lmms_qwen.LopQwen2_5_VL"
+    return [own, ModelManifest("lop_qwen2_5_vl", simple_class_path=theirs, chat_class_path=f"{theirs}Chat")]
 
 
 def tasks_folder() -> Path:

@@ -9,7 +9,7 @@ from rich.bar import Bar
 from rich.console import Console, Group
 from rich.table import Table
 
-from lop.checkpoint import MANIFEST, read_manifest, verify
+from lop.checkpoint import MANIFEST, check_hashes, read_manifest
 from lop.errors import LopError
 from lop.files import read_json
 from lop.size import down_projections, read_tensors
@@ -66,7 +66,7 @@ def inspect(folder: Path) -> Inspection:
     has_manifest = (folder / MANIFEST).exists()
     manifest = read_manifest(folder) if has_manifest else {}
     hashes = manifest.pop("sha256", {})
-    damage = _damage(folder) if has_manifest else ""
+    damage = _damage(folder, hashes)
     text = config.get("text_config", config)
     pruned = "per_layer_config" in text
     kind = manifest.get("format", "hf" if pruned else "dense")
@@ -112,9 +112,9 @@ def print_inspection(found: Inspection) -> None:
     Console().print(Group(facts, "", chart))
 
 
-def _damage(folder: Path) -> str:
+def _damage(folder: Path, hashes: Mapping[str, str]) -> str:
     try:
-        verify(folder)
+        check_hashes(folder, hashes)
     except LopError as error:
         return str(error)
     return ""

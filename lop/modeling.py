@@ -21,11 +21,11 @@ class LopQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     def __init__(self, config: Qwen2_5_VLConfig) -> None:
         # transformers builds equal layers and refuses to read a width that differs between them,
         # so build the equal model first, then put the true FFNs in place, before any weight is loaded.
+        _unnest(config)
         plain = copy.deepcopy(config)
         text = _text(plain)
-        widths = _widths(text)
-        if not isinstance(text, dict):
-            text.per_layer_config = None
+        widths, has_bias = _widths(text), getattr(text, "down_proj_bias", False)
+        text.per_layer_config = None
         super().__init__(plain)
         backbone: Any = getattr(self.model, "language_model", self.model)
         ffn_config = copy.deepcopy(backbone.config)
@@ -33,7 +33,7 @@ class LopQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             if widths.get(layer, module.mlp.intermediate_size) != module.mlp.intermediate_size:
                 ffn_config.intermediate_size = widths[layer]
                 module.mlp = Qwen2MLP(ffn_config)
-            if _read(text, "down_proj_bias"):
+            if has_bias:
                 module.mlp.down_proj = nn.Linear(module.mlp.intermediate_size, ffn_config.hidden_size, bias=True)
         # Chosen on the copy. Without it attention runs, but with no mask: batches with padding come out wrong.
         config._attn_implementation = plain._attn_implementation
@@ -42,20 +42,26 @@ class LopQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             backbone.config = config.text_config
 
 
+def _unnest(config: Qwen2_5_VLConfig) -> None:
+    """Where the flat config is the language backbone's, puts there what the file has in a `text_config` beside it.
+
+    transformers up to 4.51 keeps the latter as a plain dictionary, and then takes it for a config object.
+    """
+    nested = getattr(config, "text_config", None)
+    if isinstance(nested, dict):
+        for name in {"per_layer_config", "down_proj_bias"} & nested.keys():
+            setattr(config, name, nested[name])
+        del config.text_config
+
+
 def _text(config: Qwen2_5_VLConfig):  # type: ignore[no-untyped-def]
-    """The language backbone's config; up to transformers 4.51 a dictionary beside the flat config that counts there."""
-    return getattr(config, "text_config", None) or {}
-
-
-def _read(text, name: str):  # type: ignore[no-untyped-def]
-    return text.get(name) if isinstance(text, dict) else getattr(text, name, None)
+    """The language backbone's config."""
+    return getattr(config, "text_config", None) or config
 
 
 def _widths(text) -> dict[int, int]:  # type: ignore[no-untyped-def]
     """The width of each layer that has one of its own."""
-    layers = _read(text, "per_layer_config")
-    if layers is None:
-        return {}
+    layers = getattr(text, "per_layer_config", None) or {}
     if isinstance(layers, dict):
         return {int(layer): entry["intermediate_size"] for layer, entry in layers.items()}
     return {layer: entry.intermediate_size for layer, entry in enumerate(layers)}

@@ -10,6 +10,7 @@ from rich.table import Table
 from lop.compare import METHODS, Average, Comparison, Recovered, Seconds, compare_stage, comparison_fingerprints
 from lop.errors import LopError
 from lop.files import atomic_file, read_json, write_json
+from lop.intervals import Interval
 from lop.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run import Run
 from lop.samples import FORMS
@@ -108,10 +109,7 @@ def _average_table(comparison: Comparison) -> str:
             average.method,
             f"{average.target:.0%}",
             _percent(average),
-            ""
-            if average.method == "dense"
-            else f"{100 * average.difference.value:+.1f} ({100 * average.difference.low:+.1f} to "
-            f"{100 * average.difference.high:+.1f}) against {average.best_baseline}",
+            "" if average.method == "dense" else f"{_points(average.difference)} against {average.best_baseline}",
         ]
         for average in comparison.averages
     ]
@@ -134,24 +132,23 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
     if not comparison.recoveries:
         return []
     kinds = list(dict.fromkeys(result.recovery for result in comparison.recoveries))
+    columns = [*kinds, *(f"{kind} − {other}" for at, kind in enumerate(kinds) for other in kinds[:at])]
     cells: dict[tuple[str, float], dict[str, str]] = {}
     for result in comparison.recoveries:
-        text = _percent(result)
-        if result.recovery != "none":
-            points = result.difference
-            text += f", {100 * points.value:+.1f} ({100 * points.low:+.1f} to {100 * points.high:+.1f})"
-        cells.setdefault((result.method, result.target), {})[result.recovery] = text
+        row = cells.setdefault((result.method, result.target), {})
+        row[result.recovery] = _percent(result)
+        row |= {f"{result.recovery} − {other}": _points(value) for other, value in result.differences.items()}
     rows = [
-        [method, f"{target:.0%}", *(by_kind.get(kind, "") for kind in kinds)]
-        for (method, target), by_kind in sorted(cells.items(), key=lambda item: (item[0][1], METHODS.index(item[0][0])))
+        [method, f"{target:.0%}", *(row[column] for column in columns)]
+        for (method, target), row in sorted(cells.items(), key=lambda item: (item[0][1], METHODS.index(item[0][0])))
     ]
     return [
         "## Recovery",
         "The same allocations and neurons with each recovery, LOP's and the baselines' alike: accuracy in percent, and "
-        "the paired difference to no recovery in points. `bias` adds the pruned neurons' mean contribution, `refit` "
-        "solves for new `down_proj` weights on the calibration samples. The tables above have each method as it was "
-        "published (FLAP with bias, the others without recovery).",
-        _table(["method", "pruned", *kinds], rows),
+        "differences in points, paired on the same questions. `bias` adds the pruned neurons' mean contribution, "
+        "`refit` solves for new `down_proj` weights on the calibration samples. The tables above have each method as "
+        "it was published (FLAP with bias, the others without recovery).",
+        _table(["method", "pruned", *columns], rows),
     ]
 
 
@@ -171,6 +168,10 @@ def _predictor_table(predictors: dict[str, Any]) -> str:
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _points(difference: Interval) -> str:
+    return f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
 
 
 def _percent(result: Average | Recovered) -> str:

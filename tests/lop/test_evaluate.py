@@ -59,8 +59,12 @@ def test_the_plugin_is_found_by_lmms_eval() -> None:
     from lop.evaluate import manifest
     from lop.lmms import LopQwenVL
 
-    MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
+    for model in manifest():
+        MODEL_REGISTRY_V2.register_manifest(model, overwrite=True)
     assert MODEL_REGISTRY_V2.get_model_class("lop") is LopQwenVL
+    pytest.importorskip("decord", reason="lmms-eval's own qwen2_5_vl imports it, and does not bring it")
+    own = MODEL_REGISTRY_V2.get_model_class("qwen2_5_vl")
+    assert issubclass(MODEL_REGISTRY_V2.get_model_class("lop_qwen2_5_vl"), own)
 
 
 @needs_lmms

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,26 +170,47 @@ def test_on_a_store_the_config_comes_last(tmp_path: Path) -> None:
     assert created[-2:] == ["lop.json", "config.json"]
 
 
-def test_the_hub_cache_is_a_source(tmp_path: Path) -> None:
+def put_into_hub_cache(cache: Path, name: str, files: Path) -> None:
+    """As `huggingface_hub` lays it out: blobs, and a snapshot of links to them."""
     commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--someone--tiny"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    (repository / "blobs").mkdir()
+    repository = cache / f"models--someone--{name}"
     snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    for number, file in enumerate(sorted(MODEL.iterdir())):
+    for folder in ("refs", "blobs", f"snapshots/{commit}"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for number, file in enumerate(sorted(files.iterdir())):
         blob = repository / "blobs" / f"{number:040d}"
         blob.write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(os.path.relpath(blob, snapshot))
+
+
+def test_the_hub_cache_is_a_source_in_one_file_or_many(tmp_path: Path) -> None:
+    put_into_hub_cache(tmp_path / "hub", "single", MODEL)
+    sharded = shutil.copytree(MODEL, tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    weight_map = {}
+    for index, (name, tensor) in enumerate(load_file(MODEL / "model.safetensors").items()):
+        weight_map[name] = f"model-{index:05d}.safetensors"
+        save_file({name: tensor}, sharded / weight_map[name])
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    put_into_hub_cache(tmp_path / "hub", "sharded", sharded)
     script = (
-        "import sys; from tests.lop.test_export import *; from lop.models import find_model;"
-        "export(find_model('someone/tiny'), Path(sys.argv[1]), UNEVEN, ORDER, about={})"
+        "import sys; from tests.lop.test_export import *; from lop.models import find_model\n"
+        "for name in ('single', 'sharded'):\n"
+        "    export(find_model(f'someone/{name}'), Path(sys.argv[1]) / name, UNEVEN, ORDER, about={})"
     )
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", script, tmp_path / "out"], check=True, env=environment)
     export(MODEL, tmp_path / "direct", UNEVEN, ORDER, about={})
-    assert verify(tmp_path / "out")["sha256"] == verify(tmp_path / "direct")["sha256"]
+    direct = all_tensors(tmp_path / "direct")
+    for name in ("single", "sharded"):
+        verify(tmp_path / "out" / name)
+        found = all_tensors(tmp_path / "out" / name)
+        assert found.keys() == direct.keys()
+        assert all(torch.equal(tensor, found[key]) for key, tensor in direct.items())
+        assert {file.name for file in MODEL.iterdir()} - {"README.md"} <= {
+            file.name for file in (tmp_path / "out" / name).iterdir()
+        }
 
 
 _EXPORTER = """

@@ -86,7 +86,8 @@ def seen(made: Made) -> dict[str, Any]:
     """What a process saw that knows transformers but not LOP."""
     task = made.folder / "task.json"
     checkpoints = {form: str(made.folder / form) for form in FORMS}
-    task.write_text(json.dumps({"inputs": str(made.folder / "inputs.pt"), "checkpoints": checkpoints}))
+    asked = {"inputs": str(made.folder / "inputs.pt"), "checkpoints": checkpoints, "others": True}
+    task.write_text(json.dumps(asked))
     environment = {**os.environ, "HF_HOME": str(made.folder / "hf"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", str(Path(__file__).with_name("without_lop.py")), str(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)

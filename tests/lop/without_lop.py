@@ -1,14 +1,17 @@
 """What a user of transformers alone does with a checkpoint; run in a process of its own, as `test_formats` says.
 
-Reads a JSON file of checkpoints and inputs, and prints as JSON what it saw.
+Reads a JSON file of checkpoints and inputs, and prints as JSON what it saw. Works in any transformers that knows
+Qwen2.5-VL: `benchmarks/loaders.py` runs it in old ones.
 """
 
+import inspect
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 torch.set_num_threads(1)
@@ -18,18 +21,25 @@ def main(task: Path) -> None:
     """Goes through the checkpoints."""
     asked = json.loads(task.read_text())
     inputs = torch.load(asked["inputs"])
-    seen = {name: use(Path(path), inputs, remote=name != "padded") for name, path in asked["checkpoints"].items()}
+    seen = {
+        name: use(Path(path), inputs, remote=name != "padded", others=asked["others"])
+        for name, path in asked["checkpoints"].items()
+    }
     assert "lop" not in sys.modules
     print(json.dumps(seen))
 
 
-def use(path: Path, inputs: dict[str, torch.Tensor], *, remote: bool) -> dict[str, Any]:
-    """Loads, generates, saves and loads again, trains an adapter, quantises."""
+def use(path: Path, inputs: dict[str, torch.Tensor], *, remote: bool, others: bool) -> dict[str, Any]:
+    """Loads, generates, saves and loads again; with other libraries (`others`), trains an adapter and quantises."""
     model = load(path, remote=remote)
+    known = inspect.signature(model.forward).parameters
+    inputs = {name: value for name, value in inputs.items() if name in known}
+    # transformers up to 4.51 has the layers one step further up.
+    backbone = getattr(model.model, "language_model", model.model)
     seen = {
         "is_qwen": isinstance(model, Qwen2_5_VLForConditionalGeneration),
         "class": type(model).__name__,
-        "widths": [layer.mlp.down_proj.in_features for layer in model.model.language_model.layers],
+        "widths": [layer.mlp.down_proj.in_features for layer in backbone.layers],
     }
     logits = run(model, inputs)
     torch.save(logits, path.with_suffix(".logits"))
@@ -37,7 +47,7 @@ def use(path: Path, inputs: dict[str, torch.Tensor], *, remote: bool) -> dict[st
     again = path.with_name(f"{path.name}-again")
     model.save_pretrained(again)
     seen["round_trip"] = (run(load(again, remote=remote), inputs) - logits).abs().max().item()
-    for name, check in {"adapter": adapt, "int8": quantise}.items():
+    for name, check in {"adapter": adapt, "int8": quantise}.items() if others else ():
         try:
             seen[name] = check(load(path, remote=remote), path, inputs, logits)
         except ImportError as error:
@@ -87,8 +97,10 @@ def quantise(model: Any, _: Path, inputs: dict[str, torch.Tensor], before: torch
 
 def load(path: Path, *, remote: bool) -> Any:
     """As the documentation of transformers says; remote code only where it is needed."""
-    options = {"trust_remote_code": True} if remote else {}
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, **options).eval()
+    options: dict[str, Any] = {"trust_remote_code": True} if remote else {}
+    is_old = int(transformers.__version__.partition(".")[0]) < 5
+    options["torch_dtype" if is_old else "dtype"] = torch.float32
+    return AutoModelForImageTextToText.from_pretrained(path, **options).eval()
 
 
 @torch.inference_mode()

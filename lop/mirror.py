@@ -21,13 +21,14 @@ def local_run(place: str) -> Iterator[tuple[Path, Location | None]]:
     without an error: a stage that was interrupted keeps what it had.
 
     Raises:
-        LopError: the URI is of no kind that pyarrow knows.
+        LopError: the URI is of no kind that pyarrow knows, or names no bucket that is there.
         OSError: the storage cannot be reached.
     """
     if not is_uri(place):
         yield Path(place), None
         return
     origin = Location.parse(place)
+    origin.check_bucket()
     with TemporaryDirectory(prefix="lop-run-") as name:
         folder = Path(name)
         _download(origin, folder)

@@ -70,6 +70,18 @@ class Location:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, LocalFileSystem)
 
+    def check_bucket(self) -> None:
+        """Tells a missing bucket before hours of work would be written there.
+
+        Raises:
+            LopError: the storage has buckets, and this one is not there.
+            OSError: the storage cannot be reached.
+        """
+        bucket = self.path.partition("/")[0]
+        has_buckets = self.filesystem.type_name in _OBJECT_STORES
+        if has_buckets and self.filesystem.get_file_info(bucket).type == FileType.NotFound:
+            raise LopError(f"storage {self.name!r}: there is no bucket {bucket!r}; make it first")
+
     def files(self) -> list[str]:
         """The names of all files in the folder and below it, sorted; none where there is no folder.
 

@@ -45,7 +45,11 @@ def test_a_search_in_a_bucket_is_that_of_a_folder_and_is_not_done_twice(
 
 def test_storage_that_cannot_be_had_is_told_in_a_line(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = bucket.format("run").replace("//bucket/", "//missing/")
-    for place, reason in ((nowhere, "bucket 'missing'"), ("s3://", "names no folder"), ("ftp://host/run", "ftp")):
+    for place, reason in (
+        (nowhere, "there is no bucket 'missing'"),
+        ("s3://", "names no folder"),
+        ("ftp://host/run", "ftp"),
+    ):
         assert main(["search", "--config", "tiny", "--run", place, *FEW]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lop: ")]
         assert reason in line

@@ -130,7 +130,10 @@ class ShardWriter:
             self._slot = (self._slot + 1) % _SLOTS
             self._on_bytes(count)
 
-        for _, cut in shard.cuts:
+        sources = [cut.source for _, cut in shard.cuts]
+        for (_, cut), following in zip(shard.cuts, [*sources[1:], None]):
+            if following:
+                self._expect(following)
             if cut.rows is not None:
                 self._write_rows(cut, cut.rows, send)
             elif cut.columns is not None:
@@ -187,13 +190,21 @@ class ShardWriter:
             self._scratch = np.empty(count, np.uint8)
         return self._scratch[:count]
 
+    def _expect(self, info: TensorInfo) -> None:
+        """Has the disk fetch a tensor while the one before it is gathered."""
+        if hasattr(os, "posix_fadvise"):  # Not on macOS.
+            os.posix_fadvise(self._open(info.file), info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
+
+    def _open(self, file: Path) -> int:
+        if file not in self._files:
+            self._files[file] = os.open(file, os.O_RDONLY)
+            self._stack.callback(os.close, self._files[file])
+        return self._files[file]
+
     def _read(self, info: TensorInfo, start: int, into: np.ndarray) -> None:
-        if info.file not in self._files:
-            self._files[info.file] = os.open(info.file, os.O_RDONLY)
-            self._stack.callback(os.close, self._files[info.file])
         view, place = into.data, info.offset + start
         while view:
-            count = os.preadv(self._files[info.file], [view], place)
+            count = os.preadv(self._open(info.file), [view], place)
             if count == 0:
                 raise LopError(f"{info.file} is damaged: it ends within a tensor")
             view, place = view[count:], place + count

@@ -29,7 +29,7 @@ import ray
 
 from lop.allocation import Allocation, Space, uniform
 from lop.config import find_config, load_config
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.ledger import Ledger
 from lop.racing import Candidate
 from lop.run import shipped_run

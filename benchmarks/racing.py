@@ -18,7 +18,7 @@ import numpy as np
 
 from lop.allocation import Allocation
 from lop.config import Config, find_config, load_config
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.ledger import Ledger
 from lop.models import assets
 from lop.racing import Racer, Rival

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -16,8 +16,11 @@ from lop.config import RECOVERIES, Config, find_config, load_config
 from lop.errors import LopError
 from lop.formats import FORMATS
 from lop.models import EMBEDDED
-from lop.run import Run
 from lop.size import Target, describe, parse_count
+
+# Commands import what they run, torch with it: help and refusals need not wait for that.
+if TYPE_CHECKING:
+    from lop.run import Run
 
 log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], None]
@@ -188,13 +191,17 @@ def _at(options: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def _named_run(options: argparse.Namespace, config: Config) -> Run | None:
+def _named_run(options: argparse.Namespace, config: Config) -> "Run | None":
+    from lop.run import Run
+
     return Run(config, options.folder, options.origin) if options.folder else None
 
 
-def _run(options: argparse.Namespace) -> Run:
+def _run(options: argparse.Namespace, default: Path | None = None) -> "Run":
     config = _config(options)
-    return _named_run(options, config) or Run(config, Path("runs") / Path(config.model).name)
+    from lop.run import Run
+
+    return _named_run(options, config) or Run(config, default or Path("runs") / Path(config.model).name)
 
 
 def _target(options: argparse.Namespace) -> Target:
@@ -313,8 +320,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from lop.demo import demo
 
-    config = _config(options)
-    print(demo(_named_run(options, config) or Run(config, Path("runs/demo"))))
+    print(demo(_run(options, Path("runs/demo"))))
 
 
 def _ledger(options: argparse.Namespace) -> None:

@@ -61,7 +61,7 @@ class RacingSettings(_Settings):
 class SearchSettings(_Settings):
     """The UCB trees; see `lop.tree.TreeOptions` for what each number does.
 
-    The reward decides, and the tie-breaker tells allocations of equal reward apart; see `lop.evaluator.Evaluation`.
+    The reward decides, and the tie-breaker tells allocations of equal reward apart; see `lop.evaluation.Evaluation`.
     """
 
     targets: Targets

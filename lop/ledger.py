@@ -15,7 +15,7 @@ from typing import Any
 
 from lop.allocation import Allocation
 from lop.errors import LopError
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.fingerprint import check_fingerprints
 from lop.racing import Rival
 from lop.storage import Location

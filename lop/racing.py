@@ -16,7 +16,7 @@ import numpy as np
 from lop.allocation import Allocation
 
 if TYPE_CHECKING:
-    from lop.evaluator import Evaluation
+    from lop.evaluation import Evaluation
 
 
 @dataclass(frozen=True)

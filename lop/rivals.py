@@ -23,7 +23,8 @@ from lop.config import Config
 from lop.elastic import ElasticModel
 from lop.encoding import encode
 from lop.errors import LopError
-from lop.evaluator import Evaluation, Evaluator
+from lop.evaluation import Evaluation
+from lop.evaluator import Evaluator
 from lop.evolution import ROUNDS, Worth, evolve
 from lop.files import read_json, write_json
 from lop.fingerprint import fingerprint

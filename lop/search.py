@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from lop.allocation import Allocation
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.ledger import Ledger
 from lop.racing import Candidate, Racer
 from lop.tree import SearchTree

@@ -24,7 +24,8 @@ from lop.destination import check_absent
 from lop.elastic import ElasticModel
 from lop.encoding import encode
 from lop.errors import CancelledError, LopError
-from lop.evaluator import Evaluation, Evaluator
+from lop.evaluation import Evaluation
+from lop.evaluator import Evaluator
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints, fingerprint, fingerprint_file
 from lop.formats import Format, check_format

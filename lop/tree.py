@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lop.allocation import Allocation, Space, project
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.racing import Candidate, Rival
 
 

@@ -9,7 +9,7 @@ import ray
 import torch
 
 from lop.errors import LopError, first_line
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.racing import Candidate, Racer
 
 

@@ -22,7 +22,7 @@ from ray.exceptions import (
 
 from lop.allocation import Allocation
 from lop.errors import LopError
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.racing import Candidate, Racer
 from ray_jobs.actor import Answer, EvaluatorActor, describe_error
 

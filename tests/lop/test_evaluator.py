@@ -12,7 +12,8 @@ from lop.adapter import QwenVL, load_model
 from lop.allocation import Allocation, Space, dense, project
 from lop.elastic import ElasticModel, fused_gated
 from lop.encoding import Encoded, encode
-from lop.evaluator import Evaluation, Evaluator
+from lop.evaluation import Evaluation
+from lop.evaluator import Evaluator
 from lop.models import assets
 from lop.racing import Racing, Rival, sample_rounds, unpack
 from lop.samples import SampleSets

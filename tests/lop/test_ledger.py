@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import lop
 from lop.allocation import Allocation
 from lop.errors import LopError
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.ledger import Ledger, read_ledger
 
 PRINTS = {"model": "aaaa", "reward samples": "bbbb"}

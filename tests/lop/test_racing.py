@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lop.allocation import Allocation, Space, uniform
 from lop.config import find_config, load_config
 from lop.errors import LopError
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.ledger import Ledger, read_ledger
 from lop.racing import Candidate, Racing, Rival, chance, gives_up, pack, sample_rounds, unpack
 from lop.search import InProcess, run_search

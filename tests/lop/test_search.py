@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lop.allocation import Allocation, uniform
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.ledger import Ledger, read_ledger
 from lop.racing import Candidate
 from lop.search import run_search

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lop.allocation import Allocation, Space, project, uniform
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.tree import Node, SearchTree, TreeOptions
 
 SPACE = Space(5, 64, 4, 0.9)

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 
 from lop.allocation import Allocation
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from tests.lop.test_tree import score
 
 

@@ -16,7 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from lop.allocation import Allocation
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.ledger import Ledger, read_ledger
 from lop.racing import Candidate
 from lop.search import InProcess, run_search

@@ -18,7 +18,7 @@ import pytest
 
 from lop.allocation import Allocation
 from lop.errors import LopError
-from lop.evaluator import Evaluation
+from lop.evaluation import Evaluation
 from lop.ledger import Ledger, read_ledger
 from lop.racing import Candidate, Racer
 from lop.search import InProcess, run_search

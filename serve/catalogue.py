@@ -155,8 +155,9 @@ def _compared(run: Run) -> list[Curve]:
     dense = next(average for average in data["averages"] if average["method"] == "dense")
     samples = sum(row["total"] for row in data["rows"] if row["method"] == "dense")
     measured: dict[str, dict[float, Interval]] = {}
-    # A comparison of no recoveries has measured the predictor without any.
-    for row in data.get("recoveries") or ({**average, "recovery": "none"} for average in data["averages"]):
+    # The averages are without recovery; with each there are fewer targets.
+    plain = ({**average, "recovery": "none"} for average in data["averages"])
+    for row in (*plain, *data["recoveries"]):
         if row["method"] == "lop-predictor":
             points = measured.setdefault(row["recovery"], {dense["target"]: Interval(**dense["accuracy"])})
             points[row["target"]] = Interval(**row["accuracy"])

@@ -157,7 +157,7 @@ def _compared(run: Run) -> list[Curve]:
     measured: dict[str, dict[float, Interval]] = {}
     # The averages are without recovery; with each there are fewer targets.
     plain = ({**average, "recovery": "none"} for average in data["averages"])
-    for row in (*plain, *data["recoveries"]):
+    for row in (*plain, *data.get("recoveries", ())):
         if row["method"] == "lop-predictor":
             points = measured.setdefault(row["recovery"], {dense["target"]: Interval(**dense["accuracy"])})
             points[row["target"]] = Interval(**row["accuracy"])

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from itertools import groupby
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lop.adapter import QwenVL
 from lop.backbone import Group
-from lop.samples import Sample, prompt_text
+from lop.samples import Sample, decode_image, prompt_text
 
 _CHUNK = 32
 
@@ -140,8 +138,8 @@ def _sequences(model: QwenVL, samples: Sequence[Sample]) -> Iterator[_Sequence]:
     for start in range(0, len(samples), _CHUNK):
         chunk = samples[start : start + _CHUNK]
         inputs = model.processor(
-            text=[_chat(model, sample) for sample in chunk],
-            images=[Image.open(BytesIO(sample.image)).convert("RGB") for sample in chunk],
+            text=[chat_text(model, prompt_text(sample)) for sample in chunk],
+            images=[decode_image(sample.image) for sample in chunk],
             padding=True,
             padding_side="right",
             return_tensors="pt",
@@ -165,8 +163,9 @@ def _sequences(model: QwenVL, samples: Sequence[Sample]) -> Iterator[_Sequence]:
             )
 
 
-def _chat(model: QwenVL, sample: Sample) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": prompt_text(sample)}]
+def chat_text(model: QwenVL, prompt: str, *, images: int = 1) -> str:
+    """What the model reads before it answers a user who shows images and says `prompt`."""
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
     messages = [{"role": "user", "content": content}]
     return str(model.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 

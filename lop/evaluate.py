@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lop.benchmark import FOLDER, TASKS
-from lop.errors import LopError
+from lop.errors import LopError, first_line
 from lop.files import read_json, write_json
 from lop.fingerprint import fingerprint, fingerprint_file
 from lop.models import assets, find_model, fingerprint_model
@@ -120,10 +120,10 @@ def _load_task(name: str, options: Evaluate) -> tuple[Any, Any]:
     try:
         return get_task_dict([wanted], manager)[name], manager
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         place = f"in {local}" if local else "on the hub or in its cache"
         raise LopError(
-            f"task {name}: its data is not to be had {place} ({reason}): name a local copy with --data {name}=FOLDER"
+            f"task {name}: its data is not to be had {place} ({first_line(error)}): "
+            f"name a local copy with --data {name}=FOLDER"
         ) from None
 
 

@@ -1,7 +1,6 @@
 """Greedy answers, written token by token."""
 
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -9,7 +8,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from lop.adapter import QwenVL
-from lop.samples import Sample, prompt_text
+from lop.encoding import chat_text
+from lop.samples import Sample, decode_image, prompt_text
 
 _NEW_TOKENS = 32
 
@@ -33,11 +33,7 @@ def generate(
 
 def encode_prompts(model: QwenVL, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> Any:
     """The processor's tensors of a batch of prompts, padded on the left, where they are generated from."""
-    texts = []
-    for prompt, mine in zip(prompts, images, strict=True):
-        content = [*({"type": "image"} for _ in mine), {"type": "text", "text": prompt}]
-        message = {"role": "user", "content": content}
-        texts.append(model.processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+    texts = [chat_text(model, prompt, images=len(mine)) for prompt, mine in zip(prompts, images, strict=True)]
     every = [image for mine in images for image in mine]
     inputs = model.processor(text=texts, images=every or None, padding=True, padding_side="left", return_tensors="pt")
     return inputs.to(model.device)
@@ -50,6 +46,6 @@ def answers(model: QwenVL, samples: Sequence[Sample], *, batch: int = 32, progre
     chunks = [order[start : start + batch] for start in range(0, len(order), batch)]
     for chunk in tqdm(chunks, desc="generate", unit="batch", disable=not progress):
         mine = [samples[index] for index in chunk]
-        pictures = [[Image.open(BytesIO(sample.image)).convert("RGB")] for sample in mine]
+        pictures = [[decode_image(sample.image)] for sample in mine]
         found |= dict(zip(chunk, generate(model, list(map(prompt_text, mine)), pictures, new_tokens=_NEW_TOKENS)))
     return [found[index] for index in range(len(samples))]

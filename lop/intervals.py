@@ -54,14 +54,7 @@ def paired_bootstrap(
     count = int(images.max()) + 1
     random = np.random.default_rng(seed)
     draws = random.multinomial(count, np.full(count, 1 / count), size=resamples)
-    means = []
-    for form in np.unique(forms):
-        chosen = forms == form
-        sums = np.bincount(images[chosen], values[chosen], minlength=count)
-        sizes = np.bincount(images[chosen], minlength=count)
-        means.append((draws @ sums) / np.maximum(draws @ sizes, 1))
-    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
-    return Interval(mean_over_forms(values, forms), float(low), float(high))
+    return percentile_interval(mean_over_forms(values, forms), _resampled_means(draws, values, forms, images))
 
 
 class Resampler:
@@ -86,13 +79,19 @@ class Resampler:
             images: [n], each unit's image.
         """
         places = np.array([self._index[image] for image in images])
-        parts = []
-        for stratum in np.unique(strata):
-            chosen = strata == stratum
-            sums = np.bincount(places[chosen], values[chosen], minlength=len(self._index))
-            sizes = np.bincount(places[chosen], minlength=len(self._index))
-            parts.append((self._draws @ sums) / np.maximum(self._draws @ sizes, 1))
-        return np.asarray(np.mean(parts, axis=0))
+        return _resampled_means(self._draws, values, strata, places)
+
+
+def _resampled_means(draws: np.ndarray, values: np.ndarray, strata: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """[resamples], each the mean over strata of means over values, each as often as draws [resamples, images] say."""
+    count = draws.shape[1]
+    parts = []
+    for stratum in np.unique(strata):
+        chosen = strata == stratum
+        sums = np.bincount(images[chosen], values[chosen], minlength=count)
+        sizes = np.bincount(images[chosen], minlength=count)
+        parts.append((draws @ sums) / np.maximum(draws @ sizes, 1))
+    return np.asarray(np.mean(parts, axis=0))
 
 
 def percentile_interval(value: float, resampled: np.ndarray) -> Interval:

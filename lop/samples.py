@@ -4,10 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from lop.errors import LopError, first_line
 from lop.fingerprint import fingerprint
@@ -85,6 +87,11 @@ def prompt_text(sample: Sample) -> str:
 def prompt_of(question: str, options: Sequence[str]) -> str:
     """A question and its options as the model reads them."""
     return "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options))])
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """A sample's picture as the processor takes it."""
+    return Image.open(BytesIO(data)).convert("RGB")
 
 
 def load_sample_sets(folder: Path) -> SampleSets:

@@ -37,7 +37,7 @@ from lop.errors import LopError
 from lop.files import read_json
 from lop.generation import answers
 from lop.importance import IMPORTANCES
-from lop.intervals import Interval, Resampler, bootstrap_p, mcnemar, percentile_interval
+from lop.intervals import Interval, Resampler, bootstrap_p, mcnemar, mean_over_forms, percentile_interval
 from lop.models import find_model, find_samples
 from lop.predictors import load_predictor
 from lop.rivals import Outcome, rivals_stage
@@ -280,7 +280,7 @@ class _Board:
             task = column.partition("_")[0]
             found = units(column, self._questions[task], self._verdicts[cell][task])
             resampled = self._resampler.means(found.values, found.strata, found.images)
-            self._known[cell, column] = (_share(column, self._questions, self._verdicts[cell]), resampled)
+            self._known[cell, column] = (mean_over_forms(found.values, found.strata), resampled)
         return self._known[cell, column]
 
 
@@ -289,7 +289,7 @@ def _share(
 ) -> float:
     task = column.partition("_")[0]
     found = units(column, questions[task], verdicts[task])
-    return float(np.mean([found.values[found.strata == s].mean() for s in np.unique(found.strata)]))
+    return mean_over_forms(found.values, found.strata)
 
 
 def _seed_runs(run: Run, *, progress: bool) -> Iterator[Run]:

@@ -40,8 +40,8 @@ def export(
     """Writes the checkpoint that keeps the most important neurons of each layer; appears whole or not at all.
 
     The FFN matrices have really fewer rows and columns; format `padded` fills them up to the widest layer with zeros.
-    Tokenizer, processor, chat template and generation config come along. Memory: one FFN matrix of one layer and about
-    100 MiB of buffers, whatever the checkpoint's size.
+    Tokenizer, processor, chat template and generation config come along. Memory: one FFN matrix, the next one being
+    read, and about 100 MiB of buffers, whatever the checkpoint's size.
 
     Args:
         source: the dense checkpoint's folder, single file or sharded.

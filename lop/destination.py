@@ -9,6 +9,7 @@ from typing import IO, Any, Protocol
 
 from pyarrow.fs import FileSelector, FileSystem, FileType, SubTreeFileSystem
 
+from lop.direct import NewFile
 from lop.errors import LopError
 from lop.files import atomic_folder
 from lop.storage import Location
@@ -71,8 +72,8 @@ class _Local:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def create(self, name: str) -> IO[bytes]:
-        return (self._folder / name).open("xb", buffering=0)
+    def create(self, name: str) -> Any:
+        return NewFile(self._folder / name)
 
 
 class _Remote:

@@ -6,17 +6,15 @@ written from its description: eight bytes with the header's length, a JSON heade
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from lop.errors import LopError
+from lop.direct import Extent, Reader
 from lop.size import TensorInfo
 
 CHUNK = 8 * 2**20
@@ -85,23 +83,47 @@ def plan_shards(cuts: Sequence[tuple[str, Cut]], limit: int) -> list[Shard]:
     ]
 
 
+@dataclass(frozen=True)
+class _Block:
+    """What is read at a time, and how many rows (bytes, where nothing is cut) of what is written come of it."""
+
+    cut: Cut
+    count: int
+    extent: Extent
+
+
+def _blocks(cut: Cut) -> Iterator[_Block]:
+    """A tensor's blocks. Rows are chosen from anywhere, so a tensor that is cut by rows is one block."""
+    if cut.rows is not None:
+        yield _Block(cut, cut.shape[0], Extent(cut.source.file, cut.source.offset, cut.source.bytes))
+        return
+    length, source_width, width = cut.bytes, 1, 1
+    if cut.columns is not None:
+        length, item = cut.shape[0], cut.source.item_bytes
+        source_width, width = cut.source.shape[1] * item, cut.shape[1] * item
+    step = max(CHUNK // max(source_width, width), 1)
+    for first in range(0, length, step):
+        count = min(step, length - first)
+        start = cut.source.offset + first * source_width
+        yield _Block(cut, count, Extent(cut.source.file, start, count * source_width))
+
+
 class ShardWriter:
     """Writes shards of one checkpoint, hashing them on the way: no file is read a second time.
 
-    Reading, writing and hashing overlap: the caller's thread fills one buffer of a ring after another, and each is
-    written and hashed by a thread of its own. Sources are read into these buffers, not mapped, as mapped pages
-    count as the process's own memory.
+    Reading, gathering, writing and hashing overlap, each in a thread of its own: the caller's thread gathers what the
+    reader brings into one buffer of a ring after another. Sources are not mapped, as mapped pages count as the
+    process's own memory.
     """
 
     def __init__(self, on_bytes: Callable[[int], None]) -> None:
         self._on_bytes = on_bytes
         self._stack = ExitStack()
-        self._files: dict[Path, int] = {}
+        self._reader = self._stack.enter_context(Reader())
         self._threads = [self._stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2)]
         self._ring = [np.empty(CHUNK, np.uint8) for _ in range(_SLOTS)]
         self._pending: list[list[Future[None]]] = [[] for _ in range(_SLOTS)]
         self._slot = 0
-        self._scratch = np.empty(0, np.uint8)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -130,16 +152,15 @@ class ShardWriter:
             self._slot = (self._slot + 1) % _SLOTS
             self._on_bytes(count)
 
-        sources = [cut.source for _, cut in shard.cuts]
-        for (_, cut), following in zip(shard.cuts, [*sources[1:], None]):
-            if following:
-                self._expect(following)
-            if cut.rows is not None:
-                self._write_rows(cut, cut.rows, send)
-            elif cut.columns is not None:
-                self._write_columns(cut, cut.columns, send)
+        blocks = [block for _, cut in shard.cuts for block in _blocks(cut)]
+        for block, source in zip(blocks, self._reader.read(block.extent for block in blocks)):
+            if block.cut.rows is not None:
+                self._gather_rows(block.cut, block.cut.rows, source, send)
+            elif block.cut.columns is not None:
+                self._gather_columns(block, block.cut.columns, source, send)
             else:
-                self._copy(cut, send)
+                self._buffer()[: len(source)] = source
+                send(len(source))
         for slot in range(_SLOTS):
             self._wait(slot)
         return digest.hexdigest()
@@ -152,19 +173,11 @@ class ShardWriter:
         for future in self._pending[slot]:
             future.result()
 
-    def _copy(self, cut: Cut, send: Callable[[int], None]) -> None:
-        for start in range(0, cut.bytes, CHUNK):
-            count = min(CHUNK, cut.bytes - start)
-            self._read(cut.source, start, self._buffer()[:count])
-            send(count)
-
-    def _write_rows(self, cut: Cut, rows: np.ndarray, send: Callable[[int], None]) -> None:
-        source = self._space(cut.source.bytes)
-        self._read(cut.source, 0, source)
+    def _gather_rows(self, cut: Cut, rows: np.ndarray, source: np.ndarray, send: Callable[[int], None]) -> None:
         source = source.reshape(cut.source.shape[0], -1)
-        block = max(CHUNK // source.shape[1], 1)
-        for start in range(0, cut.shape[0], block):
-            count = min(block, cut.shape[0] - start)
+        step = max(CHUNK // source.shape[1], 1)
+        for start in range(0, cut.shape[0], step):
+            count = min(step, cut.shape[0] - start)
             into = self._buffer()[: count * source.shape[1]].reshape(count, -1)
             chosen = rows[start : start + count]
             # Any other mode takes through a copy of `out`; the indices are known to be within bounds.
@@ -172,42 +185,16 @@ class ShardWriter:
             into[len(chosen) :] = 0
             send(into.size)
 
-    def _write_columns(self, cut: Cut, columns: np.ndarray, send: Callable[[int], None]) -> None:
-        kind = np.dtype(f"u{cut.source.item_bytes}")
-        height, width = cut.source.shape[1] * kind.itemsize, cut.shape[1] * kind.itemsize
-        block = max(CHUNK // max(height, width), 1)
-        for start in range(0, cut.shape[0], block):
-            count = min(block, cut.shape[0] - start)
-            source = self._space(count * height)
-            self._read(cut.source, start * height, source)
-            into = self._buffer()[: count * width].view(kind).reshape(count, -1)
-            np.take(source.view(kind).reshape(count, -1), columns, axis=1, out=into[:, : len(columns)], mode="clip")
-            into[:, len(columns) :] = 0
-            send(count * width)
-
-    def _space(self, count: int) -> np.ndarray:
-        if len(self._scratch) < count:
-            self._scratch = np.empty(count, np.uint8)
-        return self._scratch[:count]
-
-    def _expect(self, info: TensorInfo) -> None:
-        """Has the disk fetch a tensor while the one before it is gathered."""
-        if hasattr(os, "posix_fadvise"):  # Not on macOS.
-            os.posix_fadvise(self._open(info.file), info.offset, info.bytes, os.POSIX_FADV_WILLNEED)
-
-    def _open(self, file: Path) -> int:
-        if file not in self._files:
-            self._files[file] = os.open(file, os.O_RDONLY)
-            self._stack.callback(os.close, self._files[file])
-        return self._files[file]
-
-    def _read(self, info: TensorInfo, start: int, into: np.ndarray) -> None:
-        view, place = into.data, info.offset + start
-        while view:
-            count = os.preadv(self._open(info.file), [view], place)
-            if count == 0:
-                raise LopError(f"{info.file} is damaged: it ends within a tensor")
-            view, place = view[count:], place + count
+    def _gather_columns(
+        self, block: _Block, columns: np.ndarray, source: np.ndarray, send: Callable[[int], None]
+    ) -> None:
+        kind = np.dtype(f"u{block.cut.source.item_bytes}")
+        size = block.count * block.cut.shape[1] * kind.itemsize
+        into = self._buffer()[:size].view(kind).reshape(block.count, -1)
+        matrix = source.view(kind).reshape(block.count, -1)
+        np.take(matrix, columns, axis=1, out=into[:, : len(columns)], mode="clip")
+        into[:, len(columns) :] = 0
+        send(size)
 
 
 def write_all(file: IO[bytes], view: memoryview) -> None:

@@ -16,10 +16,10 @@ from lop.tree import TreeOptions
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Importance = Literal["activation", "contribution", "magnitude", "wanda", "flap", "fluctuation"]
-# Those of `lop.rivals` (the last three) must have been run for the search's targets.
+# `sensitivity` is found by the search itself; the last two must have been run by `lop rivals` for its targets.
 Root = Literal[
     "uniform", "magnitude", "wanda", "flap", "flap-ifv-al-am", "owl", "alphapruning",
-    "random", "sensitivity", "evolution",
+    "sensitivity", "random", "evolution",
 ]  # fmt: skip
 Rival = Literal["random", "sensitivity", "evolution", "mcts-noroots"]
 Recovery = Literal["none", "bias", "refit"]
@@ -62,6 +62,7 @@ class SearchSettings(_Settings):
     """The UCB trees; see `lop.tree.TreeOptions` for what each number does.
 
     The reward decides, and the tie-breaker tells allocations of equal reward apart; see `lop.evaluation.Evaluation`.
+    `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     """
 
     targets: Targets
@@ -73,7 +74,8 @@ class SearchSettings(_Settings):
     children: Positive = 6
     depth: Positive = 12
     window: Positive = 2
-    roots: tuple[Root, ...] = ("uniform", "magnitude", "wanda", "flap")
+    roots: tuple[Root, ...] = ("uniform", "magnitude", "wanda", "flap", "sensitivity")
+    sensitivity_levels: Positive = 20
     reward: Literal["accuracy", "log_probability", "margin", "divergence"] = "accuracy"
     tie_breaker: Literal["log_probability", "margin", "divergence"] = "log_probability"
     racing: RacingSettings | None = None
@@ -87,7 +89,7 @@ class SearchSettings(_Settings):
     @property
     def needs_divergence(self) -> bool:
         """Whether evaluations are compared with the dense model's distributions."""
-        return "divergence" in (self.reward, self.tie_breaker)
+        return "divergence" in (self.reward, self.tie_breaker) or "sensitivity" in self.roots
 
     def tree_options(self) -> TreeOptions:
         """What a tree needs of these settings."""
@@ -137,7 +139,6 @@ class TablesSettings(_Settings):
     targets: tuple[Ratio, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     baselines: tuple[str, ...] | None = None
     rivals: tuple[Rival, ...] = ("random", "sensitivity", "evolution", "mcts-noroots")
-    sensitivity_levels: Positive = 20
     seeds: Positive = 1
     limit: Positive | None = None
 

@@ -38,7 +38,7 @@ class Progress:
 
     Attributes:
         time: seconds since the epoch.
-        done, planned: evaluations in the trees; a tree that ends early plans no more.
+        done, planned: evaluations, of the scan before the trees and in them; a tree that ends early plans no more.
         per_second: evaluations, over the last two minutes of this process.
         seconds_left: at that rate; None where nothing has been evaluated yet.
         workers: that can evaluate now.
@@ -82,6 +82,7 @@ class SearchProgress:
         self._next = [time.monotonic() + seconds for seconds, _ in sinks]
         self._targets = {tree.budget: target for target, tree in trees.items()}
         self._parts: dict[float, TargetProgress] = {}
+        self._scanned = (0, 0)
         self._changed = set(trees)
         self._memory: deque[tuple[float, int]] = deque()
 
@@ -89,11 +90,15 @@ class SearchProgress:
         """A tree has committed results."""
         self._changed.add(self._targets[tree.budget])
 
+    def scanned(self, done: int, planned: int) -> None:
+        """So many of the evaluations that come before the trees are done."""
+        self._scanned = (done, planned)
+
     def tick(self, workers: Workers) -> None:
         """Tells the sinks whose time has come."""
         now = time.monotonic()
         if not self._memory:  # What an earlier process did is no speed of this one.
-            self._rate(sum(len(tree.results) for tree in self._trees.values()))
+            self._rate(self._scanned[0] + sum(len(tree.results) for tree in self._trees.values()))
         if now < min(self._next, default=math.inf):
             return
         progress = self.snapshot(workers)
@@ -114,7 +119,8 @@ class SearchProgress:
             self._parts[target] = self._part(target)
         self._changed.clear()
         parts = tuple(self._parts[target] for target in self._trees)
-        done, planned = sum(part.done for part in parts), sum(part.planned for part in parts)
+        done, planned = self._scanned
+        done, planned = done + sum(part.done for part in parts), planned + sum(part.planned for part in parts)
         rate = self._rate(done)
         left = 0.0 if done >= planned else (planned - done) / rate if rate else None
         return Progress(time.time(), done, planned, rate, left, workers.alive, self._reward, parts)

@@ -8,6 +8,7 @@ by side, and what is done already is not done again.
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from lop.models import find_model
 from lop.run import Run
 from lop.samples import Sample
 from lop.search import InProcess, run_search
-from lop.sensitivity import best_additive, damage_table, scan, scan_widths
+from lop.sensitivity import best_additive, measure_damages
 from lop.tree import SearchTree
 from lop.workers import map_on_workers
 
@@ -127,8 +128,13 @@ def _job_fingerprint(run: Run, job: Job) -> str:
     config = run.config
     # A search may start from what a rival found: its roots and targets are none of the rival's.
     search = config.search.model_dump(mode="json", exclude={"roots", "targets"})
-    settings = [search, config.tables.sensitivity_levels]
-    return fingerprint([run.evaluation_fingerprints, asdict(run.space), settings, asdict(job)])
+    return fingerprint([run.evaluation_fingerprints, asdict(run.space), search, asdict(job)])
+
+
+@contextmanager
+def _temporary_ledger() -> Iterator[Ledger]:
+    with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger", {}) as ledger:
+        yield ledger
 
 
 class RivalWorker:
@@ -197,14 +203,14 @@ class RivalWorker:
 
     def _sensitivity(self, job: Job) -> Iterator[_Result]:
         """Each layer alone at each level, KL to the dense model; then the additive optimum for every target."""
-        widths = scan_widths(self._space, self._config.tables.sensitivity_levels)
-        alone = [self._with_divergence.evaluate(allocation) for allocation in scan(self._space, widths)]
-        damages = np.reshape([-result.worth("divergence") for result in alone], (self._space.layers, len(widths)))
-        table = damage_table(self._space, widths, damages)
+        levels = self._config.search.sensitivity_levels
+        with _temporary_ledger() as ledger:
+            table = measure_damages(self._space, levels, InProcess(self._with_divergence), ledger)
+            scanned = len(ledger)
         for target in job.targets:
             best = best_additive(self._space, table, self._space.budget(target))
             worth = self._worth(best)
-            yield target, best, worth, [(len(alone) + 1.0, worth[0])]
+            yield target, best, worth, [(scanned + 1.0, worth[0])]
 
     def _evolution(self, job: Job) -> Iterator[_Result]:
         for target in job.targets:
@@ -235,7 +241,7 @@ class RivalWorker:
                 reward=lambda evaluation: evaluation.worth(settings.reward),
                 tie_breaker=lambda evaluation: evaluation.worth(settings.tie_breaker),
             )
-            with tempfile.TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger", {}) as ledger:
+            with _temporary_ledger() as ledger:
                 run_search({target: tree}, InProcess(self._evaluators[1.0]), ledger)
             rewards = np.maximum.accumulate([self._rank(evaluation)[0] for evaluation in tree.results.values()])
             best, evaluation = tree.best

@@ -126,20 +126,25 @@ class Run:
     @cached_property
     def evaluation_fingerprints(self) -> dict[str, str]:
         """What an allocation's reward depends on."""
-        config, search = self.config, self.config.search
+        config = self.config
         arithmetic = [f"{config.device} {config.dtype}", f"{config.threads} threads", f"{config.batch_tokens} tokens"]
         if config.compile:
             arithmetic.append("compiled")
-        if races := search.racing:
+        if races := config.search.racing:
             arithmetic.append(f"{races.rounds} rounds of seed {config.seed}, confidence {races.confidence}")
-        found = {
+        return {
             **self.calibration_fingerprints,
             "reward samples": fingerprint_samples(self.samples.reward),
             "importance": config.importance,
             "arithmetic": ", ".join(arithmetic),
         }
-        if finer := {search.reward, search.tie_breaker} - {"accuracy", "log_probability"}:
-            found["finer rewards"] = ", ".join(sorted(finer))  # Earlier ledgers do not have them.
+
+    @cached_property
+    def ledger_fingerprints(self) -> dict[str, str]:
+        """What a recorded evaluation depends on, and `shape`: the model's layers and neurons of each, as `LxF`."""
+        found = {**self.evaluation_fingerprints, "shape": f"{self.space.layers}x{self.space.neurons}"}
+        if self.config.search.needs_divergence:
+            found["set of measures"] = "with divergence"  # Which others lack.
         return found
 
     def seconds(self) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """All targets' trees over one pool of workers."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from lop.allocation import Allocation
@@ -64,6 +64,9 @@ class Watcher(Protocol):
 
     def advanced(self, tree: SearchTree) -> None:
         """A tree has committed results."""
+
+    def scanned(self, done: int, planned: int) -> None:
+        """So many of the evaluations that come before the trees are done."""
 
     def tick(self, workers: Workers) -> None:
         """A round is over; called at least every second or two, and thousands of times a second at most."""
@@ -132,3 +135,21 @@ def run_search(
             release()
         if watcher:
             watcher.tick(workers)
+
+
+def evaluate_each(allocations: Sequence[Allocation], workers: Workers) -> Iterator[list[tuple[Allocation, Evaluation]]]:
+    """Evaluates allocations that do not depend on each other's results.
+
+    Yields:
+        Results as they come, in any order; none where nothing has come for about a second.
+    """
+    workers.expect(len(allocations))
+    waiting = deque(allocations)
+    running = 0
+    while waiting or running:
+        while waiting and running < workers.capacity:
+            workers.submit(Candidate(waiting.popleft()))
+            running += 1
+        results = workers.collect(_SECONDS_A_ROUND)
+        running -= len(results)
+        yield results

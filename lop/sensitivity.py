@@ -1,4 +1,4 @@
-"""The additive rival: each layer pruned alone, and the best allocation if damages simply added up."""
+"""The sensitivity programme: each layer pruned alone, and the best allocation if damages simply added up."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,39 @@ import numpy as np
 
 from lop.allocation import Allocation, Space
 from lop.errors import LopError
+from lop.ledger import Ledger
+from lop.search import Watcher, Workers, evaluate_each
+
+
+def measure_damages(
+    space: Space, levels: int, workers: Workers, ledger: Ledger, *, watcher: Watcher | None = None
+) -> np.ndarray:
+    """[L, n] the damage of each of the space's n widths, least to dense, of each layer alone.
+
+    Damage is the KL divergence from the dense model on the reward samples, measured at `levels` widths. What the ledger
+    holds is not evaluated again.
+
+    Args:
+        workers: must measure divergences.
+    """
+    widths = scan_widths(space, levels)
+    alone = scan(space, widths)
+    found = {allocation: known for allocation in alone if (known := ledger.get(allocation, None))}
+    if watcher:
+        watcher.scanned(len(found), len(alone))
+        watcher.tick(workers)
+    for results in evaluate_each([allocation for allocation in alone if allocation not in found], workers):
+        for allocation, evaluation in results:
+            ledger.append(allocation, evaluation)
+        found |= dict(results)
+        if ledger.due == 0:
+            ledger.flush()
+        if watcher:
+            watcher.scanned(len(found), len(alone))
+            watcher.tick(workers)
+    ledger.flush()
+    damages = [-found[allocation].worth("divergence") for allocation in alone]
+    return damage_table(space, widths, np.reshape(damages, (space.layers, len(widths))))
 
 
 def scan_widths(space: Space, levels: int) -> list[int]:
@@ -36,7 +69,7 @@ def best_additive(space: Space, table: np.ndarray, budget: int) -> Allocation:
     """The allocation of `budget` with the least sum of damages: an exact dynamic programme over the layers.
 
     `best[l, b] = min_w best[l − 1, b − w] + table[l, w]` over widths in units of the granularity; ties go to the
-    narrower width of the later layer. O(L · n · budget / granularity).
+    narrower width of the later layer. O(L · n · budget / granularity). No layer is wider than the space's `max_width`.
 
     Args:
         table: [L, n] from `damage_table`.
@@ -45,7 +78,8 @@ def best_additive(space: Space, table: np.ndarray, budget: int) -> Allocation:
         LopError: no allocation keeps `budget` neurons.
     """
     low = space.min_width // space.granularity
-    layers, widths = table.shape
+    layers = len(table)
+    widths = (space.max_width(budget) - space.min_width) // space.granularity + 1
     spare = budget // space.granularity - layers * low
     if budget % space.granularity or not 0 <= spare <= layers * (widths - 1):
         raise LopError(f"{budget} neurons cannot be kept: not a multiple of {space.granularity} within the limits")

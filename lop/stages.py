@@ -33,11 +33,12 @@ from lop.ledger import Ledger
 from lop.models import find_model
 from lop.predictors import Predictor, load_predictor
 from lop.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
-from lop.racing import Candidate, Racing, sample_rounds
+from lop.racing import Racing, sample_rounds
 from lop.recovery import recover_checkpoint
 from lop.run import Run, shipped_run
 from lop.samples import Sample
-from lop.search import InProcess, Workers, run_search
+from lop.search import InProcess, Workers, evaluate_each, run_search
+from lop.sensitivity import best_additive, measure_damages
 from lop.size import Target
 from lop.statistics import calibrate
 from lop.storage import Location
@@ -93,7 +94,7 @@ def build_evaluator(config: Config, order: np.ndarray, samples: Sequence[Sample]
 
 
 def build_trees(run: Run) -> dict[float, SearchTree]:
-    """One tree for each target of the config.
+    """One tree for each target of the config, with its roots but for `sensitivity`, which evaluations must come before.
 
     Raises:
         LopError: a target is outside what the model's space allows, or two have the same budget.
@@ -102,7 +103,7 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
     budgets = {target: run.space.budget(target) for target in settings.targets.ratios}
     if len(set(budgets.values())) < len(budgets):
         raise LopError(f"search.targets.step {settings.targets.step} is too fine: two targets keep as many neurons")
-    names = ("uniform", *settings.roots)
+    names = ("uniform", *(name for name in settings.roots if name != "sensitivity"))
     return {
         target: SearchTree(
             run.space,
@@ -131,10 +132,14 @@ def search_stage(run: Run, *, progress: bool = True) -> None:
         log.info("search: %s is there already", run.search_file)
         return
     trees = build_trees(run)
-    header = {**run.evaluation_fingerprints, "shape": f"{run.space.layers}x{run.space.neurons}"}
-    with _timed(run, "search"), Ledger(run.ledger, header) as ledger:
+    with _timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
         save_config(run.config, run.folder / "config.yaml")
         with _workers(run) as workers, _watched(run, trees, shown=progress) as watcher:
+            if "sensitivity" in run.config.search.roots:
+                levels = run.config.search.sensitivity_levels
+                damages = measure_damages(run.space, levels, workers, ledger, watcher=watcher)
+                for tree in trees.values():
+                    tree.add_start(best_additive(run.space, damages, tree.budget))
             run_search(trees, workers, ledger, watcher=watcher)
             watcher.finish(workers)
     write_json(
@@ -415,12 +420,9 @@ def _rewards(run: Run, predictors: Sequence[Predictor], targets: Sequence[float]
         _workers(run) as workers,
         tqdm(total=len(wanted), desc="train: score predictors", unit="evaluation", disable=not progress) as bar,
     ):
-        workers.expect(len(wanted))
-        for allocation in wanted:
-            workers.submit(Candidate(allocation))
-        while len(found) < len(wanted):
-            found |= dict(workers.collect(_SECONDS_BETWEEN_LINES))
-            bar.update(len(found) - bar.n)
+        for results in evaluate_each(wanted, workers):
+            found |= dict(results)
+            bar.update(len(results))
     reward = run.config.search.reward
     return [sum(found[a].worth(reward) for a in allocations) / len(allocations) for allocations in predicted]
 

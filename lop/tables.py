@@ -43,6 +43,7 @@ from lop.predictors import load_predictor
 from lop.rivals import Outcome, rivals_stage
 from lop.run import Run
 from lop.samples import Sample
+from lop.sensitivity import scan, scan_widths
 from lop.size import read_tensors
 from lop.stages import read_search, search_stage, train_stage
 
@@ -514,13 +515,21 @@ def _tree_curves(runs: Sequence[Run], targets: Sequence[float]) -> Iterator[Outc
         for found in read_search(run):
             if (target := wanted.get(run.space.budget(found.target))) is None:
                 continue
-            spent, best, curve = 0.0, -np.inf, []
+            spent, best, curve = _scanned(run), -np.inf, []
             for _, evaluation in found.evaluations:
                 spent += 1.0 if evaluation.scored is None else evaluation.scored / samples
                 if evaluation.is_complete and not evaluation.error:
                     best = max(best, evaluation.worth(reward))
                     curve.append((spent, best))
             yield Outcome("mcts", target, run.config.seed, found.best.widths, best, tuple(curve), 0.0)
+
+
+def _scanned(run: Run) -> float:
+    """One target's share of the scan that all trees start from, in evaluations."""
+    settings = run.config.search
+    if "sensitivity" not in settings.roots:
+        return 0.0
+    return len(scan(run.space, scan_widths(run.space, settings.sensitivity_levels))) / len(settings.targets.ratios)
 
 
 def _predictors(runs: Sequence[Run]) -> Iterator[Mapping[str, Any]]:

@@ -89,7 +89,8 @@ def _markdown(run: Run, tables: Tables, pictures: dict[str, tuple[Row, list[Row]
         "![Allocations](figure4.png)",
         "## Searches compared",
         "Best reward so far on the reward samples, by evaluations spent (in units of all reward samples); mean over "
-        "targets, with the 95% interval over seeds. The sensitivity programme is a point: its scan serves all targets.",
+        "targets, with the 95% interval over seeds. The sensitivity programme is a point: its scan serves all targets. "
+        "A tree that has it as a root begins with its target's share of the scan.",
         "![Best reward by evaluations](rivals.png)",
         "## Seconds",
         "Medians over targets and seeds. *Paper*: FLAP's calibrate + allocate + sort + prune over the method's own; "

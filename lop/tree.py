@@ -102,7 +102,7 @@ class SearchTree:
         self._tie_breaker = tie_breaker
         self._random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(seed))))
         self._starts = deque(dict.fromkeys(starts))
-        self._root_limit = options.children + len(self._starts) - 1
+        self._first_children = len(self._starts) - 1
         self._asked: set[Allocation] = set()
         self._arrived: dict[Allocation, Evaluation] = {}
         self._flights: deque[Node] = deque()
@@ -131,6 +131,12 @@ class SearchTree:
         """
         complete = [item for item in self.results.items() if item[1].is_complete]
         return max(complete, key=lambda item: (not item[1].error, *self._value(item[1])))
+
+    def add_start(self, allocation: Allocation) -> None:
+        """One more allocation for the root's first children; before the first `advance`."""
+        if allocation not in self._starts:
+            self._starts.append(allocation)
+            self._first_children += 1
 
     def tell(self, allocation: Allocation, evaluation: Evaluation) -> None:
         """Hands in the result of an allocation that `advance` asked for."""
@@ -210,7 +216,8 @@ class SearchTree:
             return self.root if allocation == self.root.allocation else _adopt(self.root, allocation)
         node = self.root
         while node.depth < self._options.depth:
-            if len(node.children) < (self._root_limit if node is self.root else self._options.children):
+            given = self._first_children if node is self.root else 0
+            if len(node.children) < self._options.children + given:
                 return self._expand(node)
             node = self._best_child(node)
         return node

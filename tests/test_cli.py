@@ -21,6 +21,8 @@ FEW = (
     "--set", "search.targets={first: 0.2, last: 0.5, step: 0.1}",
     "--set", "search.evaluations=4",
     "--set", "search.simulations=6",
+    "--set", "search.roots=[flap, sensitivity]",
+    "--set", "search.sensitivity_levels=1",
     "--set", "train.epochs=3",
     "--set", "compare.targets=[0.5]",
     "--set", "compare.recoveries=[]",
@@ -109,7 +111,7 @@ def _wait_for_growth(run: Path, process: subprocess.Popen[str]) -> None:
 
 def test_a_finished_search_is_shown(finished: Path) -> None:
     shown = lop_command("watch", finished).stdout
-    assert "16 of 16 evaluations, finished" in shown
+    assert "28 of 28 evaluations, finished" in shown  # 12 layers alone, and 4 targets of 4.
     assert len(re.findall(r"(?m)^ *(20|30|40|50)% +4/4 +[01]\.\d{4}  [▁-█]+", shown)) == 4
     table = lop_command("ledger", finished).stdout.splitlines()
     assert len(table) == 1 + 16
@@ -264,7 +266,6 @@ def test_compare_makes_the_papers_tables(finished: Path, tmp_path: Path) -> None
         "--set", "tables.targets=[0.5]",
         "--set", "tables.baselines=[uniform, flap, owl]",
         "--set", "tables.rivals=[random, sensitivity]",
-        "--set", "tables.sensitivity_levels=1",
     )  # fmt: skip
     checkpoint = tmp_path / "plain"
     # The tables score allocations as they are; the demo's own checkpoints have been refitted.

@@ -1,5 +1,6 @@
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,11 +36,19 @@ def make_trees() -> dict[float, SearchTree]:
 class RandomWorkers:
     """Evaluates any number at a time, and hands results back in any order; may break after some."""
 
-    def __init__(self, seed: int, capacity: int, most: int | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        capacity: int,
+        most: int | None = None,
+        *,
+        score: Callable[[Allocation], Evaluation] = score,
+    ) -> None:
         self.capacity = capacity
         self.counts: Counter[Allocation] = Counter()
         self._random = np.random.default_rng(seed)
         self._most = most
+        self._score = score
         self._waiting: list[Allocation] = []
 
     @property
@@ -60,7 +69,7 @@ class RandomWorkers:
         self.counts.update(done)
         if self._most is not None and self.counts.total() > self._most:
             raise KeyboardInterrupt
-        return [(allocation, score(allocation)) for allocation in done]
+        return [(allocation, self._score(allocation)) for allocation in done]
 
 
 def outcome(trees: dict[float, SearchTree]) -> list[object]:

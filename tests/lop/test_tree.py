@@ -98,6 +98,16 @@ def test_visits_and_rewards_add_up_along_paths() -> None:
     assert tree.root.visits == tree.simulations
 
 
+def test_a_start_that_is_added_is_a_start() -> None:
+    start = project(np.linspace(0.2, 0.8, 5), SPACE, BUDGET)
+    given, added = make_tree(starts=[start]), make_tree()
+    added.add_start(start)
+    added.add_start(start)
+    run(given)
+    run(added)
+    assert shape(added.root) == shape(given.root)
+
+
 def test_starts_come_first_and_only_once() -> None:
     starts = [project(np.linspace(0.2, 0.8, 5), SPACE, BUDGET), uniform(SPACE, BUDGET)]
     tree = make_tree(starts=starts)

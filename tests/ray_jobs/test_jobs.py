@@ -26,7 +26,10 @@ from lop.stages import search_stage
 from tests.ray_jobs.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = ("search.targets={first: 0.3, last: 0.5, step: 0.1}", "search.evaluations=4", "search.simulations=6")
+SETTINGS = (
+    *("search.targets={first: 0.3, last: 0.5, step: 0.1}", "search.evaluations=4", "search.simulations=6"),
+    *("search.roots=[flap, sensitivity]", "search.sensitivity_levels=1"),
+)
 
 
 @dataclass(frozen=True)
@@ -127,11 +130,11 @@ def test_a_job_makes_nodes_appear_uses_them_and_lets_them_go(head: Head, tmp_pat
     printed = job.stdout.read() if job.stdout else ""
     assert job.returncode == 0, printed
     assert 1 <= seen <= 2
-    assert "search: 12 of 12 evaluations" in printed
+    assert "search: 24 of 24 evaluations" in printed
     assert "\r" not in printed
     names = ("evaluations_done", "evaluations_planned", "evaluations_per_second", "workers_alive", "best_reward")
     assert {f"lop_{name}" for name in names} <= set(published)
-    assert published["lop_evaluations_planned"] == 12
+    assert published["lop_evaluations_planned"] == 24  # 12 layers alone, and 3 targets of 4
     assert 0 < published["lop_best_reward"] <= 1
     wait_for(lambda: head.workers() == 0, "the nodes to go", seconds=120)
 

@@ -11,7 +11,10 @@ from lop.run import Run
 from lop.stages import calibrate_stage, search_stage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-SETTINGS = ["search.targets={first: 0.3, last: 0.5, step: 0.1}", "search.evaluations=4", "search.simulations=6"]
+SETTINGS = [
+    *("search.targets={first: 0.3, last: 0.5, step: 0.1}", "search.evaluations=4", "search.simulations=6"),
+    *("search.roots=[flap, sensitivity]", "search.sensitivity_levels=2"),
+]
 
 
 def searched(folder: Path, workers: int, settings: list[str]) -> tuple[dict[str, object], object]:

@@ -14,6 +14,7 @@ from lop.storage import Location
 FEW = [
     *("--set", "search.targets={first: 0.4, last: 0.5, step: 0.1}"),
     *("--set", "search.evaluations=2", "--set", "search.simulations=2", "--workers", "0"),
+    *("--set", "search.roots=[flap]"),
 ]
 
 

@@ -46,12 +46,13 @@ class Reader:
         self._stack = ExitStack()
         self._files: dict[tuple[Path, int], int] = {}
         self._buffers = [_aligned(0), _aligned(0)]
-        self._thread = self._stack.enter_context(ThreadPoolExecutor(1))
+        self._thread = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()  # Before the files are closed that it reads.
         self._stack.close()
 
     def read(self, extents: Iterable[Extent]) -> Iterator[np.ndarray]:

@@ -65,7 +65,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     options = parser.parse_args()
     # A part of the whole search's targets and evaluations, unless something else is asked for.
-    short = ["search.targets={first: 0.2, last: 0.6, step: 0.2}", "search.evaluations=60", "search.simulations=90"]
+    short = [
+        "search.targets={first: 0.2, last: 0.6, step: 0.2}",
+        "search.evaluations=60",
+        "search.simulations=90",
+        "search.reward=accuracy",
+    ]
     rows = []
     print(f"{'seed':>4}  {'races':<5} {'samples':>9} {'seconds':>8}  best accuracy by target")
     for seed in range(options.seeds):

@@ -61,7 +61,8 @@ class RacingSettings(_Settings):
 class SearchSettings(_Settings):
     """The UCB trees; see `lop.tree.TreeOptions` for what each number does.
 
-    The reward decides, and the tie-breaker tells allocations of equal reward apart; see `lop.evaluation.Evaluation`.
+    The reward decides (the paper's is accuracy), and the tie-breaker tells allocations of equal reward apart; see
+    `lop.evaluation.Evaluation`.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     """
 
@@ -76,14 +77,16 @@ class SearchSettings(_Settings):
     window: Positive = 2
     roots: tuple[Root, ...] = ("uniform", "magnitude", "wanda", "flap", "sensitivity")
     sensitivity_levels: Positive = 20
-    reward: Literal["accuracy", "log_probability", "margin", "divergence"] = "accuracy"
+    reward: Literal["accuracy", "log_probability", "margin", "divergence"] = "log_probability"
     tie_breaker: Literal["log_probability", "margin", "divergence"] = "log_probability"
     racing: RacingSettings | None = None
 
     @model_validator(mode="after")
     def _races_for_accuracy(self) -> "SearchSettings":
         if self.racing and self.reward != "accuracy":
-            raise ValueError(f"racing compares accuracies, and the reward is {self.reward}: leave out one of the two")
+            raise ValueError(
+                f"racing compares accuracies, and the reward is {self.reward}: set it to accuracy, or do not race"
+            )
         return self
 
     @property

@@ -91,9 +91,10 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         + ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
         + ".",
         "## Predictors",
-        f"Trained on the {search.reward.replace('_', ' ')} of the search at {len(predictors['training_targets'])} "
-        f"targets; validated at {', '.join(f'{target:.1%}' for target in predictors['validation_targets'])}, which "
-        f"training did not see. Chosen: **{predictors['chosen']}**.",
+        f"Trained on what the search found best by {search.reward.replace('_', ' ')} at "
+        f"{len(predictors['training_targets'])} targets; validated at "
+        f"{', '.join(f'{target:.1%}' for target in predictors['validation_targets'])}, which training did not see. "
+        f"Chosen: **{predictors['chosen']}**.",
         _predictor_table(predictors),
         "## Search",
         "![Best reward by evaluation](search.png)",
@@ -159,10 +160,10 @@ def _seconds_table(seconds: tuple[Seconds, ...]) -> str:
 
 def _predictor_table(predictors: dict[str, Any]) -> str:
     rows = [
-        [p["architecture"], f"{p['parameters']:,}", f"{p['validation_error']:.5f}", f"{100 * p['reward']:.2f}"]
+        [p["architecture"], f"{p['parameters']:,}", f"{p['validation_error']:.5f}", f"{p['reward']:.4f}"]
         for p in predictors["architectures"]
     ]
-    return _table(["architecture", "parameters", "validation MSE", "reward at held-out targets (%)"], rows)
+    return _table(["architecture", "parameters", "validation MSE", "reward at held-out targets"], rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -112,7 +112,7 @@ def _wait_for_growth(run: Path, process: subprocess.Popen[str]) -> None:
 def test_a_finished_search_is_shown(finished: Path) -> None:
     shown = lop_command("watch", finished).stdout
     assert "28 of 28 evaluations, finished" in shown  # 12 layers alone, and 4 targets of 4.
-    assert len(re.findall(r"(?m)^ *(20|30|40|50)% +4/4 +[01]\.\d{4}  [▁-█]+", shown)) == 4
+    assert len(re.findall(r"(?m)^ *(20|30|40|50)% +4/4 +-0\.\d{4}  [▁-█]+", shown)) == 4
     table = lop_command("ledger", finished).stdout.splitlines()
     assert len(table) == 1 + 28
     rows = [json.loads(line) for line in lop_command("ledger", finished, "--json").stdout.splitlines()]

@@ -156,9 +156,9 @@ def test_another_rival_is_another_evaluation(tmp_path: Path) -> None:
 
 def test_racing_for_anything_but_accuracy_is_refused() -> None:
     tiny = find_config("tiny")
-    assert load_config(tiny, ["search.racing={}"]).search.tree_options().rival == 1
+    assert load_config(tiny, ["search.racing={}", "search.reward=accuracy"]).search.tree_options().rival == 1
     assert load_config(tiny).search.tree_options().rival == 0
     with pytest.raises(LopError, match="racing compares accuracies, and the reward is margin"):
         load_config(tiny, ["search.racing={}", "search.reward=margin"])
     with pytest.raises(LopError, match=r"search\.racing\.rounds"):
-        load_config(tiny, ["search.racing.rounds=1"])
+        load_config(tiny, ["search.racing.rounds=1", "search.reward=accuracy"])

@@ -25,7 +25,7 @@ def searched(folder: Path, workers: int, settings: list[str]) -> tuple[dict[str,
     return json.loads(run.search_file.read_text()), sorted(read_ledger(run.ledger))
 
 
-@pytest.mark.parametrize("settings", [[], ["search.racing={}", "search.tie_breaker=margin"]])
+@pytest.mark.parametrize("settings", [[], ["search.racing={}", "search.reward=accuracy", "search.tie_breaker=margin"]])
 def test_a_search_on_actors_is_the_search_of_one_process(tmp_path: Path, settings: list[str]) -> None:
     alone = searched(tmp_path / "alone", 0, settings)
     assert searched(tmp_path / "fleet", 2, settings) == alone

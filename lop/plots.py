@@ -69,8 +69,10 @@ def plot_search(found: Sequence[Found], reward: str, path: Path) -> None:
         best = np.maximum.accumulate([evaluation.worth(reward) for _, evaluation in result.evaluations])
         axes.plot(range(1, len(best) + 1), best, color=colour, label=f"{100 * result.target:g}%")
     axes.set(xlabel="evaluations", ylabel=f"best {reward.replace('_', ' ')} on the reward samples")
+    if reward != "accuracy":
+        axes.set_yscale("symlog", linthresh=0.01)  # Nats: of easy targets few hundredths, of hard ones many tenths.
     axes.set_title("Search: best allocation so far, by target")
-    axes.legend(fontsize=7, ncols=2, title="target")
+    figure.legend(loc="outside right upper", fontsize=7, title="target")
     axes.grid(alpha=0.3)
     _save(figure, path)
 

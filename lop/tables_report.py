@@ -251,9 +251,11 @@ def _draw_radar(values: Sequence[Value], columns: Sequence[str], path: Path) -> 
                 [*angles, angles[0]], [*line, line[0]], label=method, linewidth=2 if "lop" in method else 1.2, **style
             )
         axes.set_xticks(angles, [_NAMES[column].replace(" ", "\n") for column in columns], fontsize=8)
+        axes.set_theta_offset(np.pi / 2)  # The first column on top, where its name has room.
+        axes.tick_params(axis="x", pad=10)
         axes.set_ylim(0, 100)
         axes.set_title(f"{target:.0%} pruned")
-    grid[0][0].legend(loc="lower left", bbox_to_anchor=(-0.25, -0.25), ncols=3, fontsize=8)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
     _save(figure, path)
 
 

@@ -139,7 +139,7 @@ def _lagrangian_start(units: np.ndarray, low: int, high: int, total: int) -> np.
         middle = probes.pop() if probes else (least + most) / 2
         # Not `np.clip`, which takes twice as long on so few numbers; a search spends most of its own time here.
         found = np.minimum(np.maximum(np.rint(units + middle), low), high)
-        excess = np.add.reduce(found) - total
+        excess = found.sum() - total
         if excess == 0:
             return found.astype(np.int64)
         if excess < 0:

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def test_the_cluster_has_a_cpu_head_and_gpu_workers_on_spot_before_on_demand() -
 
 def test_the_cluster_makes_its_bucket_once_with_nothing_but_keys(bucket: str, tmp_path: Path) -> None:
     server = parse_qs(urlsplit(bucket).query)["endpoint_override"][0]
-    environment = {**os.environ, "AWS_ENDPOINT_URL": server, "HOME": str(tmp_path)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # On the node, `python` is the cluster's.
+    environment = {**os.environ, "AWS_ENDPOINT_URL": server, "HOME": str(tmp_path), "PATH": path}
     (command,) = [command for command in cluster()["head_setup_commands"] if "create_bucket" in command]
     for _ in range(2):
         subprocess.run(["bash", "-c", command], env=environment, check=True, timeout=60)

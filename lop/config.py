@@ -210,8 +210,10 @@ def parse_config(data: dict[str, Any], where: str) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        got = "" if first["type"] in ("missing", "extra_forbidden") else f", not {first['input']!r}"
-        raise LopError(f"{where}: {key}: {first['msg']}{got}") from None
+        # A group's own check names the values that it is about.
+        plain = first["type"] in ("missing", "extra_forbidden") or isinstance(first["input"], dict)
+        got = "" if plain else f", not {first['input']!r}"
+        raise LopError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{got}") from None
 
 
 def _json(data: Any) -> str:

@@ -18,13 +18,13 @@ _ATTEMPTS = 3
 class _Worker:
     """Builds its function when it is first needed, so that a failure to build reaches the driver as the error it is."""
 
-    def __init__(self, build: Callable[[], Callable[[Any], Any]]) -> None:
-        self._build = build
+    def __init__(self) -> None:
         self._work: Callable[[Any], Any] | None = None
 
-    def do(self, item: Any) -> Any:
+    def do(self, build: tuple[ray.ObjectRef], item: Any) -> Any:
+        # In a tuple: a bare reference Ray would fetch for every item.
         if self._work is None:
-            self._work = self._build()
+            self._work = ray.get(build[0])()
         return self._work(item)
 
 
@@ -40,20 +40,20 @@ def map_on_actors(
         LopError: what a worker raised, or an item whose actors die again and again.
     """
     with connected():
-        shared = ray.put(build)
+        shared = (ray.put(build),)
         actor_class = ray.remote(
             num_cpus=config.threads,
             num_gpus=config.gpus_per_worker,
             max_restarts=_ATTEMPTS,
             max_task_retries=_ATTEMPTS,
         )(_Worker)
-        idle = [actor_class.remote(shared) for _ in range(min(config.workers, len(items)))]
+        idle = [actor_class.remote() for _ in range(min(config.workers, len(items)))]
         running: dict[Any, tuple[Any, Item]] = {}
         waiting = list(reversed(items))
         while waiting or running:
             while waiting and idle:
                 actor, item = idle.pop(), waiting.pop()
-                running[actor.do.remote(item)] = (actor, item)
+                running[actor.do.remote(shared, item)] = (actor, item)
             (done,), _ = ray.wait(list(running))
             actor, item = running.pop(done)
             yield item, _result(done, item)

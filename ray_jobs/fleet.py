@@ -135,6 +135,7 @@ class Fleet:
         self._deaths = 0
         self._deaths_in_a_row = 0
         self._deaths_at_start = 0
+        self._failed_to_start = False
         self._checked = self._heard = time.monotonic()
 
     def __enter__(self) -> "Fleet":
@@ -308,11 +309,19 @@ class Fleet:
             member.pid = future.result()
             self._ready += 1
             self._deaths_at_start = 0
+            self._failed_to_start = False
             self._place(member)
             return
-        # Before `prepare` runs, an actor may fail to unpickle `build`: so would its replacements.
+        # Before `prepare` runs, an actor may fail to unpickle `build`: so would its replacements. Once is forgiven, as
+        # an import may fail where a thread of Ray's own imports the same module at that moment.
         if not isinstance(error, _LOST) or (isinstance(error, RayActorError) and error.actor_init_failed):
-            raise LopError(f"a worker could not be set up: {_reason(error)}") from error
+            message = f"a worker could not be set up: {_reason(error)}"
+            if self._failed_to_start or isinstance(getattr(error, "cause", None), LopError):
+                raise LopError(message) from error
+            log.warning("%s; another takes its place", message)
+            self._failed_to_start = True
+            self._dismiss(member)
+            return
         log.warning("a worker died before it was ready: another takes its place")
         if not _went_with_its_machine(error):
             self._deaths_at_start += 1

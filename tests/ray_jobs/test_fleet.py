@@ -179,6 +179,19 @@ def test_an_evaluation_that_fails_twice_is_tried_a_third_time(tmp_path: Path, ca
     assert any((tmp_path / "tries").iterdir())
 
 
+def stumbles(mark: Path) -> Racer:
+    """Cannot be built the first time."""
+    if not mark.exists():
+        mark.touch()
+        raise AttributeError("partially initialized module")
+    return Slow()
+
+
+def test_a_worker_that_stumbles_once_at_its_start_is_replaced(tmp_path: Path, calm: Outcome) -> None:
+    with Fleet(partial(stumbles, tmp_path / "mark"), count=1, cpus=1) as fleet:
+        assert searched(tmp_path / "ledger", fleet) == calm
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

@@ -13,18 +13,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from lop.adapter import load_model
 from lop.allocation import Allocation
 from lop.config import find_config, load_config
-from lop.elastic import ElasticModel
-from lop.encoding import encode
-from lop.evaluator import Evaluator
-from lop.models import find_model
 from lop.run import Run
 from lop.samples import Sample
-from lop.stages import Found, read_search
+from lop.stages import Found, build_evaluator, read_search
 
 REWARDS = ("accuracy", "log_probability", "divergence", "margin")
 
@@ -49,10 +43,7 @@ def differences(
     run: Run, found: Sequence[Found], samples: Sequence[Sample], rewards: Sequence[str]
 ) -> dict[str, dict[str, object]]:
     """What the last line says of one set of questions."""
-    torch.set_num_threads(run.config.threads)
-    model = load_model(find_model(run.config.model), device=run.config.device, dtype=run.config.dtype)
-    elastic = ElasticModel(model, run.order)
-    evaluator = Evaluator(elastic, encode(model, samples, batch_tokens=run.config.batch_tokens))
+    evaluator = build_evaluator(run.config, run.order, samples)
 
     @cache
     def accuracy(allocation: Allocation) -> float:

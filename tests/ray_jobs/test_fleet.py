@@ -25,6 +25,7 @@ from lop.search import InProcess, run_search
 from ray_jobs.fleet import Fleet
 from tests.lop.test_search import make_trees, outcome
 from tests.lop.test_tree import score
+from tests.ray_jobs.waiting import wait_for
 
 Outcome = tuple[list[object], list[tuple[Allocation, Evaluation]]]
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -38,6 +39,18 @@ class Slow:
 
     def evaluate(self, allocation: Allocation) -> Evaluation:
         time.sleep(self._seconds)
+        return score(allocation)
+
+
+class Held:
+    """Evaluates nothing until a file is there."""
+
+    def __init__(self, gate: Path) -> None:
+        self._gate = gate
+
+    def evaluate(self, allocation: Allocation) -> Evaluation:
+        wait_for(self._gate.exists, "the gate")
+        time.sleep(0.01)
         return score(allocation)
 
 
@@ -143,14 +156,15 @@ def test_the_number_of_actors_changes_nothing(tmp_path: Path, calm: Outcome, cou
 
 
 def test_killed_actors_are_replaced(tmp_path: Path, calm: Outcome) -> None:
-    with Fleet(Slow, count=2, cpus=1) as fleet, _killing(fleet) as killed:
+    gate = tmp_path / "gate"
+    with Fleet(partial(Held, gate), count=2, cpus=1) as fleet, _killing(fleet, gate) as killed:
         assert searched(tmp_path / "ledger", fleet) == calm
     assert killed
 
 
 @contextmanager
-def _killing(fleet: Fleet) -> Iterator[list[int]]:
-    """Kills a random actor of the fleet with SIGKILL, again and again, as soon as one is ready."""
+def _killing(fleet: Fleet, gate: Path) -> Iterator[list[int]]:
+    """Kills a random actor of the fleet with SIGKILL, up to four times; opens the gate after the first."""
     done, killed = threading.Event(), list[int]()
 
     def kill() -> None:
@@ -160,6 +174,7 @@ def _killing(fleet: Fleet) -> Iterator[list[int]]:
                 try:
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
+                    gate.touch()
                 except ProcessLookupError:
                     continue
 

@@ -94,7 +94,7 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         f"Trained on what the search found best by {search.reward.replace('_', ' ')} at "
         f"{len(predictors['training_targets'])} targets; validated at "
         f"{', '.join(f'{target:.1%}' for target in predictors['validation_targets'])}, which training did not see. "
-        f"Chosen: **{predictors['chosen']}**.",
+        f"Chosen by the mean reward at all of them: **{predictors['chosen']}**.",
         _predictor_table(predictors),
         "## Search",
         "![Best reward by evaluation](search.png)",
@@ -163,7 +163,7 @@ def _predictor_table(predictors: dict[str, Any]) -> str:
         [p["architecture"], f"{p['parameters']:,}", f"{p['validation_error']:.5f}", f"{p['reward']:.4f}"]
         for p in predictors["architectures"]
     ]
-    return _table(["architecture", "parameters", "validation MSE", "reward at held-out targets"], rows)
+    return _table(["architecture", "parameters", "validation MSE", "mean reward"], rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -10,12 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lop
+from lop.config import load_config
 from lop.ledger import read_ledger
 from lop.models import assets
+from lop.predictors import load_predictor
+from lop.run import Run
 from lop.size import model_size, read_tensors
+from lop.stages import build_evaluator, read_search
 
 FEW = (
     "--set", "search.targets={first: 0.2, last: 0.5, step: 0.1}",
@@ -72,6 +77,22 @@ def test_the_demo_leaves_what_it_promises(finished: Path) -> None:
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
     assert "4 evaluated allocations" in report
     lop.load(finished / "checkpoints" / "0.500")
+
+
+def test_the_predictor_with_the_best_rewards_at_the_searched_targets_is_chosen(finished: Path) -> None:
+    run = Run(load_config(finished / "config.yaml"), finished)
+    evaluator = build_evaluator(run.config, run.order, run.samples.reward)
+    targets = [found.target for found in read_search(run)]
+    report = json.loads((finished / "predictors.json").read_text())
+    rewards = {}
+    for entry in report["architectures"]:
+        predictor = load_predictor(finished / "predictors" / entry["architecture"])
+        found = [evaluator.evaluate(predictor.allocate(run.space.budget(target))) for target in targets]
+        rewards[entry["architecture"]] = np.mean([evaluation.log_probability for evaluation in found])
+        assert entry["reward"] == pytest.approx(rewards[entry["architecture"]])
+    assert (
+        report["chosen"] == load_predictor(finished / "predictor").architecture == max(rewards, key=rewards.__getitem__)
+    )
 
 
 def test_the_demo_again_does_nothing_twice(finished: Path) -> None:

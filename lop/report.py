@@ -94,7 +94,7 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         f"Trained on what the search found best by {search.reward.replace('_', ' ')} at "
         f"{len(predictors['training_targets'])} targets; validated at "
         f"{', '.join(f'{target:.1%}' for target in predictors['validation_targets'])}, which training did not see. "
-        f"Chosen by the mean reward at all of them: **{predictors['chosen']}**.",
+        f"Chosen by the mean reward at all targets: **{predictors['chosen']}**.",
         _predictor_table(predictors),
         "## Search",
         "![Best reward by evaluation](search.png)",

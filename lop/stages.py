@@ -335,6 +335,8 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
         fits = _fit_all(run, training, validation, progress=progress)
         best = [min(group, key=lambda fit: fit.validation_error) for group in _by_architecture(fits)]
         predictors = [Predictor(fit.architecture, fit.weights, run.space, run.size, fingerprints) for fit in best]
+        # At all targets, trained on or held out: the networks differ most at the ends of the range, which are never
+        # held out, and a handful of targets does not tell them apart.
         rewards = _rewards(run, predictors, [result.target for result in found], progress=progress)
         for predictor in predictors:
             predictor.save(run.predictors_folder / predictor.architecture)
@@ -412,11 +414,7 @@ def _by_architecture(fits: Sequence[Fit]) -> list[list[Fit]]:
 
 
 def _rewards(run: Run, predictors: Sequence[Predictor], targets: Sequence[float], *, progress: bool) -> list[float]:
-    """Each predictor's mean reward over targets, on the reward samples.
-
-    All targets of the search, trained on or held out: predictors differ most at the ends of the range, which are never
-    held out, and a handful of targets tells noise from noise.
-    """
+    """Each predictor's mean reward over targets, on the reward samples."""
     predicted = [[predictor.allocate(run.space.budget(target)) for target in targets] for predictor in predictors]
     wanted = list(dict.fromkeys(allocation for allocations in predicted for allocation in allocations))
     found: dict[Allocation, Evaluation] = {}

@@ -90,9 +90,8 @@ def test_the_predictor_with_the_best_rewards_at_the_searched_targets_is_chosen(f
         found = [evaluator.evaluate(predictor.allocate(run.space.budget(target))) for target in targets]
         rewards[entry["architecture"]] = np.mean([evaluation.log_probability for evaluation in found])
         assert entry["reward"] == pytest.approx(rewards[entry["architecture"]])
-    assert (
-        report["chosen"] == load_predictor(finished / "predictor").architecture == max(rewards, key=rewards.__getitem__)
-    )
+    best = max(rewards, key=lambda architecture: rewards[architecture])
+    assert report["chosen"] == load_predictor(finished / "predictor").architecture == best
 
 
 def test_the_demo_again_does_nothing_twice(finished: Path) -> None:
@@ -276,6 +275,14 @@ def test_what_ships_answers_without_a_run(tmp_path: Path) -> None:
     assert lop_command("prune", "--target", "0.3", "--out", tmp_path / "p", cwd=tmp_path).returncode == 0
     assert {path.name for path in tmp_path.iterdir()} == {"p"}
     assert os.listdir(tmp_path / "p")
+
+
+@pytest.mark.parametrize("settings", [(), ("--config", "tiny")])
+def test_what_ships_was_made_with_the_settings_that_ship(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(assets() / "run", run)
+    for stage in ("search", "train"):
+        assert "is there already" in lop_command(stage, "--run", run, *settings).stderr
 
 
 def test_compare_makes_the_papers_tables(finished: Path, tmp_path: Path) -> None:

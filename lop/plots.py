@@ -42,7 +42,7 @@ def plot_accuracy(averages: Sequence[Average], path: Path) -> None:
     axes.set_title("Accuracy on the test samples")
     axes.legend()
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_allocations(found: Sequence[Found], ratios: np.ndarray, path: Path) -> None:
@@ -58,7 +58,7 @@ def plot_allocations(found: Sequence[Found], ratios: np.ndarray, path: Path) -> 
     axes.set(xlabel="layer", ylabel="target (%)")
     axes.set_title("Neurons removed from each layer: the best allocations found")
     figure.colorbar(image, label="removed (%)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_search(found: Sequence[Found], reward: str, path: Path) -> None:
@@ -74,7 +74,7 @@ def plot_search(found: Sequence[Found], reward: str, path: Path) -> None:
     axes.set_title("Search: best allocation so far, by target")
     figure.legend(loc="outside right upper", fontsize=7, title="target")
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_trees(found: Sequence[Found], path: Path) -> None:
@@ -91,10 +91,11 @@ def plot_trees(found: Sequence[Found], path: Path) -> None:
         figure.colorbar(image, ax=axes)
     panels[0].set_yticks(range(len(found)), [f"{100 * result.target:g}" for result in found])
     panels[0].set(ylabel="target (%)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Writes a figure as PNG, cropped to what is drawn, and closes it."""
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight")
     plt.close(figure)

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 
 from lop.files import atomic_file, write_json
 from lop.intervals import Interval
+from lop.plots import save_figure
 from lop.run import Run
 from lop.tables import Model, Seconds, Tables, Value
 
@@ -214,10 +215,10 @@ def _text(header: Row, rows: Sequence[Row]) -> str:
 
 
 def _draw_table(header: Row, rows: Sequence[Row], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(1.6 * len(header), 0.28 * (len(rows) + 1) + 0.3))
+    figure, axes = plt.subplots(figsize=(1.6 * len(header), 0.28 * (len(rows) + 1)))
     axes.axis("off")
     plain = [[cell.strip("*") for cell in row] for row in rows] or [[""] * len(header)]
-    drawn = axes.table(cellText=plain, colLabels=header, loc="center", cellLoc="left")
+    drawn = axes.table(cellText=plain, colLabels=header, bbox=(0, 0, 1, 1), cellLoc="left")
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(8)
     drawn.auto_set_column_width(list(range(len(header))))
@@ -225,7 +226,7 @@ def _draw_table(header: Row, rows: Sequence[Row], path: Path) -> None:
         cell.set_linewidth(0.3)
         if row == 0 or rows[row - 1][column].startswith("**"):
             cell.set_text_props(weight="bold")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_radar(values: Sequence[Value], columns: Sequence[str], path: Path) -> None:
@@ -256,7 +257,7 @@ def _draw_radar(values: Sequence[Value], columns: Sequence[str], path: Path) -> 
         axes.set_ylim(0, 100)
         axes.set_title(f"{target:.0%} pruned")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_allocations(tables: Tables, path: Path) -> None:
@@ -278,7 +279,7 @@ def _draw_allocations(tables: Tables, path: Path) -> None:
     grid[-1, 0].set_xlabel("layer")
     grid[0, 0].legend(fontsize=7, ncols=4)
     figure.suptitle("Neurons removed from each layer (%)")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_curves(tables: Tables, path: Path) -> None:
@@ -307,16 +308,10 @@ def _draw_curves(tables: Tables, path: Path) -> None:
     axes.set_title("The same evaluations, spent by different searches")
     axes.legend()
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _at(curve: Sequence[tuple[float, float]], grid: np.ndarray) -> np.ndarray:
     """The best reward at each number of evaluations: the last one reached by then."""
     spent, reward = np.array(curve).T
     return np.asarray(reward[np.maximum(np.searchsorted(spent, grid, side="right") - 1, 0)])
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)

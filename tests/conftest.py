@@ -22,6 +22,7 @@ from lop.encoding import Encoded, encode
 from lop.models import assets
 from lop.samples import SampleSets, load_sample_sets
 from lop.statistics import NeuronStatistics, calibrate
+from tests.commands import FEW, lop_command
 
 torch.set_num_threads(1)
 # How long an example takes says more about what else runs on the machine.
@@ -54,6 +55,15 @@ def encoded(shared_tiny: QwenVL, samples: SampleSets) -> Encoded:
 @pytest.fixture(scope="session")
 def tiny_statistics(shared_tiny: QwenVL, samples: SampleSets) -> NeuronStatistics:
     return calibrate(shared_tiny, encode(shared_tiny, samples.calibration[::10], batch_tokens=700))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with every stage done, by the demo command."""
+    folder = tmp_path_factory.mktemp("run") / "demo"
+    done = lop_command("demo", "--run", folder, "--workers", "0", *FEW)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture

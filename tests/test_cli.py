@@ -21,22 +21,7 @@ from lop.predictors import load_predictor
 from lop.run import Run
 from lop.size import model_size, read_tensors
 from lop.stages import build_evaluator, read_search
-
-FEW = (
-    "--set", "search.targets={first: 0.2, last: 0.5, step: 0.1}",
-    "--set", "search.evaluations=4",
-    "--set", "search.simulations=6",
-    "--set", "search.roots=[flap, sensitivity]",
-    "--set", "search.sensitivity_levels=1",
-    "--set", "train.epochs=3",
-    "--set", "compare.targets=[0.5]",
-    "--set", "compare.recoveries=[]",
-)  # fmt: skip
-
-
-def lop_command(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lop.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240)
+from tests.commands import FEW, lop_command
 
 
 def refused(*arguments: str | Path) -> str:
@@ -47,15 +32,6 @@ def refused(*arguments: str | Path) -> str:
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("lop: ")
     return line
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with every stage done, by the demo command."""
-    folder = tmp_path_factory.mktemp("run") / "demo"
-    done = lop_command("demo", "--run", folder, "--workers", "0", *FEW)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 def test_the_demo_leaves_what_it_promises(finished: Path) -> None:

@@ -74,7 +74,7 @@ class Ledger:
     def __init__(
         self, place: str | Path | Location, fingerprints: Mapping[str, str], *, seconds: float | None = None
     ) -> None:
-        self.location = _location(place)
+        self.location = Location.parse(place)
         default = _SECONDS_LOCAL if self.location.is_local else _SECONDS_REMOTE
         self._seconds = default if seconds is None else seconds
         self._writer = secrets.token_hex(4)
@@ -187,7 +187,7 @@ def read_ledger(place: str | Path | Location) -> Iterator[tuple[Allocation, Eval
     Raises:
         LopError: there is no ledger, or it is damaged.
     """
-    location = _location(place)
+    location = Location.parse(place)
     yield from _evaluations(location, _segments(location))
 
 
@@ -197,14 +197,16 @@ def ledger_header(run: str | Path | Location) -> dict[str, str]:
     Raises:
         LopError: there is no ledger, or it is damaged.
     """
-    location = _location(run) / _FOLDER
+    location = Location.parse(run) / _FOLDER
     return next(_records(location, name, data)[0] for name, data, _ in _segments(location) if data)
 
 
 def evaluations(run: str | Path | Location) -> list[dict[str, Any]]:
     """A run's evaluations as plain values: `pandas.DataFrame(lop.evaluations("runs/tiny"))`.
 
-    Columns: `kept` (neurons in all layers), `accuracy`, `log_probability`, `error`, `widths`.
+    Columns: `kept` (neurons in all layers), `accuracy`, `log_probability`, `error`, `complete`, `widths`. Where not
+    `complete`, a race was given up before all samples were scored: the accuracy is an estimate, and the other numbers
+    are of those scored.
 
     Args:
         run: the run's folder or URI; a search may be writing there.
@@ -218,14 +220,11 @@ def evaluations(run: str | Path | Location) -> list[dict[str, Any]]:
             "accuracy": evaluation.accuracy,
             "log_probability": evaluation.log_probability,
             "error": evaluation.error,
+            "complete": evaluation.is_complete,
             "widths": list(allocation.widths),
         }
-        for allocation, evaluation in read_ledger(_location(run) / _FOLDER)
+        for allocation, evaluation in read_ledger(Location.parse(run) / _FOLDER)
     ]
-
-
-def _location(place: str | Path | Location) -> Location:
-    return place if isinstance(place, Location) else Location.parse(place)
 
 
 def _segments(location: Location) -> list[tuple[str, bytes, bool]]:

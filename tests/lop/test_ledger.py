@@ -23,6 +23,7 @@ from lop.errors import LopError
 from lop.evaluation import Evaluation
 from lop.ledger import Ledger, _line, read_ledger
 from lop.storage import Location
+from lop.watch import print_ledger
 
 PRINTS = {"model": "aaaa", "reward samples": "bbbb"}
 ENTRIES = [(Allocation((8 * n, 16)), Evaluation(n / 7, -n / 3)) for n in range(1, 5)]
@@ -416,9 +417,23 @@ def test_failures_are_recorded_with_their_error(tmp_path: Path) -> None:
         ledger.append(*ENTRIES[0])
     assert dict(read_ledger(tmp_path / "ledger"))[Allocation((8, 8))] == failed
     frame = pandas.DataFrame(lop.evaluations(tmp_path))
-    assert list(frame.columns) == ["kept", "accuracy", "log_probability", "error", "widths"]
+    assert list(frame.columns) == ["kept", "accuracy", "log_probability", "error", "complete", "widths"]
     assert list(frame["error"]) == [failed.error, ""]
     assert list(frame["kept"]) == [16, 24]
+
+
+def test_a_race_that_was_given_up_is_told_from_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given_up = Evaluation(0.9, -0.1, rival=(8, 16), scored=5)
+    with Ledger(tmp_path / "ledger", {**PRINTS, "shape": "2x64"}) as ledger:
+        ledger.append(*ENTRIES[0])
+        ledger.append(Allocation((16, 8)), given_up)
+    assert [row["complete"] for row in lop.evaluations(tmp_path)] == [True, False]
+    print_ledger(Location.parse(tmp_path))
+    _, measured, estimated = capsys.readouterr().out.splitlines()
+    assert "estimated" not in measured
+    assert estimated.endswith("given up: estimated")
 
 
 def test_ten_thousand_evaluations_are_read_back(tmp_path: Path) -> None:

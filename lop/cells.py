@@ -70,7 +70,8 @@ class CellWorker:
         model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
         encoded = encode(model, samples, batch_tokens=config.batch_tokens)
         self._statistics = statistics
-        self._elastic = ElasticModel(model, order(importance(config.importance, statistics)))
+        ranked = order(importance(config.importance, statistics))
+        self._elastic = ElasticModel(model, ranked, compiled=config.compile)
         self._evaluator = Evaluator(self._elastic, encoded)
 
     def __call__(self, cell: Cell) -> Scored:
@@ -101,4 +102,5 @@ def score_cells(
     results = map_on_workers(partial(CellWorker, run.config, run.statistics, samples), waiting, run.config)
     for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
         write_json(files[cell], scored.as_dict())
+        run.keep(files[cell])
     return {cell: Scored.from_dict(read_json(path), len(samples)) for cell, path in files.items()}

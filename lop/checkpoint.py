@@ -68,7 +68,7 @@ def export(
     check_format(format, "bias" if bias else "none")
     cuts = cut_tensors(tensors, order, allocation.widths, format=format, recovered=recovered)
     config = pruned_config(read_json(source / "config.json"), allocation.widths, format=format, bias=bias)
-    with new_folder(out if isinstance(out, Location) else Location.parse(out)) as folder:
+    with new_folder(Location.parse(out)) as folder:
         hashes = _write_weights(folder, cuts, progress, cancelled)
         for name, data in _companions(source, format).items():
             hashes[name] = _write(folder, name, data)
@@ -87,8 +87,10 @@ def export(
     return manifest
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path | Location) -> dict[str, Any]:
     """Checks each file of an exported checkpoint against its manifest, and returns the manifest.
+
+    Every byte is read, on remote storage, too.
 
     Raises:
         LopError: there is no manifest, or a file is missing or changed; names the file.
@@ -98,28 +100,29 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_hashes(folder: Path, hashes: Mapping[str, str]) -> None:
+def check_hashes(folder: Path | Location, hashes: Mapping[str, str]) -> None:
     """Holds files against their SHA-256.
 
     Raises:
         LopError: one is missing or changed; names the file.
     """
+    place = Location.parse(folder)
     for name, expected in hashes.items():
-        if not (folder / name).is_file():
+        if not place.has(name):
             raise LopError(f"{folder} is damaged: {name} is missing")
-        with (folder / name).open("rb") as file:
+        with place.open(name) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise LopError(f"{folder} is damaged: {name} is not what was written (SHA-256 differs)")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path | Location) -> dict[str, Any]:
     """The manifest of an exported checkpoint, its files unchecked.
 
     Raises:
         LopError: there is none, or it is damaged.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads(Location.parse(folder).read(MANIFEST))
         return {**manifest, "widths": list(manifest["widths"]), "sha256": dict(manifest["sha256"])}
     except (OSError, ValueError, KeyError, TypeError):
         raise LopError(f"{folder} is not a checkpoint exported by LOP: {MANIFEST} is missing or damaged") from None

@@ -16,6 +16,7 @@ from lop.config import RECOVERIES, Config, find_config, load_config
 from lop.errors import LopError
 from lop.formats import FORMATS
 from lop.models import EMBEDDED
+from lop.places import check_lasting
 from lop.size import Target, describe, parse_count
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
@@ -151,15 +152,16 @@ def _add_target(stage: argparse.ArgumentParser) -> None:
     target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, such as 8GiB")
 
 
-def read_config(arguments: Sequence[str]) -> Config:
-    """The settings that a command with these arguments would run with.
+def settle(arguments: Sequence[str]) -> tuple[Config, list[str]]:
+    """The settings that a stage's command would run with, and the command for a process with another working directory.
 
     Raises:
-        LopError: they are not valid.
+        LopError: they are not valid, or what the stage writes would be lost.
     """
     options = build_parser().parse_args(arguments)
     with _at(options):
-        return _config(options)
+        run = _run(options)
+        return run.config, [*arguments, "--run", run.location.uri]
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -187,6 +189,7 @@ def _at(options: argparse.Namespace) -> Iterator[None]:
         return
     from lop.mirror import local_run
 
+    check_lasting("--run", options.run)
     with local_run(options.run) as (options.folder, options.origin):
         yield
 
@@ -201,7 +204,11 @@ def _run(options: argparse.Namespace, default: Path | None = None) -> "Run":
     config = _config(options)
     from lop.run import Run
 
-    return _named_run(options, config) or Run(config, default or Path("runs") / Path(config.model).name)
+    if named := _named_run(options, config):
+        return named
+    folder = default or Path("runs") / Path(config.model).name
+    check_lasting("without --run, the folder", folder)
+    return Run(config, folder)
 
 
 def _target(options: argparse.Namespace) -> Target:
@@ -257,6 +264,7 @@ def _predict(options: argparse.Namespace) -> None:
 def _prune(options: argparse.Namespace) -> None:
     from lop.stages import prune_stage
 
+    check_lasting("--out", options.out)
     config = _config(options)
     run = _named_run(options, config)
     with _bars() as progress:

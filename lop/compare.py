@@ -23,11 +23,10 @@ from lop.evaluator import Evaluator
 from lop.fingerprint import fingerprint, fingerprint_file
 from lop.importance import importance, order
 from lop.intervals import Interval, paired_bootstrap, wilson
-from lop.predictors import load_predictor
 from lop.recovery import recover_elastic
 from lop.run import Run
 from lop.samples import FORMS, Sample, fingerprint_samples
-from lop.stages import read_search
+from lop.stages import open_predictor, read_search
 from lop.statistics import NeuronStatistics, calibrate
 
 log = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
     model = load_model(run.model_folder, device=config.device, dtype=config.dtype)
     calibrate_seconds, calibration = _time_calibration(run, model)
     encoded = encode(model, run.samples.test, batch_tokens=config.batch_tokens)
-    elastic = ElasticModel(model, run.order)
+    elastic = ElasticModel(model, run.order, compiled=config.compile)
     evaluator = Evaluator(elastic, encoded)
 
     recover = partial(recover_elastic, elastic, means=run.statistics.mean, calibration=calibration)
@@ -209,6 +208,7 @@ def comparison_fingerprints(run: Run) -> dict[str, str]:
     """What a comparison depends on."""
     return {
         **run.evaluation_fingerprints,
+        "space": fingerprint(asdict(run.space)),
         "test samples": fingerprint_samples(run.samples.test),
         "search": fingerprint_file(run.search_file),
         "predictor": fingerprint_file(run.predictor_folder / "predictor.json"),
@@ -227,7 +227,7 @@ def _choosers(run: Run) -> dict[str, Callable[[int], _Choice]]:
     """For each method, what it does with a budget."""
     found = {run.space.budget(result.target): result for result in read_search(run)}
     search_seconds = run.seconds().get("search", 0.0) / len(found)
-    predictor = load_predictor(run.predictor_folder)
+    predictor = open_predictor(run, run.predictor_folder)
     scores = importance(run.config.importance, run.statistics)
 
     def searched(budget: int) -> _Choice:

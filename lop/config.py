@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lop.errors import LopError
 from lop.files import atomic_file
+from lop.models import settled
 from lop.tree import TreeOptions
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -185,6 +186,8 @@ class Config(_Settings):
 def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Config:
     """Reads a YAML file and applies `a.b=value` overrides, then keyword values that are not None.
 
+    A local folder of `model` or `samples` becomes absolute: a run keeps its config, and is gone on with from elsewhere.
+
     Raises:
         LopError: the file is missing or not YAML, or a key is unknown or of the wrong type; one line that names it.
     """
@@ -199,7 +202,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Con
     for override in overrides:
         _apply(data, override)
     data |= {key: value for key, value in values.items() if value is not None}
-    return parse_config(data, str(path))
+    config = parse_config(data, str(path))
+    return config.model_copy(update={name: settled(getattr(config, name)) for name in ("model", "samples")})
 
 
 def parse_config(data: dict[str, Any], where: str) -> Config:

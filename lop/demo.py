@@ -1,16 +1,15 @@
 """`lop demo`: the whole path, stage after stage; what is done already is not done again."""
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lop.checkpoint import verify
 from lop.errors import LopError
-from lop.predictors import load_predictor
 from lop.report import write_report
 from lop.run import Run
-from lop.stages import calibrate_stage, export_allocation, search_stage, train_stage
+from lop.stages import calibrate_stage, export_allocation, open_predictor, search_stage, train_stage
+from lop.storage import Location
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +35,21 @@ def demo(run: Run) -> Path:
 
 def _prune_all(run: Run) -> None:
     """One checkpoint for each target of the comparison, as the predictor allocates."""
-    predictor = load_predictor(run.predictor_folder)
+    predictor = open_predictor(run, run.predictor_folder)
     for target in run.config.compare.targets:
-        folder = run.folder / "checkpoints" / f"{target:.3f}"
+        place = run.checkpoints / f"{target:.3f}"
         allocation = predictor.allocate(run.space.budget(target))
-        if _holds(folder, widths=list(allocation.widths), recovery=run.config.recovery):
-            log.info("prune: %s is there already", folder)
+        if _holds(place, widths=list(allocation.widths), recovery=run.config.recovery):
+            log.info("prune: %s is there already", place)
             continue
-        shutil.rmtree(folder, ignore_errors=True)
-        export_allocation(run, allocation, folder, target=target)
+        place.clear()
+        export_allocation(run, allocation, place, target=target)
 
 
-def _holds(folder: Path, **expected: Any) -> bool:
+def _holds(place: Location, **expected: Any) -> bool:
     """Whether the folder holds an undamaged checkpoint whose manifest says so."""
     try:
-        manifest = verify(folder)
+        manifest = verify(place)
         return all(manifest.get(name) == value for name, value in expected.items())
     except LopError:
         return False

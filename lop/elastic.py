@@ -88,16 +88,19 @@ class ElasticModel:
     Args:
         model: is changed in place: its FFNs are replaced by elastic ones over the same weights.
         order: [L, F] neurons of each layer, the most important first, in the dense model's numbering.
+        compiled: as `compile` does it.
 
     Attributes:
         backbone: runs with the widths that the model has.
     """
 
-    def __init__(self, model: QwenVL, order: np.ndarray) -> None:
+    def __init__(self, model: QwenVL, order: np.ndarray, *, compiled: bool = False) -> None:
         for layer, ffn in zip(model.layers, model.ffns, strict=True):
             layer.mlp = ElasticFfn.replacing(ffn)
         self.backbone = model.lean_backbone()
         self.sort(order)
+        if compiled:
+            self.compile()
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "ElasticModel":

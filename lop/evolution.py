@@ -42,9 +42,10 @@ def mutate(allocation: Allocation, space: Space, random: np.random.Generator, *,
     drawn again; an allocation that allows none is returned as it is.
     """
     widths = list(allocation.widths)
+    most = space.max_width(allocation.budget)
     for _ in range(min(random.integers(1, _MOST_MOVES + 1, 2))):
         givers = [layer for layer, width in enumerate(widths) if width - step >= space.min_width]
-        takers = [layer for layer, width in enumerate(widths) if width + step <= space.neurons]
+        takers = [layer for layer, width in enumerate(widths) if width + step <= most]
         pairs = [(giver, taker) for giver in givers for taker in takers if giver != taker]
         if pairs:
             giver, taker = pairs[random.integers(len(pairs))]

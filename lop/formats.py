@@ -43,24 +43,35 @@ def cut_tensors(
         tensors: the dense checkpoint's.
         order: [L, F] neurons of each layer, the most important first.
         widths: [L] neurons kept.
-        recovered: tensors that take the place of those cut from the dense checkpoint (`down_proj` weights [H, k]) or
-            come on top (its biases), by the checkpoint's names.
+        recovered: tensors that take the place of those cut from the dense checkpoint, of any part, with the neurons
+            kept in their order (`down_proj` weights [H, k], `gate_proj` and `up_proj` [k, H]), or that come on top
+            (biases), by the checkpoint's names.
+
+    Raises:
+        LopError: a recovered tensor has another shape than the one that it replaces would be cut to.
     """
-    cuts = []
-    for name, info in tensors.items():
-        part = ffn_part(name)
-        if part is None:
-            cuts.append((name, Cut(info, info.shape)))
-            continue
-        kept = order[ffn_layer(name), : widths[ffn_layer(name)]]
-        width = max(widths) if format == "padded" else len(kept)
-        if part != "down_proj":
-            cuts.append((name, Cut(info, (width, info.shape[1]), rows=kept)))
-        elif name in recovered:
-            cuts.append((name, Cut(recovered[name], (info.shape[0], width), columns=np.arange(len(kept)))))
-        else:
-            cuts.append((name, Cut(info, (info.shape[0], width), columns=kept)))
+    cuts = [(name, _cut(name, info, recovered.get(name), order, widths, format)) for name, info in tensors.items()]
     return cuts + [(name, Cut(info, info.shape)) for name, info in recovered.items() if name not in tensors]
+
+
+def _cut(
+    name: str, info: TensorInfo, recovered: TensorInfo | None, order: np.ndarray, widths: Sequence[int], format: Format
+) -> Cut:
+    part = ffn_part(name)
+    kept = None if part is None else order[ffn_layer(name), : widths[ffn_layer(name)]]
+
+    def shape(width: int) -> tuple[int, ...]:
+        return (info.shape[0], width) if part == "down_proj" else (width, *info.shape[1:])
+
+    expected = info.shape if kept is None else shape(len(kept))
+    if recovered and recovered.shape != expected:
+        raise LopError(f"recovered tensor {name} is {list(recovered.shape)}, and must be {list(expected)}")
+    source = recovered or info
+    if kept is None:
+        return Cut(source, expected)
+    chosen = np.arange(len(kept)) if recovered else kept
+    full = shape(max(widths)) if format == "padded" else expected
+    return Cut(source, full, columns=chosen) if part == "down_proj" else Cut(source, full, rows=chosen)
 
 
 def pruned_config(dense: Mapping[str, Any], widths: Sequence[int], *, format: Format, bias: bool) -> dict[str, Any]:

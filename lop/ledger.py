@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,11 @@ class _Segment:
     size: int
     body: bytes
 
+    @property
+    def lines(self) -> list[bytes]:
+        """The records."""
+        return self.body.splitlines(keepends=True)
+
 
 class Ledger:
     """An append-only set of evaluations, opened for one search.
@@ -50,7 +55,8 @@ class Ledger:
     `append` collects, and `flush` writes what is collected as one new file that appears whole or not at all, so that
     readers can follow while a search runs. Small files are merged as their number grows. A file's first line holds
     the fingerprints of what the evaluations depend on; each line is a CRC-32, a blank, and a JSON object. Where the
-    newest file was cut short, its whole lines are kept; damage anywhere else is an error.
+    newest file was cut short, its whole lines are kept; damage anywhere else is an error. A process may be killed
+    between any two operations on files: what was flushed stays, and is read once.
 
     On a local disk a second search is kept out. Remote storage has no locks: two searches there write files of
     different names, and spend time twice without harm.
@@ -68,7 +74,7 @@ class Ledger:
     def __init__(
         self, place: str | Path | Location, fingerprints: Mapping[str, str], *, seconds: float | None = None
     ) -> None:
-        self.location = _location(place)
+        self.location = Location.parse(place)
         default = _SECONDS_LOCAL if self.location.is_local else _SECONDS_REMOTE
         self._seconds = default if seconds is None else seconds
         self._writer = secrets.token_hex(4)
@@ -136,30 +142,38 @@ class Ledger:
         self._known = {(a, e.rival): e for a, e in _evaluations(self.location, segments)}
         self._segments = [_Segment(name, *_numbers(name), 0, data.partition(b"\n")[2]) for name, data, _ in segments]
         self._next = 1 + max((segment.last for segment in self._segments), default=-1)
+        if missing := _missing(self._segments):
+            log.warning("%s lacks what flush %s wrote: it is evaluated again", self.location, missing)
+        lines = [line for segment in self._segments for line in segment.lines]
         if not segments:
             self._write(0, 0, 0, b"")
-        elif len(segments) > _MERGE:
+        elif len(segments) > _MERGE or len(set(lines)) < len(lines):  # Whoever merged last was killed at it.
             self._replace(self._segments)
         if self.location.is_local:
             _clear_partial(Path(self.location.path))
 
-    def _write(self, first: int, last: int, size: int, body: bytes) -> None:
-        name = f"{first:09d}-{last:09d}-{self._writer}{_SUFFIX}"
-        self.location.write(name, self._header + body)
-        self._segments.append(_Segment(name, first, last, size, body))
-        self._next = last + 1
+    def _write(self, first: int, last: int, size: int, body: bytes) -> _Segment:
+        segment = _Segment(f"{first:09d}-{last:09d}-{self._writer}{_SUFFIX}", first, last, size, body)
+        self.location.write(segment.name, self._header + body)
+        self._segments = [*self._segments, segment]
+        self._next = max(self._next, last + 1)
+        return segment
 
     def _merge(self) -> None:
         while len(tail := self._segments[-_MERGE:]) == _MERGE and len({segment.size for segment in tail}) == 1:
             self._replace(tail)
 
-    def _replace(self, tail: list[_Segment]) -> None:
-        """Writes one segment in the place of the last ones; a reader meanwhile sees records twice, never none."""
+    def _replace(self, old: Sequence[_Segment]) -> None:
+        """Writes one segment in the place of others; a reader meanwhile sees records twice, never none."""
         # Sorted names give the order of records: the merged one begins where the first of them did.
-        self._write(tail[0].first, tail[-1].last, tail[-1].size + 1, b"".join(segment.body for segment in tail))
-        for segment in tail:
-            self.location.delete(segment.name)
-            self._segments.remove(segment)
+        first, last = min(segment.first for segment in old), max(segment.last for segment in old)
+        lines = dict.fromkeys(line for segment in old for line in segment.lines)
+        merged = self._write(first, last, old[-1].size + 1, b"".join(lines))
+        gone = [segment.name for segment in old if segment.name != merged.name]
+        for name in gone:
+            with suppress(FileNotFoundError):  # Another search on the same remote storage may have merged it, too.
+                self.location.delete(name)
+        self._segments = [segment for segment in self._segments if segment.name not in gone]
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -173,7 +187,7 @@ def read_ledger(place: str | Path | Location) -> Iterator[tuple[Allocation, Eval
     Raises:
         LopError: there is no ledger, or it is damaged.
     """
-    location = _location(place)
+    location = Location.parse(place)
     yield from _evaluations(location, _segments(location))
 
 
@@ -183,16 +197,16 @@ def ledger_header(run: str | Path | Location) -> dict[str, str]:
     Raises:
         LopError: there is no ledger, or it is damaged.
     """
-    location = _location(run) / _FOLDER
-    for name, data, _ in _segments(location):
-        return _records(location, name, data)[0]
-    raise AssertionError("a ledger has segments")
+    location = Location.parse(run) / _FOLDER
+    return next(_records(location, name, data)[0] for name, data, _ in _segments(location) if data)
 
 
 def evaluations(run: str | Path | Location) -> list[dict[str, Any]]:
     """A run's evaluations as plain values: `pandas.DataFrame(lop.evaluations("runs/tiny"))`.
 
-    Columns: `kept` (neurons in all layers), `accuracy`, `log_probability`, `error`, `widths`.
+    Columns: `kept` (neurons in all layers), `accuracy`, `log_probability`, `error`, `complete`, `widths`. Where not
+    `complete`, a race was given up before all samples were scored: the accuracy is an estimate, and the other numbers
+    are of those scored.
 
     Args:
         run: the run's folder or URI; a search may be writing there.
@@ -206,14 +220,11 @@ def evaluations(run: str | Path | Location) -> list[dict[str, Any]]:
             "accuracy": evaluation.accuracy,
             "log_probability": evaluation.log_probability,
             "error": evaluation.error,
+            "complete": evaluation.is_complete,
             "widths": list(allocation.widths),
         }
-        for allocation, evaluation in read_ledger(_location(run) / _FOLDER)
+        for allocation, evaluation in read_ledger(Location.parse(run) / _FOLDER)
     ]
-
-
-def _location(place: str | Path | Location) -> Location:
-    return place if isinstance(place, Location) else Location.parse(place)
 
 
 def _segments(location: Location) -> list[tuple[str, bytes, bool]]:
@@ -244,7 +255,7 @@ def _clear_partial(folder: Path) -> None:
 def _read_segments(location: Location) -> list[tuple[str, bytes, bool]]:
     """Each segment's name, its whole lines, and whether it was cut short, in the order of their names."""
     while True:
-        names = [name for name in location.files() if name.endswith(_SUFFIX) and not name.startswith(".")]
+        names = _names(location)
         # Where a segment has been merged since, the list is read anew.
         with suppress(FileNotFoundError):
             contents = location.read_all(names) if names else []
@@ -254,11 +265,39 @@ def _read_segments(location: Location) -> list[tuple[str, bytes, bool]]:
     for name, data in zip(names, contents, strict=True):
         # Elsewhere than in the newest file, a line that is cut short is damage, and its checksum tells.
         is_torn = name == newest and not data.endswith(b"\n")
+        if not data and not is_torn:
+            raise LopError(f"{location}/{name} is damaged: it has no header")
         whole = data[: data.rfind(b"\n") + 1] if is_torn else data
         segments.append((name, whole, is_torn))
     if segments and all(not whole for _, whole, _ in segments):
         raise LopError(f"{location}/{segments[0][0]} is damaged: it has no header")
     return segments
+
+
+def _names(location: Location) -> list[str]:
+    """All segments, sorted.
+
+    A listing takes a while: it may miss a merged segment that appears meanwhile, and those in whose place it comes. But
+    these the listing before it had; so the folder is listed until nothing has gone since the last time.
+    """
+
+    def listed() -> list[str]:
+        return [name for name in location.files() if name.endswith(_SUFFIX) and not name.startswith(".")]
+
+    before, names = listed(), listed()
+    while not set(before) <= set(names):
+        before, names = names, listed()
+    return names
+
+
+def _missing(segments: Sequence[_Segment]) -> str:
+    """The first flush that no segment holds although a later one is held; empty where all are."""
+    covered = -1
+    for segment in sorted(segments, key=lambda segment: segment.first):
+        if segment.first > covered + 1:
+            return str(covered + 1)
+        covered = max(covered, segment.last)
+    return ""
 
 
 def _numbers(name: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Runs on remote storage: the stages work on a local copy of the small files, and what they write goes back."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,9 @@ from tempfile import TemporaryDirectory
 from lop.storage import Location, is_uri
 
 log = logging.getLogger(__name__)
-# What the search and Ray Tune write to the storage themselves, and what is too large to travel with every stage.
-_ELSEWHERE = ("ledger/", "tune/", "checkpoints/", "status.json")
+# What the search, Ray Tune and exports write to the storage themselves, for a run and for its repetitions with other
+# seeds; and what is not complete.
+_ELSEWHERE = re.compile(r"(seeds/[^/]+/)?(ledger/|tune/|checkpoints/|status\.json$)|.*\.partial$")
 
 
 @contextmanager
@@ -42,7 +44,7 @@ def local_run(place: str) -> Iterator[tuple[Path, Location | None]]:
 
 
 def _download(origin: Location, folder: Path) -> None:
-    names = [name for name in origin.files() if not name.startswith(_ELSEWHERE)]
+    names = [name for name in origin.files() if not _ELSEWHERE.match(name)]
     for name, data in zip(names, origin.read_all(names)):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,7 @@ def _states(folder: Path) -> dict[str, tuple[int, int, int]]:
     states = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and not name.startswith(_ELSEWHERE) and not name.endswith(".partial"):
+        if path.is_file() and not _ELSEWHERE.match(name):
             stat = path.stat()
             states[name] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
     return states

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lop.errors import LopError, first_line
 from lop.fingerprint import fingerprint_weights
+from lop.places import lasting_name
 from lop.size import weight_files
 
 EMBEDDED = "tiny"
@@ -30,9 +31,19 @@ def find_model(name: str) -> Path:
         if not (path / "config.json").is_file():
             raise LopError(f"model folder {name} has no config.json: name a folder that holds a checkpoint")
         return path
-    if not _HUB_ID.fullmatch(name) or name.startswith((".", "~")):
+    if _is_path(name):
+        raise LopError(
+            f"model folder {name} is missing: name {EMBEDDED!r}, a local checkpoint folder, "
+            "or a hub id whose first part is no folder here"
+        )
+    if not _HUB_ID.fullmatch(name):
         raise LopError(f"unknown model {name!r}: name {EMBEDDED!r}, a local checkpoint folder or a hub id")
     return _download(name)
+
+
+def settled(name: str) -> str:
+    """A model's or samples' name as a config keeps it: a local folder's so that it is found from anywhere."""
+    return lasting_name(name) if name != EMBEDDED and Path(name).expanduser().is_dir() else name
 
 
 def find_samples(name: str) -> Path:
@@ -45,6 +56,11 @@ def find_samples(name: str) -> Path:
     if not path.is_dir():
         raise LopError(f"samples folder {name} is missing: name {EMBEDDED!r} or a folder with Parquet files")
     return path
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name that is no folder's was meant as one: a hub id has one slash, and before it no folder's name."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.exists())
 
 
 def fingerprint_model(folder: Path) -> str:

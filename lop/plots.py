@@ -66,7 +66,9 @@ def plot_search(found: Sequence[Found], reward: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.92, len(found)))
     for result, colour in zip(found, colours):
-        best = np.maximum.accumulate([evaluation.worth(reward) for _, evaluation in result.evaluations])
+        # The estimate of a race that was given up is no reward.
+        measured = [e.worth(reward) if e.is_complete else -np.inf for _, e in result.evaluations]
+        best = np.maximum.accumulate(measured)
         axes.plot(range(1, len(best) + 1), best, color=colour, label=f"{100 * result.target:g}%")
     axes.set(xlabel="evaluations", ylabel=f"best {reward.replace('_', ' ')} on the reward samples")
     if reward != "accuracy":

@@ -91,6 +91,7 @@ def rivals_stage(run: Run, *, seeds: int = 1, progress: bool = True) -> list[Out
     results = map_on_workers(build, waiting, run.config)
     for job, outcomes in tqdm(results, desc="rivals", total=len(waiting), unit="job", disable=not progress):
         write_json(files[job], [asdict(outcome) for outcome in outcomes])
+        run.keep(files[job])
     return [Outcome.from_dict(record) for job in jobs for record in read_json(files[job])]
 
 
@@ -128,7 +129,9 @@ def _job_fingerprint(run: Run, job: Job) -> str:
     config = run.config
     # A search may start from what a rival found: its roots and targets are none of the rival's.
     search = config.search.model_dump(mode="json", exclude={"roots", "targets"})
-    return fingerprint([run.evaluation_fingerprints, asdict(run.space), search, asdict(job)])
+    # Evolution selects on shares of the samples, which the config's seed draws whatever the job's.
+    drawn = [config.seed] if job.rival == "evolution" else []
+    return fingerprint([run.evaluation_fingerprints, asdict(run.space), search, asdict(job), *drawn])
 
 
 @contextmanager
@@ -155,7 +158,7 @@ class RivalWorker:
         encoded = {
             share: encode(model, shuffled[:count], batch_tokens=config.batch_tokens) for share, count in counts.items()
         }
-        elastic = ElasticModel(model, order)
+        elastic = ElasticModel(model, order, compiled=config.compile)
         needed = config.search.needs_divergence
         self._evaluators = {share: Evaluator(elastic, part, divergence=needed) for share, part in encoded.items()}
         self._with_divergence = Evaluator(elastic, encoded[1.0], divergence=True, cache_bytes=config.cache_bytes)

@@ -17,6 +17,9 @@ from lop.size import ModelSize, model_size, read_tensors
 from lop.statistics import NeuronStatistics, load_statistics
 from lop.storage import Location
 
+# Of a run, the folder of the runs that repeat it with other seeds.
+SEEDS = "seeds"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -36,6 +39,26 @@ class Run:
     def location(self) -> Location:
         """Where the files are that others read while a stage runs."""
         return self.origin or Location.parse(self.folder)
+
+    def with_seed(self, seed: int) -> "Run":
+        """The run of the same settings with another seed, in a folder of this one."""
+        name = f"{SEEDS}/{seed}"
+        config = self.config.model_copy(update={"seed": seed})
+        return Run(config, self.folder / name, self.origin and self.origin / name)
+
+    def keep(self, file: Path) -> None:
+        """Puts a file of the folder where it lasts, at once: a stage of hours may be killed before it ends.
+
+        Raises:
+            OSError: the storage cannot be reached.
+        """
+        if self.origin is not None:
+            self.origin.write(file.relative_to(self.folder).as_posix(), file.read_bytes())
+
+    @property
+    def checkpoints(self) -> Location:
+        """Where checkpoints are written, as they are too large to be copied."""
+        return self.location / "checkpoints"
 
     @property
     def statistics_file(self) -> Path:
@@ -123,20 +146,25 @@ class Run:
         """[L, F] neurons of each layer by the config's importance, the most important first."""
         return order(importance(self.config.importance, self.statistics))
 
+    @property
+    def arithmetic(self) -> str:
+        """What rounding depends on."""
+        config = self.config
+        found = f"{config.device} {config.dtype}, {config.threads} threads, {config.batch_tokens} tokens"
+        return f"{found}, compiled" if config.compile else found
+
     @cached_property
     def evaluation_fingerprints(self) -> dict[str, str]:
         """What an allocation's reward depends on."""
         config = self.config
-        arithmetic = [f"{config.device} {config.dtype}", f"{config.threads} threads", f"{config.batch_tokens} tokens"]
-        if config.compile:
-            arithmetic.append("compiled")
+        arithmetic = self.arithmetic
         if races := config.search.racing:
-            arithmetic.append(f"{races.rounds} rounds of seed {config.seed}, confidence {races.confidence}")
+            arithmetic += f", {races.rounds} rounds of seed {config.seed}, confidence {races.confidence}"
         return {
             **self.calibration_fingerprints,
             "reward samples": fingerprint_samples(self.samples.reward),
             "importance": config.importance,
-            "arithmetic": ", ".join(arithmetic),
+            "arithmetic": arithmetic,
         }
 
     @cached_property

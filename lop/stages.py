@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lop import __version__
 from lop.adapter import load_model
-from lop.allocation import Allocation
+from lop.allocation import Allocation, Space
 from lop.baselines import ALL_BASELINES, root_allocation
 from lop.checkpoint import export
 from lop.config import Config, Recovery, save_config
@@ -81,11 +81,8 @@ def build_evaluator(config: Config, order: np.ndarray, samples: Sequence[Sample]
     races = config.search.racing
     rounds = sample_rounds(len(samples), races.rounds, seed=config.seed) if races else None
     encoded = encode(model, samples, batch_tokens=config.batch_tokens, rounds=rounds)
-    elastic = ElasticModel(model, order)
-    if config.compile:
-        elastic.compile()
     return Evaluator(
-        elastic,
+        ElasticModel(model, order, compiled=config.compile),
         encoded,
         racing=Racing(races.rounds, races.confidence) if races else None,
         divergence=config.search.needs_divergence,
@@ -192,11 +189,21 @@ def predictor_for(run: Run | None, config: Config) -> Predictor:
         LopError: there is none, it is damaged, or it was made with another model.
     """
     owner = run or _shipped(config)
-    predictor = load_predictor(owner.predictor_folder)
-    check_fingerprints(str(owner.predictor_folder), predictor.fingerprints, {"model": owner.model_fingerprint})
-    if config.max_width_ratio is not None:
-        predictor = replace(predictor, space=replace(predictor.space, max_width_ratio=config.max_width_ratio))
-    return predictor
+    return open_predictor(owner, owner.predictor_folder)
+
+
+def open_predictor(run: Run, folder: Path) -> Predictor:
+    """A predictor that the run has trained, with the widths that the run's config allows now.
+
+    Raises:
+        LopError: it is missing or damaged, was made with another model, or its model has no such widths.
+    """
+    predictor = load_predictor(folder)
+    check_fingerprints(str(folder), predictor.fingerprints, {"model": run.model_fingerprint})
+    config, trained = run.config, predictor.space
+    bound = trained.max_width_ratio if config.max_width_ratio is None else config.max_width_ratio
+    space = Space(trained.layers, trained.neurons, config.granularity, config.max_ratio, bound)
+    return replace(predictor, space=space)
 
 
 def prune_stage(
@@ -230,7 +237,7 @@ def prune_stage(
 def export_allocation(
     run: Run,
     allocation: Allocation,
-    out: str | Path,
+    out: str | Path | Location,
     *,
     target: float,
     format: Format = "hf",
@@ -245,7 +252,7 @@ def export_allocation(
     and the writing itself, build no model.
 
     Args:
-        out: a new folder: a local path, or a URI that pyarrow knows, such as `s3://bucket/folder`.
+        out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
         target: the pruning ratio that was asked for; goes into the manifest.
         recovery: None takes the config's.
         scratch: where recovery keeps a folder while it runs; by default the system's place for temporary files.
@@ -325,7 +332,7 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
     report = run.folder / "predictors.json"
     found = read_search(run)
     fingerprints = {**run.evaluation_fingerprints, "pairs": fingerprint_file(run.search_file)}
-    made = {**fingerprints, "training settings": fingerprint(run.config.train.model_dump(mode="json"))}
+    made = {**fingerprints, "training settings": _training_fingerprint(run)}
     if report.exists() and run.predictor_folder.exists() and read_json(report)["fingerprints"] == made:
         log.info("train: %s is there already", run.predictor_folder)
         return
@@ -478,6 +485,13 @@ def _search_fingerprint(run: Run) -> str:
     settings = [config.search.model_dump(mode="json"), config.seed, config.granularity, config.max_ratio]
     # Only where it is set, so that searches from before there was such a bound keep their fingerprint.
     return fingerprint(settings + [config.max_width_ratio] * (config.max_width_ratio is not None))
+
+
+def _training_fingerprint(run: Run) -> str:
+    """Of what predictors depend on besides the search's pairs: of these the best by the reward are learned from."""
+    config = run.config
+    ranked_by = [config.search.reward, config.search.tie_breaker]
+    return fingerprint([config.train.model_dump(mode="json"), config.seed, asdict(run.space), ranked_by])
 
 
 @contextmanager

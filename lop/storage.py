@@ -36,12 +36,14 @@ class Location:
     name: str
 
     @classmethod
-    def parse(cls, place: str | Path) -> "Location":
-        """A local path or a URI.
+    def parse(cls, place: "str | Path | Location") -> "Location":
+        """A local path or a URI; what is a location already stays as it is.
 
         Raises:
             LopError: pyarrow does not know the kind of storage, or the URI is malformed or names no folder.
         """
+        if isinstance(place, Location):
+            return place
         text = str(place)
         if not is_uri(text):
             return cls(LocalFileSystem(), str(Path(text).expanduser().absolute()), text)
@@ -99,8 +101,25 @@ class Location:
             FileNotFoundError: there is no such file.
             OSError: the storage cannot be reached.
         """
-        with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
+        with self.open(name) as stream:
             return bytes(stream.read())
+
+    def open(self, name: str) -> pa.NativeFile:
+        """A file to read from its beginning; to be closed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            OSError: the storage cannot be reached.
+        """
+        return self.filesystem.open_input_stream(f"{self.path}/{name}")
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file.
+
+        Raises:
+            OSError: the storage cannot be reached.
+        """
+        return bool(self.filesystem.get_file_info(f"{self.path}/{name}").type == FileType.File)
 
     def read_all(self, names: Sequence[str]) -> list[bytes]:
         """Several files at a time, where each takes long to answer.

@@ -39,13 +39,12 @@ from lop.generation import answers
 from lop.importance import IMPORTANCES
 from lop.intervals import Interval, Resampler, bootstrap_p, mcnemar, mean_over_forms, percentile_interval
 from lop.models import find_model, find_samples
-from lop.predictors import load_predictor
 from lop.rivals import Outcome, rivals_stage
 from lop.run import Run
 from lop.samples import Sample
 from lop.sensitivity import scan, scan_widths
 from lop.size import read_tensors
-from lop.stages import read_search, search_stage, train_stage
+from lop.stages import open_predictor, read_search, search_stage, train_stage
 
 log = logging.getLogger(__name__)
 LOP = ("lop-search", "lop-predictor")
@@ -300,10 +299,9 @@ def _seed_runs(run: Run, *, progress: bool) -> Iterator[Run]:
         raise LopError(f"{run.predictor_folder} is missing: run `lop train` first")
     yield run
     for extra in range(1, run.config.tables.seeds):
-        folder = run.folder / "seeds" / str(run.config.seed + extra)
-        other = Run(run.config.model_copy(update={"seed": run.config.seed + extra}), folder)
+        other = run.with_seed(run.config.seed + extra)
         if not other.statistics_file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            other.folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(run.statistics_file, other.statistics_file)
         search_stage(other, progress=progress)
         train_stage(other, progress=progress)
@@ -360,7 +358,7 @@ def _lop_entries(run: Run, targets: Sequence[float]) -> Iterator[Entry]:
     for architecture in run.config.train.architectures:
         if (folder := run.predictors_folder / architecture).exists():
             predictors[f"predictor {architecture}"] = folder
-    loaded = {name: load_predictor(folder) for name, folder in predictors.items()}
+    loaded = {name: open_predictor(run, folder) for name, folder in predictors.items()}
     for target in targets:
         budget = run.space.budget(target)
         cell = Cell(run.config.importance, found[budget].widths)

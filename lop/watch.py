@@ -103,4 +103,5 @@ def print_ledger(location: Location, *, as_json: bool = False) -> None:
         ratio = 1 - row["kept"] / (layers * neurons)
         bars = sparkline([width / neurons for width in row["widths"]])
         numbers = f"{number:>6}  {ratio:>7.2%}  {row['accuracy']:>8.4f}  {row['log_probability']:>9.4f}"
-        print(f"{numbers}  {bars}{'  failed: ' + row['error'] if row['error'] else ''}")
+        note = f"failed: {row['error']}" if row["error"] else "" if row["complete"] else "given up: estimated"
+        print(f"{numbers}  {bars}  {note}".rstrip())

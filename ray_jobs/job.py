@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import ray
 
-from lop.cli import main, read_config
+from lop.cli import main, settle
 from lop.errors import LopError
 from ray_jobs.cluster import connected
 
@@ -29,13 +29,14 @@ def run_with_model(stage: str, arguments: Sequence[str]) -> int:
         The exit code.
     """
     try:
-        gpus = read_config([stage, *arguments]).gpus_per_worker
+        config, command = settle([stage, *arguments])
+        gpus = config.gpus_per_worker
         if not gpus:
             return main([stage, *arguments])
         with connected(show_workers=True):
             # A machine that is taken away is no fault of the stage's; what the stage raises comes as its exit code.
             task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_ATTEMPTS)(main)
-            code: int = ray.get(task.remote([stage, *arguments]))
+            code: int = ray.get(task.remote(command))
             return code
     except LopError as error:
         print(f"lop: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ which scales by itself; `pruner` exports what `api` has written down in storage.
 """
 
 import threading
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -49,7 +50,8 @@ class PredictorDeployment:
             folder = open_run(entry).predictor_folder
             if fingerprint_file(folder / "predictor.json") != models[name].fingerprints["predictor"]:
                 raise LopError(f"{folder} is not the predictor that was deployed: deploy again")
-            self._predictors[name] = load_predictor(folder)
+            # With the widths that the run's config allows, as the catalogue and `lop prune` have it.
+            self._predictors[name] = replace(load_predictor(folder), space=models[name].space)
 
     async def allocate(self, batch: list[tuple[str, int]]) -> list[tuple[int, ...]]:
         """For each model and number of neurons to keep, the widths.

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from lop.allocation import Space
 from lop.config import find_config, load_config
 from lop.errors import LopError
 from lop.files import read_json
-from lop.fingerprint import fingerprint_file
+from lop.fingerprint import fingerprint, fingerprint_file
 from lop.intervals import Interval, wilson
 from lop.run import Run, shipped_run
 from lop.size import ModelSize
@@ -56,7 +56,7 @@ class ServedModel:
         name: as requests name it.
         space: its allocations.
         size: the dense model's numbers.
-        fingerprints: of the dense checkpoint, statistics and predictor; they go into a checkpoint's id.
+        fingerprints: of all that a checkpoint depends on beside what is asked for; they go into its id.
         recovery: what the run's config makes up for pruned neurons with; the default.
         companions: bytes of a checkpoint's files beside its tensors.
         curves: what is known of its accuracy, by recovery; empty if nothing has been measured.
@@ -130,6 +130,8 @@ def fingerprints_of(run: Run) -> dict[str, str]:
         "statistics": fingerprint_file(run.statistics_file),
         "importance": run.config.importance,
         "predictor": fingerprint_file(run.predictor_folder / "predictor.json"),
+        "space": fingerprint(asdict(run.space)),
+        "arithmetic": run.arithmetic,  # Recovery computes with the model.
     }
 
 

@@ -5,6 +5,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from lop.config import find_config
+from lop.places import check_lasting
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -58,11 +61,24 @@ class ServiceSettings(_Settings):
     answers: Annotated[int, Field(ge=0)] = 2**14
 
     def resolved(self) -> "ServiceSettings":
-        """The same with absolute paths: replicas may have another working directory."""
+        """The same with absolute paths: replicas may have another working directory.
+
+        Raises:
+            LopError: the storage would be lost with what a Ray job, or an application's deployment, brought along.
+        """
+        check_lasting("storage", self.storage)
         models = {
-            name: entry.model_copy(update={"run": entry.run and entry.run.expanduser().resolve()})
+            name: ModelSettings(
+                run=entry.run and entry.run.expanduser().resolve(),
+                # The name of one that comes along stays: each machine has its own.
+                config=str(Path(entry.config).resolve()) if entry.config and _is_file(entry.config) else entry.config,
+            )
             for name, entry in self.models.items()
         }
         keys = self.keys_file and self.keys_file.expanduser().resolve()
         storage = self.storage.expanduser().resolve()
         return self.model_copy(update={"storage": storage, "keys_file": keys, "models": models})
+
+
+def _is_file(config: str) -> bool:
+    return find_config(config) == Path(config) and Path(config).is_file()

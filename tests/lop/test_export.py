@@ -30,7 +30,7 @@ from lop.errors import CancelledError, LopError
 from lop.formats import Format
 from lop.inspection import inspect
 from lop.models import assets
-from lop.size import model_size, read_tensors
+from lop.size import model_size, read_header, read_tensors
 from lop.storage import Location
 
 MODEL = assets() / "model"
@@ -113,6 +113,37 @@ def test_what_is_written_is_what_indexing_gives(
         assert files == set(out.glob("*.safetensors"))
         for info in read_tensors(out).values():
             assert info.offset % info.item_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["hf", "padded"])
+def test_whatever_recovery_has_changed_is_what_is_written(tmp_path: Path, kind: Format) -> None:
+    small_checkpoint(tmp_path / "dense", 2, 5, 7, torch.bfloat16, 2)
+    order = np.stack([np.random.default_rng(layer).permutation(7) for layer in range(2)])
+    widths = (3, 6)
+    changed = {
+        "model.embed_tokens.weight": torch.randn(17, 5),
+        "model.layers.0.mlp.gate_proj.weight": torch.randn(3, 5).bfloat16(),
+        "model.layers.1.mlp.up_proj.weight": torch.randn(6, 5),
+        "model.layers.1.mlp.down_proj.weight": torch.randn(5, 6).bfloat16(),
+        "model.layers.1.self_attn.q_proj.bias": torch.randn(5),
+        **({"model.layers.0.mlp.down_proj.bias": torch.randn(5)} if kind == "hf" else {}),
+    }
+    save_file(changed, tmp_path / "recovered.safetensors")
+    recovered = read_header(tmp_path / "recovered.safetensors")
+    for out, extra in (("plain", {}), ("made", recovered)):
+        export(tmp_path / "dense", tmp_path / out, Allocation(widths), order, about={}, format=kind, recovered=extra)
+    plain, made = all_tensors(tmp_path / "plain"), all_tensors(tmp_path / "made")
+    assert made.keys() == plain.keys() | changed.keys()
+    for name, tensor in made.items():
+        expected = plain.get(name, tensor).clone()
+        if name in changed:
+            expected = expected.to(tensor.dtype)
+            expected[tuple(slice(size) for size in changed[name].shape)] = changed[name]
+        assert torch.equal(tensor, expected), name
+    narrower = Allocation((2, 6))
+    with pytest.raises(LopError, match=r"recovered tensor model\.layers\.0\.mlp\.gate_proj\.weight is \[3, 5\]"):
+        export(tmp_path / "dense", tmp_path / "other", narrower, order, about={}, format=kind, recovered=recovered)
+    assert not (tmp_path / "other").exists()
 
 
 def test_progress_counts_every_byte_and_a_cancelled_export_leaves_nothing(tmp_path: Path) -> None:

@@ -6,17 +6,17 @@ from hypothesis import strategies as st
 from lop.allocation import Allocation, Space, uniform
 from lop.evolution import OFFSPRING, ROUNDS, evolve, mutate
 
-SPACE = Space(3, 24, 4, 0.9)
 
-
-@given(st.integers(0, 10_000), st.floats(0, 0.85))
-def test_a_mutation_keeps_the_budget_and_the_limits(seed: int, target: float) -> None:
+@given(st.integers(0, 10_000), st.floats(0, 0.85), st.none() | st.floats(1, 2))
+def test_a_mutation_keeps_the_budget_and_the_limits(seed: int, target: float, ratio: float | None) -> None:
     random = np.random.default_rng(seed)
-    allocation = uniform(SPACE, SPACE.budget(min(target, SPACE.max_target)))
+    space = Space(3, 24, 4, 0.9, ratio)
+    allocation = uniform(space, space.budget(min(target, space.max_target)))
     for _ in range(10):
-        child = mutate(allocation, SPACE, random, step=4)
+        child = mutate(allocation, space, random, step=4)
         assert child.budget == allocation.budget
-        assert all(SPACE.min_width <= width <= SPACE.neurons and width % 4 == 0 for width in child.widths)
+        most = space.max_width(allocation.budget)
+        assert all(space.min_width <= width <= most and width % 4 == 0 for width in child.widths)
         allocation = child
 
 

@@ -146,6 +146,16 @@ def test_a_job_makes_nodes_appear_uses_them_and_lets_them_go(head: Head, tmp_pat
     assert json.loads((run / "search.json").read_text()) == json.loads(calm.search_file.read_text())
 
 
+def test_a_job_whose_files_would_be_gone_with_it_is_refused(head: Head) -> None:
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", head.dashboard),
+        *("--working-dir", str(ROOT), "--", sys.executable, "-m", "ray_jobs.pipeline", "--config", "tiny"),
+    ]
+    done = subprocess.run([*command, "--run", "runs/job"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "lop: --run runs/job is relative, and a Ray job's working directory is gone with the job" in done.stdout
+
+
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for found in sockets:

@@ -16,7 +16,7 @@ from lop.config import RECOVERIES, Config, find_config, load_config
 from lop.errors import LopError
 from lop.formats import FORMATS
 from lop.models import EMBEDDED
-from lop.size import Target, describe, parse_count
+from lop.size import Target, parse_count
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
 if TYPE_CHECKING:
@@ -75,14 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_workers(train)
     predict = add("predict", "print the allocation for a target", _predict)
     _add_target(predict)
+    _add_form(predict)
     _add_max_width(predict)
     predict.add_argument("--json", action="store_true", help="print one JSON object")
     prune = add("prune", "write the pruned checkpoint for a target", _prune)
     _add_target(prune)
+    _add_form(prune)
     _add_max_width(prune)
     prune.add_argument("--out", required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder")
-    prune.add_argument("--format", choices=FORMATS, default="hf", help="true widths (hf), or all padded to the widest")
-    prune.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
     inspect = add("inspect", "tell what a checkpoint is, and check its files", _inspect, common=False)
     inspect.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder, dense or pruned")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
@@ -147,8 +147,13 @@ def _add_evaluate(stage: argparse.ArgumentParser) -> None:
 def _add_target(stage: argparse.ArgumentParser) -> None:
     target = stage.add_mutually_exclusive_group(required=True)
     target.add_argument("--target", metavar="RATIO", help="share of FFN neurons to remove, such as 0.3")
-    target.add_argument("--parameters", metavar="COUNT", help="of the whole checkpoint, such as 5B")
-    target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, such as 8GiB")
+    target.add_argument("--parameters", metavar="COUNT", help="of the whole checkpoint, at most, such as 5B")
+    target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, at most, such as 8GiB")
+
+
+def _add_form(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--format", choices=FORMATS, default="hf", help="true widths (hf), or all padded to the widest")
+    stage.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
 
 
 def read_config(arguments: Sequence[str]) -> Config:
@@ -240,12 +245,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from lop.footprint import Footprint
     from lop.stages import predictor_for
 
     config, target = _config(options), _target(options)
     predictor = predictor_for(_named_run(options, config), config)
-    allocation = predictor.allocate(target.budget(predictor.space, predictor.size))
-    answer = describe(allocation, predictor.space, predictor.size)
+    footprint = Footprint(predictor.size, options.format, config.recovery)
+    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
+    answer = footprint.describe(allocation, predictor.space)
     if options.json:
         print(json.dumps(answer))
         return

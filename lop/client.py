@@ -38,9 +38,12 @@ class Client:
         """The models on offer."""
         return list(self._json("GET", "/v1/models")["models"])
 
-    def allocation(self, model: str, *, recovery: str | None = None, **target: float) -> dict[str, Any]:
+    def allocation(
+        self, model: str, *, format: str = "hf", recovery: str | None = None, **target: float
+    ) -> dict[str, Any]:
         """What each layer would keep for `ratio=`, `parameters=` or `bytes=`, and the accuracy to expect of it."""
-        return self._json("POST", "/v1/allocations", {"model": model, "target": target, "recovery": recovery})
+        asked = {"model": model, "target": target, "format": format, "recovery": recovery}
+        return self._json("POST", "/v1/allocations", asked)
 
     def make(self, model: str, *, format: str = "hf", recovery: str | None = None, **target: float) -> dict[str, Any]:
         """Asks for a checkpoint and returns its state at once; asking again makes nothing twice."""

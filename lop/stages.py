@@ -28,6 +28,7 @@ from lop.evaluation import Evaluation
 from lop.evaluator import Evaluator
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints, fingerprint, fingerprint_file
+from lop.footprint import Footprint
 from lop.formats import Format, check_format
 from lop.ledger import Ledger
 from lop.models import find_model
@@ -215,12 +216,13 @@ def prune_stage(
         LopError: the target cannot be met, or something that the run needs is missing or damaged.
     """
     predictor = predictor_for(run, config)
-    budget = target.budget(predictor.space, predictor.size)
+    footprint = Footprint(predictor.size, format, config.recovery)
+    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
     return export_allocation(
         run or _shipped(config),
-        predictor.allocate(budget),
+        allocation,
         out,
-        target=predictor.space.ratio(budget),
+        target=predictor.space.ratio(allocation.budget),
         format=format,
         progress=progress,
         cancelled=cancelled,

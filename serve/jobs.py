@@ -43,6 +43,7 @@ class Asked:
         budget: neurons that stay.
         format, recovery: of the checkpoint.
         target: as first asked, such as `{"ratio": 0.3}`; two targets of one budget are the same checkpoint.
+        uniform: whether all layers keep alike; else they keep what the predictor says.
     """
 
     model: str
@@ -51,11 +52,14 @@ class Asked:
     format: str
     recovery: str
     target: Mapping[str, float | int]
+    uniform: bool = False
 
     @property
     def id(self) -> str:
         """32 hex digits: the hash of everything but the wording of the target."""
-        content = [self.model, dict(self.fingerprints), self.budget, self.format, self.recovery]
+        content: list[Any] = [self.model, dict(self.fingerprints), self.budget, self.format, self.recovery]
+        if self.uniform:
+            content.append("uniform")
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

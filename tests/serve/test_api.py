@@ -152,6 +152,28 @@ def test_a_format_takes_the_room_that_it_needs(start: Start) -> None:
     assert (refused.status, "bias" in refused.json["detail"]) == (422, True)
 
 
+def test_a_size_is_never_exceeded_in_any_format(service: Service) -> None:
+    asked = 4_321_000
+    widths = []
+    for form, recovery in (("hf", "none"), ("hf", "bias"), ("padded", "none")):
+        request = {"model": "tiny", "target": {"bytes": asked}, "format": form, "recovery": recovery}
+        answer = service.ask("POST", "/v1/allocations", request).json
+        made = service.finish(service.ask("POST", "/v1/checkpoints", request).json["id"])
+        assert made["allocation"] == answer
+        tensors = read_tensors(Path(made["path"])).values()
+        assert sum(info.bytes for info in tensors) == answer["bytes"] <= asked
+        assert sum(info.parameters for info in tensors) == answer["parameters"]
+        widths.append(answer["widths"])
+    assert answer["expected_accuracy"] is None  # Nobody has measured these widths.
+    assert len(set(map(tuple, widths))) >= 2
+    # As many neurons, but as the predictor spreads them: another checkpoint.
+    predicted = service.make({"ratio": answer["ratio"]}, format="padded").json
+    assert predicted["allocation"]["kept_neurons"] == answer["kept_neurons"]
+    assert predicted["id"] != made["id"]
+    refused = service.make({"bytes": 1000}, format="padded")
+    assert (refused.status, "outside what this model can have" in refused.json["detail"]) == (422, True)
+
+
 def test_what_is_larger_than_the_quota_is_refused(start: Start) -> None:
     assert start(quota=1000).make({"ratio": 0.1}).status == 422
 

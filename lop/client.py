@@ -7,7 +7,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -81,11 +81,19 @@ class Client:
         return Path(out)
 
     def _download(self, file: dict[str, Any], path: Path) -> None:
-        digest = hashlib.sha256()
-        with self._open("GET", file["url"]) as answer, path.open("wb") as out:
-            for block in _blocks(answer):
-                digest.update(block)
-                out.write(block)
+        """Takes a file, going on where a connection broke off as long as something arrives."""
+        digest, arrived, more = hashlib.sha256(), 0, True
+        with path.open("wb") as out:
+            while more:
+                # Should the file be another one by now, all of it comes, and its hash is not the expected one.
+                rest = {"Range": f"bytes={arrived}-", "If-Range": f'"{file["sha256"]}"'} if arrived else {}
+                begin = arrived
+                with self._open("GET", file["url"], headers=rest) as answer:
+                    for block in _blocks(answer):
+                        digest.update(block)
+                        out.write(block)
+                        arrived += len(block)
+                more = begin < arrived < file["bytes"]
         if digest.hexdigest() != file["sha256"]:
             raise LopError(f"{path.name} did not arrive as it was sent: try again")
 
@@ -94,8 +102,12 @@ class Client:
             value: dict[str, Any] = json.load(answer)
             return value
 
-    def _open(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+    def _open(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, headers: Mapping[str, str] | None = None
+    ) -> Any:
+        headers = dict(headers or {})
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         data = None if body is None else json.dumps(body).encode()
         if data is not None:
             headers["Content-Type"] = "application/json"

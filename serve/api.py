@@ -18,7 +18,9 @@ from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import NotModifiedResponse
 from starlette.types import Receive, Scope, Send
 
 import lop
@@ -177,11 +179,14 @@ def _add_files(api: FastAPI, store: JobStore) -> None:
     @api.get(
         "/v1/checkpoints/{id}/files/{name}",
         summary="Download a file",
-        description="Takes range requests; the `ETag` is the file's SHA-256.",
+        description="Goes on where a download broke off: takes `Range`, with `If-Range`; the `ETag` is the file's "
+        "SHA-256. A checkpoint that is not complete has no files yet (409): wait for it, and have the client fail "
+        "(`curl --fail`) rather than keep the error as if it were the file.",
         response_class=FileResponse,
         responses={
             200: {"content": {"application/octet-stream": {}}, "description": "The file"},
             206: {"content": {"application/octet-stream": {}}, "description": "A part of the file"},
+            304: {"description": "The client has it already (`If-None-Match`)"},
             **problems(404, 409, 416, 422),
         },
     )
@@ -189,6 +194,8 @@ def _add_files(api: FastAPI, store: JobStore) -> None:
         id: Id, name: Annotated[str, PathParameter(pattern=_FILE, examples=["model.safetensors"])]
     ) -> FileResponse:
         job = _job(store, id)
+        if job.state in UNFINISHED:
+            raise HTTPException(409, f"the checkpoint is {job.state}", {"Retry-After": str(_RETRY_SECONDS)})
         if job.state != "complete":
             raise HTTPException(409, f"the checkpoint is {job.state}")
         if name not in job.files:
@@ -204,11 +211,19 @@ def _add_files(api: FastAPI, store: JobStore) -> None:
 
 
 class _File(FileResponse):
-    """Its errors are problem documents like all others."""
+    """Knows what the client has already, and reads `Range` as RFC 9110 has it; errors are problem documents."""
 
     chunk_size = 1024 * 1024
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = Headers(scope=scope)
+        known = [tag.strip().removeprefix("W/") for tag in asked.get("if-none-match", "").split(",")]
+        if self.headers["etag"] in known or "*" in known:
+            await NotModifiedResponse(self.headers)(scope, receive, send)
+            return
+        if scope["method"] != "GET" or not asked.get("range", "").lower().startswith("bytes="):
+            # There are no ranges of other methods, and other units are to be ignored.
+            scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
         started: dict[str, Any] = {}
 
         async def watched(message: Any) -> None:

@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_max_width(prune)
     prune.add_argument("--out", required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder")
     inspect = add("inspect", "tell what a checkpoint is, and check its files", _inspect, common=False)
-    inspect.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder, dense or pruned")
+    inspect.add_argument("path", type=_local, metavar="PATH", help="a checkpoint's folder, dense or pruned")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     rivals = add("rivals", "run the rivals that search, each with as many evaluations as a tree", _rivals)
     _add_workers(rivals)
@@ -102,10 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     watch.add_argument("place", metavar="RUN", help="the run's folder or URI")
     watch.add_argument("--once", action="store_true", help="show it as it is now, and end")
     serve = add("serve", "start the service on this machine", _serve, common=False)
-    serve.add_argument("--run", type=Path, action="append", default=[], dest="runs", metavar="DIR", help=_SERVED_HELP)
+    serve.add_argument("--run", type=_local, action="append", default=[], dest="runs", metavar="DIR", help=_SERVED_HELP)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need API keys")
     serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--storage", type=Path, metavar="DIR", help="where checkpoints are kept (runs/service)")
+    serve.add_argument("--storage", type=_local, metavar="DIR", help="where checkpoints are kept (runs/service)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one a line")
     serve.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one service setting")
     demo = add("demo", "run the whole path in minutes and write a report", _demo)
@@ -119,6 +119,13 @@ def _add_common(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--config", metavar="YAML", help="a settings file, or the name of one in configs/")
     stage.add_argument("--run", metavar="DIR", help="the folder that holds the run, or its URI (s3://…)")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
+
+
+def _local(text: str) -> Path:
+    """For places that are on a disk; a URI would become a folder of an odd name."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is a URI: name a local path")
+    return Path(text)
 
 
 def _add_workers(stage: argparse.ArgumentParser) -> None:
@@ -139,7 +146,7 @@ def _add_evaluate(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     stage.add_argument("--data", action="append", default=[], metavar="TASK=FOLDER", help="a task's data, if local")
     stage.add_argument(
-        "--cache", type=Path, default=Path("runs/evaluations"), metavar="DIR", help="where results are kept"
+        "--cache", type=_local, default=Path("runs/evaluations"), metavar="DIR", help="where results are kept"
     )
     stage.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -1,4 +1,4 @@
-"""A client of the service, without more than Python itself."""
+"""A client of the service, by Python's own HTTP."""
 
 import hashlib
 import json
@@ -13,8 +13,10 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from lop.destination import check_new
 from lop.errors import LopError
 from lop.files import atomic_folder
+from lop.storage import Location
 
 _BLOCK = 2**20
 _POLL_SECONDS = 0.3
@@ -64,21 +66,26 @@ class Client:
         """Has a checkpoint made, waits for it, and downloads it into a new folder, which it returns.
 
         Raises:
-            LopError: the service refuses or cannot be reached, the export fails, or a file does not arrive as it was
-                sent (SHA-256); nothing is left behind.
+            LopError: `out` cannot be made, the service refuses or cannot be reached, the export fails, or a file does
+                not arrive as it was sent (SHA-256); nothing is left behind.
         """
+        place = Location.parse(out)
+        if not place.is_local:
+            raise LopError(f"out={str(out)!r} is a URI: name a local folder")
+        check_new(place)
         checkpoint = self.make(model, format=format, recovery=recovery, **target)
         while checkpoint["state"] in ("queued", "running"):
             time.sleep(_POLL_SECONDS)
             checkpoint = self.state(checkpoint["id"])
         if checkpoint["state"] != "complete":
             raise LopError(f"checkpoint {checkpoint['id']} {checkpoint['state']}: {checkpoint['error']}")
-        with atomic_folder(Path(out)) as folder:
+        check_new(place, bytes=sum(file["bytes"] for file in checkpoint["files"].values()))
+        with atomic_folder(Path(place.path)) as folder:
             for name, file in checkpoint["files"].items():
                 if Path(name).name != name:
                     raise LopError(f"the service sent {name!r} as the name of a file")
                 self._download(file, folder / name)
-        return Path(out)
+        return Path(place.path)
 
     def _download(self, file: dict[str, Any], path: Path) -> None:
         """Takes a file, going on where a connection broke off as long as something arrives."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from lop.allocation import Space
 from lop.config import Config
+from lop.destination import check_writable
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints
 from lop.importance import importance, order
@@ -16,6 +17,13 @@ from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
 from lop.size import ModelSize, model_size, read_tensors
 from lop.statistics import NeuronStatistics, load_statistics
 from lop.storage import Location
+
+# What stages write, folders with a slash behind.
+_MADE = (
+    "config.yaml", "statistics.safetensors", "search.json", "seconds.json", "status.json", "predictors.json",
+    "results.json", "report.md", "tables.json", "tables.md", "ledger/", "predictors/", "predictor/", "rivals/",
+    "cells/", "seeds/", "checkpoints/", "tune/",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,14 @@ class Run:
         if self.config.search.needs_divergence:
             found["set of measures"] = "with divergence"  # Which others lack.
         return found
+
+    def check_writable(self) -> None:
+        """Looks before there is work to lose whether what stages make can be written.
+
+        Raises:
+            LopError: the folder cannot be written, or something is in the way of a file of the run.
+        """
+        check_writable(self.location, *_MADE)
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage has taken so far, interrupted runs included."""

@@ -20,7 +20,7 @@ from lop.allocation import Allocation
 from lop.baselines import ALL_BASELINES, root_allocation
 from lop.checkpoint import export
 from lop.config import Config, Recovery, save_config
-from lop.destination import check_absent
+from lop.destination import check_new
 from lop.elastic import ElasticModel
 from lop.encoding import encode
 from lop.errors import CancelledError, LopError
@@ -63,6 +63,7 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         _ = run.statistics
         log.info("calibrate: %s is there already", run.statistics_file)
         return
+    run.check_writable()
     with _timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
         model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
@@ -132,6 +133,7 @@ def search_stage(run: Run, *, progress: bool = True) -> None:
     if run.search_file.exists() and read_json(run.search_file)["fingerprints"] == fingerprints:
         log.info("search: %s is there already", run.search_file)
         return
+    run.check_writable()
     trees = build_trees(run)
     with _timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
         save_config(run.config, run.folder / "config.yaml")
@@ -266,7 +268,7 @@ def export_allocation(
     recovery = recovery or run.config.recovery
     check_format(format, recovery)
     place = Location.parse(out)
-    check_absent(place)
+    check_new(place, bytes=Footprint(run.size, format, recovery).bytes(allocation.widths))
     torch.set_num_threads(run.config.threads)
     about = {
         "version": __version__,
@@ -331,6 +333,7 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
     if report.exists() and run.predictor_folder.exists() and read_json(report)["fingerprints"] == made:
         log.info("train: %s is there already", run.predictor_folder)
         return
+    run.check_writable()
     settings = run.config.train
     with _timed(run, "train"):
         training, validation = split_pairs(_pairs(run, found), settings.validation_share)

@@ -40,9 +40,11 @@ class Location:
         """A local path or a URI.
 
         Raises:
-            LopError: pyarrow does not know the kind of storage, or the URI is malformed or names no folder.
+            LopError: pyarrow does not know the kind of storage, or the name is empty, malformed or of no folder.
         """
         text = str(place)
+        if not text.strip():
+            raise LopError("the name of a folder is empty")
         if not is_uri(text):
             return cls(LocalFileSystem(), str(Path(text).expanduser().absolute()), text)
         try:
@@ -70,6 +72,11 @@ class Location:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, LocalFileSystem)
 
+    @property
+    def has_buckets(self) -> bool:
+        """Whether files lie in buckets, and folders are but parts of their names."""
+        return self.filesystem.type_name in _OBJECT_STORES
+
     def check_bucket(self) -> None:
         """Tells a missing bucket before hours of work would be written there.
 
@@ -78,8 +85,7 @@ class Location:
             OSError: the storage cannot be reached.
         """
         bucket = self.path.partition("/")[0]
-        has_buckets = self.filesystem.type_name in _OBJECT_STORES
-        if has_buckets and self.filesystem.get_file_info(bucket).type == FileType.NotFound:
+        if self.has_buckets and self.filesystem.get_file_info(bucket).type == FileType.NotFound:
             raise LopError(f"storage {self.name!r}: there is no bucket {bucket!r}; make it first")
 
     def files(self) -> list[str]:
@@ -124,7 +130,7 @@ class Location:
             with atomic_file(Path(path)) as temporary:
                 temporary.write_bytes(data)
             return
-        in_place = self.filesystem.type_name in _OBJECT_STORES
+        in_place = self.has_buckets
         target = path if in_place else f"{path}.partial"
         if not in_place:
             self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)

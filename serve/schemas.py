@@ -255,8 +255,8 @@ class Allocation(_Answer):
 class Progress(_Answer):
     """How far an export is."""
 
-    step: Literal["recover", "export"]
-    done: Annotated[int, Field(description="layers recovered, or bytes written")]
+    step: Literal["recover", "export", "check"]
+    done: Annotated[int, Field(description="layers recovered, or bytes written, or found written and checked")]
     total: int
 
 

@@ -1,5 +1,6 @@
 """The API as its users meet it."""
 
+import hashlib
 import http.client
 import json
 import re
@@ -12,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -284,6 +286,40 @@ def test_an_export_that_takes_too_long_fails_and_leaves_nothing(start: Start) ->
     assert last["state"] == "failed"
     assert "limit" in last["error"]
     assert list((service.settings.storage / "checkpoints").iterdir()) == []
+
+
+def test_a_checkpoint_is_hashed_once_and_within_the_limit(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = 0
+
+    def count(*_: object, **__: object) -> None:
+        nonlocal hashed
+        hashed += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lop.checkpoint.check_hashes", count)
+        service = start()
+        last = service.finish(service.make({"ratio": 0.1}).json["id"])
+    assert hashed == 0
+    for name, file in last["files"].items():
+        assert file["sha256"] == hashlib.sha256((Path(last["path"]) / name).read_bytes()).hexdigest()
+    # What a process left that died before it could record it is checked: that is within the limit, too.
+    job = service.store.get(last["id"])
+    assert job is not None
+    for limit, state in ((60.0, "complete"), (1e-9, "failed")):
+        storage = tmp_path / f"storage-{limit}"
+        shutil.copytree(service.settings.storage, storage)
+        (storage / "jobs" / f"{job.id}.json").write_text(json.dumps(replace(job, state="running").as_dict()))
+        weights = storage / "checkpoints" / job.id / "model.safetensors"
+        before = weights.stat().st_ino
+        again = start(storage=storage, time_limit=limit).finish(job.id)
+        assert again["state"] == state
+        if state == "complete":
+            assert again["files"] == last["files"]
+            assert weights.stat().st_ino == before
+        else:
+            assert "longer than its limit" in again["error"]
 
 
 def test_a_full_disk_fails_the_export_alone(start: Start, small_disk: Path) -> None:

@@ -21,6 +21,7 @@ from lop.storage import Location
 MANIFEST = "lop.json"
 _INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+_HASHED = 8 * 2**20
 _COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 _OWN = {"config.json", _INDEX, MANIFEST}
 
@@ -87,32 +88,52 @@ def export(
     return manifest
 
 
-def verify(folder: Path | Location) -> dict[str, Any]:
+def verify(
+    folder: Path | Location, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Any]:
     """Checks each file of an exported checkpoint against its manifest, and returns the manifest.
 
     Every byte is read, on remote storage, too.
+
+    Args:
+        progress: called with the bytes read so far and in all, about every 8 MiB; ends the check by raising.
 
     Raises:
         LopError: there is no manifest, or a file is missing or changed; names the file.
     """
     manifest = read_manifest(folder)
-    check_hashes(folder, manifest["sha256"])
+    check_hashes(folder, manifest["sha256"], progress=progress)
     return manifest
 
 
-def check_hashes(folder: Path | Location, hashes: Mapping[str, str]) -> None:
+def check_hashes(
+    folder: Path | Location,
+    hashes: Mapping[str, str],
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Holds files against their SHA-256.
+
+    Args:
+        progress: as in `verify`.
 
     Raises:
         LopError: one is missing or changed; names the file.
     """
     place = Location.parse(folder)
-    for name, expected in hashes.items():
+    for name in hashes:
         if not place.has(name):
             raise LopError(f"{folder} is damaged: {name} is missing")
+    total, done = sum(place.size(name) for name in hashes), 0
+    for name, expected in hashes.items():
+        digest = hashlib.sha256()
         with place.open(name) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise LopError(f"{folder} is damaged: {name} is not what was written (SHA-256 differs)")
+            while block := file.read(_HASHED):
+                digest.update(block)
+                done += len(block)
+                progress(done, total)
+        if digest.hexdigest() != expected:
+            raise LopError(f"{folder} is damaged: {name} is not what was written (SHA-256 differs)")
 
 
 def read_manifest(folder: Path | Location) -> dict[str, Any]:

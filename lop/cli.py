@@ -17,7 +17,7 @@ from lop.errors import LopError
 from lop.formats import FORMATS
 from lop.models import EMBEDDED
 from lop.places import check_lasting
-from lop.size import Target, describe, parse_count
+from lop.size import Target, parse_count
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
 if TYPE_CHECKING:
@@ -76,16 +76,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_workers(train)
     predict = add("predict", "print the allocation for a target", _predict)
     _add_target(predict)
+    _add_form(predict)
     _add_max_width(predict)
     predict.add_argument("--json", action="store_true", help="print one JSON object")
     prune = add("prune", "write the pruned checkpoint for a target", _prune)
     _add_target(prune)
+    _add_form(prune)
     _add_max_width(prune)
     prune.add_argument("--out", required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder")
-    prune.add_argument("--format", choices=FORMATS, default="hf", help="true widths (hf), or all padded to the widest")
-    prune.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
     inspect = add("inspect", "tell what a checkpoint is, and check its files", _inspect, common=False)
-    inspect.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder, dense or pruned")
+    inspect.add_argument("path", type=_local, metavar="PATH", help="a checkpoint's folder, dense or pruned")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     rivals = add("rivals", "run the rivals that search, each with as many evaluations as a tree", _rivals)
     _add_workers(rivals)
@@ -103,10 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
     watch.add_argument("place", metavar="RUN", help="the run's folder or URI")
     watch.add_argument("--once", action="store_true", help="show it as it is now, and end")
     serve = add("serve", "start the service on this machine", _serve, common=False)
-    serve.add_argument("--run", type=Path, action="append", default=[], dest="runs", metavar="DIR", help=_SERVED_HELP)
+    serve.add_argument("--run", type=_local, action="append", default=[], dest="runs", metavar="DIR", help=_SERVED_HELP)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need API keys")
     serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--storage", type=Path, metavar="DIR", help="where checkpoints are kept (runs/service)")
+    serve.add_argument("--storage", type=_local, metavar="DIR", help="where checkpoints are kept (runs/service)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one a line")
     serve.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one service setting")
     demo = add("demo", "run the whole path in minutes and write a report", _demo)
@@ -120,6 +120,13 @@ def _add_common(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--config", metavar="YAML", help="a settings file, or the name of one in configs/")
     stage.add_argument("--run", metavar="DIR", help="the folder that holds the run, or its URI (s3://…)")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
+
+
+def _local(text: str) -> Path:
+    """For places that are on a disk; a URI would become a folder of an odd name."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is a URI: name a local path")
+    return Path(text)
 
 
 def _add_workers(stage: argparse.ArgumentParser) -> None:
@@ -140,7 +147,7 @@ def _add_evaluate(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     stage.add_argument("--data", action="append", default=[], metavar="TASK=FOLDER", help="a task's data, if local")
     stage.add_argument(
-        "--cache", type=Path, default=Path("runs/evaluations"), metavar="DIR", help="where results are kept"
+        "--cache", type=_local, default=Path("runs/evaluations"), metavar="DIR", help="where results are kept"
     )
     stage.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -148,8 +155,13 @@ def _add_evaluate(stage: argparse.ArgumentParser) -> None:
 def _add_target(stage: argparse.ArgumentParser) -> None:
     target = stage.add_mutually_exclusive_group(required=True)
     target.add_argument("--target", metavar="RATIO", help="share of FFN neurons to remove, such as 0.3")
-    target.add_argument("--parameters", metavar="COUNT", help="of the whole checkpoint, such as 5B")
-    target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, such as 8GiB")
+    target.add_argument("--parameters", metavar="COUNT", help="of the whole checkpoint, at most, such as 5B")
+    target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, at most, such as 8GiB")
+
+
+def _add_form(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--format", choices=FORMATS, default="hf", help="true widths (hf), or all padded to the widest")
+    stage.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
 
 
 def settle(arguments: Sequence[str]) -> tuple[Config, list[str]]:
@@ -247,12 +259,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from lop.footprint import Footprint
     from lop.stages import predictor_for
 
     config, target = _config(options), _target(options)
     predictor = predictor_for(_named_run(options, config), config)
-    allocation = predictor.allocate(target.budget(predictor.space, predictor.size))
-    answer = describe(allocation, predictor.space, predictor.size)
+    footprint = Footprint(predictor.size, options.format, config.recovery)
+    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
+    answer = footprint.describe(allocation, predictor.space)
     if options.json:
         print(json.dumps(answer))
         return

@@ -1,4 +1,4 @@
-"""A client of the service, without more than Python itself."""
+"""A client of the service, by Python's own HTTP."""
 
 import hashlib
 import json
@@ -7,14 +7,16 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from lop.destination import check_new
 from lop.errors import LopError
 from lop.files import atomic_folder
+from lop.storage import Location
 
 _BLOCK = 2**20
 _POLL_SECONDS = 0.3
@@ -38,9 +40,12 @@ class Client:
         """The models on offer."""
         return list(self._json("GET", "/v1/models")["models"])
 
-    def allocation(self, model: str, *, recovery: str | None = None, **target: float) -> dict[str, Any]:
+    def allocation(
+        self, model: str, *, format: str = "hf", recovery: str | None = None, **target: float
+    ) -> dict[str, Any]:
         """What each layer would keep for `ratio=`, `parameters=` or `bytes=`, and the accuracy to expect of it."""
-        return self._json("POST", "/v1/allocations", {"model": model, "target": target, "recovery": recovery})
+        asked = {"model": model, "target": target, "format": format, "recovery": recovery}
+        return self._json("POST", "/v1/allocations", asked)
 
     def make(self, model: str, *, format: str = "hf", recovery: str | None = None, **target: float) -> dict[str, Any]:
         """Asks for a checkpoint and returns its state at once; asking again makes nothing twice."""
@@ -61,28 +66,41 @@ class Client:
         """Has a checkpoint made, waits for it, and downloads it into a new folder, which it returns.
 
         Raises:
-            LopError: the service refuses or cannot be reached, the export fails, or a file does not arrive as it was
-                sent (SHA-256); nothing is left behind.
+            LopError: `out` cannot be made, the service refuses or cannot be reached, the export fails, or a file does
+                not arrive as it was sent (SHA-256); nothing is left behind.
         """
+        place = Location.parse(out)
+        if not place.is_local:
+            raise LopError(f"out={str(out)!r} is a URI: name a local folder")
+        check_new(place)
         checkpoint = self.make(model, format=format, recovery=recovery, **target)
         while checkpoint["state"] in ("queued", "running"):
             time.sleep(_POLL_SECONDS)
             checkpoint = self.state(checkpoint["id"])
         if checkpoint["state"] != "complete":
             raise LopError(f"checkpoint {checkpoint['id']} {checkpoint['state']}: {checkpoint['error']}")
-        with atomic_folder(Path(out)) as folder:
+        check_new(place, bytes=sum(file["bytes"] for file in checkpoint["files"].values()))
+        with atomic_folder(Path(place.path)) as folder:
             for name, file in checkpoint["files"].items():
                 if Path(name).name != name:
                     raise LopError(f"the service sent {name!r} as the name of a file")
                 self._download(file, folder / name)
-        return Path(out)
+        return Path(place.path)
 
     def _download(self, file: dict[str, Any], path: Path) -> None:
-        digest = hashlib.sha256()
-        with self._open("GET", file["url"]) as answer, path.open("wb") as out:
-            for block in _blocks(answer):
-                digest.update(block)
-                out.write(block)
+        """Takes a file, going on where a connection broke off as long as something arrives."""
+        digest, arrived, more = hashlib.sha256(), 0, True
+        with path.open("wb") as out:
+            while more:
+                # Should the file be another one by now, all of it comes, and its hash is not the expected one.
+                rest = {"Range": f"bytes={arrived}-", "If-Range": f'"{file["sha256"]}"'} if arrived else {}
+                begin = arrived
+                with self._open("GET", file["url"], headers=rest) as answer:
+                    for block in _blocks(answer):
+                        digest.update(block)
+                        out.write(block)
+                        arrived += len(block)
+                more = begin < arrived < file["bytes"]
         if digest.hexdigest() != file["sha256"]:
             raise LopError(f"{path.name} did not arrive as it was sent: try again")
 
@@ -91,8 +109,12 @@ class Client:
             value: dict[str, Any] = json.load(answer)
             return value
 
-    def _open(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+    def _open(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, headers: Mapping[str, str] | None = None
+    ) -> Any:
+        headers = dict(headers or {})
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         data = None if body is None else json.dumps(body).encode()
         if data is not None:
             headers["Content-Type"] = "application/json"

@@ -27,6 +27,7 @@ def demo(run: Run) -> Path:
         ("prune", lambda: _prune_all(run)),
         ("compare", lambda: write_report(run)),
     )
+    run.check_writable()
     for number, (name, stage) in enumerate(stages, start=1):
         log.info("%d/%d %s", number, len(stages), name)
         stage()

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lop.benchmark import FOLDER, TASKS
+from lop.destination import check_writable
 from lop.errors import LopError, first_line
 from lop.files import read_json, write_json
 from lop.fingerprint import fingerprint, fingerprint_file
 from lop.models import assets, find_model, fingerprint_model
+from lop.storage import Location
 
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
@@ -89,6 +91,8 @@ def evaluate(model: str, tasks: Sequence[str], options: Evaluate) -> dict[str, d
         else:
             waiting[name] = (task, manager, path, made_from)
     if waiting:
+        if options.cache:
+            check_writable(Location.parse(options.cache))
         adapter = _adapter(folder, options)
         for name, (task, manager, path, made_from) in waiting.items():
             found[name] = _run(adapter, task, manager, name, options)

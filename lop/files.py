@@ -21,19 +21,20 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or read-only; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        _sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            _sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
 
 
 @contextmanager
@@ -47,21 +48,33 @@ def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         OSError: the disk is full or read-only, or `path` is there already and not an empty folder, and is not to be
             replaced; nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            for file in temporary.rglob("*"):
+                _sync(file)
+            if replace and path.exists():
+                path.rename(temporary.with_suffix(".old"))
+            temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
+        _sync(path.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Has errors name `path`, and not its temporary sibling, of which nobody but this module has heard."""
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
-            _sync(file)
-        if replace and path.exists():
-            path.rename(temporary.with_suffix(".old"))
-        temporary.replace(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield
+    except OSError as error:
+        if os.path.abspath(os.fsdecode(error.filename or "")).startswith(f"{path.parent.absolute()}/.{path.name}."):
+            error.filename, error.filename2 = str(path), None
         raise
-    shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
-    _sync(path.parent)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ def write_report(run: Run) -> Path:
     found = read_search(run)
     if not run.predictor_folder.exists():
         raise LopError(f"{run.predictor_folder} is missing: run `lop train` first")
+    run.check_writable()
     results = run.folder / "results.json"
     if results.exists() and read_json(results)["fingerprints"] == comparison_fingerprints(run):
         comparison = Comparison.from_dict(read_json(results))

@@ -87,6 +87,8 @@ def rivals_stage(run: Run, *, seeds: int = 1, progress: bool = True) -> list[Out
     jobs = _jobs(run, seeds)
     files = {job: run.folder / "rivals" / f"{_job_fingerprint(run, job)}.json" for job in jobs}
     waiting = [job for job in jobs if not files[job].exists()]
+    if waiting:
+        run.check_writable()
     build = partial(RivalWorker, run.config, run.order, run.samples.reward, run.space)
     results = map_on_workers(build, waiting, run.config)
     for job, outcomes in tqdm(results, desc="rivals", total=len(waiting), unit="job", disable=not progress):

@@ -8,6 +8,7 @@ import numpy as np
 
 from lop.allocation import Space
 from lop.config import Config
+from lop.destination import check_writable
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints
 from lop.importance import importance, order
@@ -19,6 +20,12 @@ from lop.storage import Location
 
 # Of a run, the folder of the runs that repeat it with other seeds.
 SEEDS = "seeds"
+# What stages write, folders with a slash behind.
+_MADE = (
+    "config.yaml", "statistics.safetensors", "search.json", "seconds.json", "status.json", "predictors.json",
+    "results.json", "report.md", "tables.json", "tables.md", "ledger/", "predictors/", "predictor/", "rivals/",
+    "cells/", "seeds/", "checkpoints/", "tune/",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,14 @@ class Run:
         if self.config.search.needs_divergence:
             found["set of measures"] = "with divergence"  # Which others lack.
         return found
+
+    def check_writable(self) -> None:
+        """Looks before there is work to lose whether what stages make can be written.
+
+        Raises:
+            LopError: the folder cannot be written, or something is in the way of a file of the run.
+        """
+        check_writable(self.location, *_MADE)
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage has taken so far, interrupted runs included."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lop.allocation import Allocation, Space
 from lop.errors import LopError
 from lop.files import read_json
 
@@ -78,7 +77,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Target:
-    """A size that somebody asks for: exactly one of a pruning ratio, a parameter count, a number of bytes."""
+    """What somebody asks for: exactly one of a pruning ratio, and the most parameters or bytes of the checkpoint."""
 
     ratio: float | None = None
     parameters: int | None = None
@@ -87,26 +86,6 @@ class Target:
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.ratio, self.parameters, self.bytes)) != 1:
             raise LopError("name exactly one target: a ratio, a number of parameters or a number of bytes")
-
-    def budget(self, space: Space, size: ModelSize) -> int:
-        """The neurons to keep: the most that the target allows.
-
-        Raises:
-            LopError: no allocation of the space is that small, or the model is not that large.
-        """
-        if self.ratio is not None:
-            return space.budget(self.ratio)
-        if self.parameters is not None:
-            whole, each, asked, unit = size.parameters, size.neuron_parameters, self.parameters, "parameters"
-        else:
-            assert self.bytes is not None
-            whole, each, asked, unit = size.bytes, size.neuron_bytes, self.bytes, "bytes"
-        full = space.layers * space.neurons
-        least = whole - (full - space.layers * space.min_width) * each
-        if not least <= asked <= whole:
-            raise LopError(f"target of {asked} {unit} is outside what this model can have: {least} to {whole}")
-        kept = full - -(-(whole - asked) // each)
-        return max(kept // space.granularity * space.granularity, space.layers * space.min_width)
 
 
 def parse_count(text: str, *, what: str) -> int:
@@ -152,7 +131,7 @@ def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
     """Sums up a dense checkpoint.
 
     Raises:
-        LopError: its decoder layers have no FFN weights, or not all of one width.
+        LopError: its decoder layers have no FFN weights, or not all of one width and of as many bytes a number.
     """
     down = down_projections(tensors)
     widths = {info.shape[1] for _, info in down}
@@ -160,6 +139,8 @@ def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
         raise LopError("the checkpoint has no decoder layers with gate_proj, up_proj and down_proj")
     if len(widths) > 1:
         raise LopError(f"the checkpoint is pruned already: its FFN widths differ ({min(widths)} to {max(widths)})")
+    if len({info.item_bytes for name, info in tensors.items() if ffn_part(name)}) > 1:
+        raise LopError("the checkpoint's FFN weights are of several types: store them all in one")
     _, first = down[0]
     return ModelSize(
         layers=len(down),
@@ -188,18 +169,6 @@ def ffn_layer(name: str) -> int:
     found = FFN_WEIGHT.search(name)
     assert found
     return int(found.group(1))
-
-
-def describe(allocation: Allocation, space: Space, size: ModelSize) -> dict[str, Any]:
-    """The answer to a target as plain JSON values."""
-    return {
-        "ratio": space.ratio(allocation.budget),
-        "ratios": list(allocation.ratios(space)),
-        "widths": list(allocation.widths),
-        "kept_neurons": allocation.budget,
-        "parameters": size.pruned_parameters(allocation.budget),
-        "bytes": size.pruned_bytes(allocation.budget),
-    }
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

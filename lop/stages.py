@@ -20,7 +20,7 @@ from lop.allocation import Allocation, Space
 from lop.baselines import ALL_BASELINES, root_allocation
 from lop.checkpoint import export
 from lop.config import Config, Recovery, save_config
-from lop.destination import check_absent
+from lop.destination import check_new
 from lop.elastic import ElasticModel
 from lop.encoding import encode
 from lop.errors import CancelledError, LopError
@@ -28,6 +28,7 @@ from lop.evaluation import Evaluation
 from lop.evaluator import Evaluator
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints, fingerprint, fingerprint_file
+from lop.footprint import Footprint
 from lop.formats import Format, check_format
 from lop.ledger import Ledger
 from lop.models import find_model
@@ -62,6 +63,7 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         _ = run.statistics
         log.info("calibrate: %s is there already", run.statistics_file)
         return
+    run.check_writable()
     with _timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
         model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
@@ -128,6 +130,7 @@ def search_stage(run: Run, *, progress: bool = True) -> None:
     if run.search_file.exists() and read_json(run.search_file)["fingerprints"] == fingerprints:
         log.info("search: %s is there already", run.search_file)
         return
+    run.check_writable()
     trees = build_trees(run)
     with _timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
         save_config(run.config, run.folder / "config.yaml")
@@ -222,12 +225,13 @@ def prune_stage(
         LopError: the target cannot be met, or something that the run needs is missing or damaged.
     """
     predictor = predictor_for(run, config)
-    budget = target.budget(predictor.space, predictor.size)
+    footprint = Footprint(predictor.size, format, config.recovery)
+    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
     return export_allocation(
         run or _shipped(config),
-        predictor.allocate(budget),
+        allocation,
         out,
-        target=predictor.space.ratio(budget),
+        target=predictor.space.ratio(allocation.budget),
         format=format,
         progress=progress,
         cancelled=cancelled,
@@ -271,7 +275,7 @@ def export_allocation(
     recovery = recovery or run.config.recovery
     check_format(format, recovery)
     place = Location.parse(out)
-    check_absent(place)
+    check_new(place, bytes=Footprint(run.size, format, recovery).bytes(allocation.widths))
     torch.set_num_threads(run.config.threads)
     about = {
         "version": __version__,
@@ -336,6 +340,7 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
     if report.exists() and run.predictor_folder.exists() and read_json(report)["fingerprints"] == made:
         log.info("train: %s is there already", run.predictor_folder)
         return
+    run.check_writable()
     settings = run.config.train
     with _timed(run, "train"):
         training, validation = split_pairs(_pairs(run, found), settings.validation_share)

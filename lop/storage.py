@@ -40,11 +40,13 @@ class Location:
         """A local path or a URI; what is a location already stays as it is.
 
         Raises:
-            LopError: pyarrow does not know the kind of storage, or the URI is malformed or names no folder.
+            LopError: pyarrow does not know the kind of storage, or the name is empty, malformed or of no folder.
         """
         if isinstance(place, Location):
             return place
         text = str(place)
+        if not text.strip():
+            raise LopError("the name of a folder is empty")
         if not is_uri(text):
             return cls(LocalFileSystem(), str(Path(text).expanduser().absolute()), text)
         try:
@@ -72,6 +74,11 @@ class Location:
     def is_local(self) -> bool:
         return isinstance(self.filesystem, LocalFileSystem)
 
+    @property
+    def has_buckets(self) -> bool:
+        """Whether files lie in buckets, and folders are but parts of their names."""
+        return self.filesystem.type_name in _OBJECT_STORES
+
     def check_bucket(self) -> None:
         """Tells a missing bucket before hours of work would be written there.
 
@@ -80,8 +87,7 @@ class Location:
             OSError: the storage cannot be reached.
         """
         bucket = self.path.partition("/")[0]
-        has_buckets = self.filesystem.type_name in _OBJECT_STORES
-        if has_buckets and self.filesystem.get_file_info(bucket).type == FileType.NotFound:
+        if self.has_buckets and self.filesystem.get_file_info(bucket).type == FileType.NotFound:
             raise LopError(f"storage {self.name!r}: there is no bucket {bucket!r}; make it first")
 
     def files(self) -> list[str]:
@@ -121,6 +127,14 @@ class Location:
         """
         return bool(self.filesystem.get_file_info(f"{self.path}/{name}").type == FileType.File)
 
+    def size(self, name: str) -> int:
+        """A file's bytes.
+
+        Raises:
+            OSError: the storage cannot be reached.
+        """
+        return int(self.filesystem.get_file_info(f"{self.path}/{name}").size or 0)
+
     def read_all(self, names: Sequence[str]) -> list[bytes]:
         """Several files at a time, where each takes long to answer.
 
@@ -143,7 +157,7 @@ class Location:
             with atomic_file(Path(path)) as temporary:
                 temporary.write_bytes(data)
             return
-        in_place = self.filesystem.type_name in _OBJECT_STORES
+        in_place = self.has_buckets
         target = path if in_place else f"{path}.partial"
         if not in_place:
             self.filesystem.create_dir(path.rpartition("/")[0], recursive=True)

@@ -190,6 +190,7 @@ def write_tables(run: Run, *, others: Sequence[str] = (), progress: bool = True)
         log.info("tables: samples %s have no benchmark folder", run.config.samples)
         return None
     check_disjoint(questions, run.samples)
+    run.check_writable()
     return report_tables(run, make_tables(run, questions, others=others, progress=progress))
 
 

@@ -18,19 +18,21 @@ from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import NotModifiedResponse
 from starlette.types import Receive, Scope, Send
 
 import lop
-from lop.allocation import Allocation
+from lop.allocation import Allocation, uniform
 from lop.config import Recovery
 from lop.errors import LopError
-from lop.formats import Format, check_format
+from lop.footprint import Footprint
+from lop.formats import Format
 from lop.intervals import Interval
-from lop.size import describe
 from serve import schemas
 from serve.catalogue import Curve, ServedModel
-from serve.exporting import FORMATS, RECOVERIES, tensor_bytes
+from serve.exporting import FORMATS, RECOVERIES
 from serve.guard import problem
 from serve.jobs import UNFINISHED, Asked, Job, JobStore, QueueFullError, TooLargeError
 from serve.schemas import problems
@@ -121,20 +123,20 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
     )
     async def create(asked: schemas.CheckpointRequest, response: Response) -> schemas.Checkpoint:
         model = _find(models, asked.model)
-        recovery = asked.recovery or model.recovery
-        check_format(cast(Format, asked.format), cast(Recovery, recovery))
+        footprint = _footprint(model, asked)
         allocation = await _allocate(model, asked, predict)
         job = Job(
             Asked(
                 model.name,
                 model.fingerprints,
                 allocation["kept_neurons"],
-                asked.format,
-                recovery,
+                footprint.format,
+                footprint.recovery,
                 asked.target.model_dump(),
+                footprint.is_uniform(asked.target.target()),
             ),
             allocation,
-            reserved=tensor_bytes(model.size, allocation["widths"], asked.format) + model.companions,
+            reserved=allocation["bytes"] + model.companions,
         )
         try:
             job = await run_sync(store.submit, job)
@@ -177,11 +179,14 @@ def _add_files(api: FastAPI, store: JobStore) -> None:
     @api.get(
         "/v1/checkpoints/{id}/files/{name}",
         summary="Download a file",
-        description="Takes range requests; the `ETag` is the file's SHA-256.",
+        description="Goes on where a download broke off: takes `Range`, with `If-Range`; the `ETag` is the file's "
+        "SHA-256. A checkpoint that is not complete has no files yet (409): wait for it, and have the client fail "
+        "(`curl --fail`) rather than keep the error as if it were the file.",
         response_class=FileResponse,
         responses={
             200: {"content": {"application/octet-stream": {}}, "description": "The file"},
             206: {"content": {"application/octet-stream": {}}, "description": "A part of the file"},
+            304: {"description": "The client has it already (`If-None-Match`)"},
             **problems(404, 409, 416, 422),
         },
     )
@@ -189,6 +194,8 @@ def _add_files(api: FastAPI, store: JobStore) -> None:
         id: Id, name: Annotated[str, PathParameter(pattern=_FILE, examples=["model.safetensors"])]
     ) -> FileResponse:
         job = _job(store, id)
+        if job.state in UNFINISHED:
+            raise HTTPException(409, f"the checkpoint is {job.state}", {"Retry-After": str(_RETRY_SECONDS)})
         if job.state != "complete":
             raise HTTPException(409, f"the checkpoint is {job.state}")
         if name not in job.files:
@@ -204,11 +211,19 @@ def _add_files(api: FastAPI, store: JobStore) -> None:
 
 
 class _File(FileResponse):
-    """Its errors are problem documents like all others."""
+    """Knows what the client has already, and reads `Range` as RFC 9110 has it; errors are problem documents."""
 
     chunk_size = 1024 * 1024
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = Headers(scope=scope)
+        known = [tag.strip().removeprefix("W/") for tag in asked.get("if-none-match", "").split(",")]
+        if self.headers["etag"] in known or "*" in known:
+            await NotModifiedResponse(self.headers)(scope, receive, send)
+            return
+        if scope["method"] != "GET" or not asked.get("range", "").lower().startswith("bytes="):
+            # There are no ranges of other methods, and other units are to be ignored.
+            scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
         started: dict[str, Any] = {}
 
         async def watched(message: Any) -> None:
@@ -374,10 +389,22 @@ def _find(models: Mapping[str, ServedModel], name: str) -> ServedModel:
 
 
 async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predict: Predict) -> dict[str, Any]:
-    """The fields of `schemas.Allocation`."""
-    budget = asked.target.target().budget(model.space, model.size)
-    answer = describe(Allocation(await predict(model.name, budget)), model.space, model.size)
+    """The fields of `schemas.Allocation`.
+
+    Raises:
+        LopError: the target cannot be met, or the format has no place for the recovery.
+    """
+    footprint, target = _footprint(model, asked), asked.target.target()
+    budget = footprint.budget(target, model.space)
+    if footprint.is_uniform(target):
+        answer = footprint.describe(uniform(model.space, budget), model.space)
+        return {"model": model.name, **answer, "expected_accuracy": None}  # What was measured is the predictor's.
+    answer = footprint.describe(Allocation(await predict(model.name, budget)), model.space)
     return {"model": model.name, **answer, "expected_accuracy": _expected(model, asked.recovery, answer["ratio"])}
+
+
+def _footprint(model: ServedModel, asked: schemas.AllocationRequest) -> Footprint:
+    return Footprint(model.size, cast(Format, asked.format), cast(Recovery, asked.recovery or model.recovery))
 
 
 def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[str, Any] | None:
@@ -389,7 +416,8 @@ def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[st
 
 def _model(model: ServedModel) -> schemas.Model:
     space, size = model.space, model.size
-    full, least = space.layers * space.neurons, space.layers * space.min_width
+    footprint = Footprint(size, recovery=cast(Recovery, model.recovery))
+    least, most = ([width] * space.layers for width in (space.min_width, space.neurons))
     return schemas.Model(
         name=model.name,
         layers=space.layers,
@@ -399,8 +427,8 @@ def _model(model: ServedModel) -> schemas.Model:
         bytes=size.bytes,
         targets=schemas.Ranges(
             ratio=schemas.Range(least=0, largest=space.max_target),
-            parameters=schemas.CountRange(least=size.pruned_parameters(least), largest=size.pruned_parameters(full)),
-            bytes=schemas.CountRange(least=size.pruned_bytes(least), largest=size.pruned_bytes(full)),
+            parameters=schemas.CountRange(least=footprint.parameters(least), largest=footprint.parameters(most)),
+            bytes=schemas.CountRange(least=footprint.bytes(least), largest=footprint.bytes(most)),
         ),
         formats=list(FORMATS),
         recoveries=list(RECOVERIES),

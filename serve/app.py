@@ -15,14 +15,16 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.types import ASGIApp
 
+from lop.destination import check_writable
 from lop.errors import LopError
 from lop.fingerprint import fingerprint_file
 from lop.predictors import load_predictor
+from lop.storage import Location
 from serve.api import build_api
 from serve.batching import Batcher
 from serve.catalogue import ServedModel, load_catalogue, open_run
 from serve.guard import Guard, Limits, is_loopback
-from serve.jobs import Job, JobStore
+from serve.jobs import FOLDERS, Job, JobStore
 from serve.keys import VARIABLE, load_keys
 from serve.pruning import Worker
 from serve.settings import ServiceSettings
@@ -175,6 +177,7 @@ def app(settings: ServiceSettings) -> Application:
     settings = settings.resolved()
     models = load_catalogue(settings)
     load_keys(settings.keys_file)  # A wrong file is told here, not in a replica's log.
+    check_writable(Location.parse(settings.storage), *(f"{name}/" for name in FOLDERS))
     open_store(settings).check()
     predictor = cast(Any, PredictorDeployment).bind(settings, models)
     pruner = cast(Any, PrunerDeployment).bind(settings)

@@ -1,6 +1,6 @@
 """One checkpoint written for the service: the one place where it calls the exporter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,11 +8,10 @@ from lop.allocation import Allocation
 from lop.config import RECOVERIES, Recovery
 from lop.formats import FORMATS, Format
 from lop.run import Run
-from lop.size import ModelSize
 from lop.stages import export_allocation
 
-_HEADERS_AND_BIASES = 2**20
-__all__ = ["FORMATS", "RECOVERIES", "companion_bytes", "tensor_bytes", "write_checkpoint"]
+_HEADERS = 2**20
+__all__ = ["FORMATS", "RECOVERIES", "companion_bytes", "write_checkpoint"]
 
 
 def write_checkpoint(
@@ -48,12 +47,7 @@ def write_checkpoint(
     )
 
 
-def tensor_bytes(size: ModelSize, widths: Sequence[int], format: str) -> int:
-    """Of a checkpoint's tensors in a format: `padded` makes every layer as wide as the widest."""
-    return size.pruned_bytes(max(widths) * len(widths) if format == "padded" else sum(widths))
-
-
 def companion_bytes(run: Run) -> int:
-    """What a checkpoint takes on disk beside its tensors: tokenizer, configuration, headers, biases and manifest."""
+    """What a checkpoint takes on disk beside its tensors: tokenizer, configuration, headers and manifest."""
     beside = sum(file.stat().st_size for file in run.model_folder.iterdir() if file.suffix != ".safetensors")
-    return beside + _HEADERS_AND_BIASES
+    return beside + _HEADERS

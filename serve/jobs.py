@@ -4,9 +4,11 @@
     storage/checkpoints/ID/      what it made; appears whole
     storage/scratch/ID/          what its export needs until it is done
     storage/progress/ID          step, done and total, while it runs
-    storage/used/ID              touched at each download: least recently used goes first
+    storage/used/ID              the clock's reading at the last download: least recently used goes first
+    storage/clock                counts what happens; other than the time of day, it is never set back
     storage/locks/ID             held (flock) by the process that exports it, and let go by the kernel when that dies
     storage/locks/store          held for each change of a job's state
+    storage/locks/clock          held for each reading of the clock
 
 Nothing is kept in memory, so replicas may die at any moment: a job that is `running` while nobody holds its lock is
 taken up again.
@@ -31,6 +33,7 @@ from lop.files import read_json, write_json
 
 State = Literal["queued", "running", "complete", "failed", "evicted"]
 UNFINISHED = ("queued", "running")
+FOLDERS = ("jobs", "checkpoints", "scratch", "progress", "used", "locks")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Asked:
         budget: neurons that stay.
         format, recovery: of the checkpoint.
         target: as first asked, such as `{"ratio": 0.3}`; two targets of one budget are the same checkpoint.
+        uniform: whether all layers keep alike; else they keep what the predictor says.
     """
 
     model: str
@@ -51,11 +55,14 @@ class Asked:
     format: str
     recovery: str
     target: Mapping[str, float | int]
+    uniform: bool = False
 
     @property
     def id(self) -> str:
         """32 hex digits: the hash of everything but the wording of the target."""
-        content = [self.model, dict(self.fingerprints), self.budget, self.format, self.recovery]
+        content: list[Any] = [self.model, dict(self.fingerprints), self.budget, self.format, self.recovery]
+        if self.uniform:
+            content.append("uniform")
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -66,10 +73,11 @@ class Job:
 
     Attributes:
         asked: what for.
-        allocation: the answer to the target (`lop.size.describe`).
+        allocation: the answer to the target (`lop.footprint.Footprint.describe`).
         reserved: bytes that it is expected to take.
         order: a new one each time it is queued; tells a worker that its job was withdrawn meanwhile.
-        created, started, finished: seconds since 1970.
+        number: the clock's reading when it was asked for: jobs are done, and listed, in this order.
+        created, started, finished: seconds since 1970, for people.
         attempts: exports begun.
         bytes: taken on disk.
         files: by name, their bytes and SHA-256.
@@ -80,6 +88,7 @@ class Job:
     reserved: int
     state: State = "queued"
     order: str = field(default_factory=lambda: uuid.uuid4().hex)
+    number: int = 0
     created: float = field(default_factory=time.time)
     started: float | None = None
     finished: float | None = None
@@ -127,7 +136,7 @@ class JobStore:
     def __init__(self, root: Path, *, quota: int, queue: int, attempts: int) -> None:
         self.root, self._quota, self._queue, self._attempts = root, quota, queue, attempts
         self._known: dict[str, tuple[tuple[int, int], Job]] = {}
-        for name in ("jobs", "checkpoints", "scratch", "progress", "used", "locks"):
+        for name in FOLDERS:
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def check(self) -> None:
@@ -160,7 +169,7 @@ class JobStore:
     def all(self) -> list[Job]:
         """All jobs, the newest first."""
         found = (self.get(path.stem) for path in (self.root / "jobs").glob("*.json"))
-        return sorted((job for job in found if job), key=lambda job: (job.created, job.id), reverse=True)
+        return sorted((job for job in found if job), key=lambda job: (job.number, job.created, job.id), reverse=True)
 
     def waiting(self) -> int:
         """How many jobs are unfinished."""
@@ -181,6 +190,7 @@ class JobStore:
                 raise TooLargeError
             if self.waiting() >= self._queue:
                 raise QueueFullError
+            job = replace(job, number=self._tick())
             self._save(job)
             return job
 
@@ -203,8 +213,9 @@ class JobStore:
         return {"step": step, "done": int(done), "total": int(total)}
 
     def touch(self, job: Job) -> None:
-        """Marks the checkpoint as used now."""
-        (self.root / "used" / job.id).touch()
+        """Marks the checkpoint as used now, where storage has room for the mark."""
+        with suppress(OSError):
+            self._replace(self.root / "used" / job.id, str(self._tick()))
 
     def bytes_taken(self) -> int:
         """Of all complete checkpoints, and reserved for those being written."""
@@ -271,9 +282,20 @@ class JobStore:
             self._discard(other)
         return True
 
-    def _last_used(self, job: Job) -> float:
-        used = self.root / "used" / job.id
-        return max(job.finished or 0, used.stat().st_mtime if used.exists() else 0)
+    def _last_used(self, job: Job) -> tuple[int, float]:
+        # The time of day tells apart what was last used before there was a clock.
+        return _number(self.root / "used" / job.id), job.finished or 0
+
+    def _tick(self) -> int:
+        """The clock's next reading, larger than all before it, whichever process took them."""
+        with self._lock("clock", wait=True):
+            path = self.root / "clock"
+            last = _number(path)
+            if not last:  # A crash may have taken the file; what was numbered tells what it said last.
+                used = map(_number, (self.root / "used").iterdir())
+                last = max((*used, *(job.number for job in self.all())), default=0)
+            self._replace(path, str(last + 1))
+            return last + 1
 
     def _discard(self, job: Job) -> None:
         folder = self.folder(job)
@@ -284,6 +306,13 @@ class JobStore:
             shutil.rmtree(doomed, ignore_errors=True)
         for name in ("progress", "used"):
             (self.root / name / job.id).unlink(missing_ok=True)
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        """Writes a small file that may be lost with the power, but is never seen half-written."""
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        temporary.write_text(text)
+        os.replace(temporary, path)
 
     def _save(self, job: Job) -> None:
         write_json(self._job_file(job.id), job.as_dict())
@@ -332,10 +361,7 @@ class Claim:
             WithdrawnError: nobody wants the job any more.
         """
         self._check_wanted()
-        path = self.store.root / "progress" / self.job.id
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(f"{step} {done} {total}")
-        os.replace(temporary, path)
+        self.store._replace(self.store.root / "progress" / self.job.id, f"{step} {done} {total}")
 
     def complete(self, hashes: Mapping[str, str]) -> Job:
         """Records the checkpoint in `out`, with its files' hashes.
@@ -370,6 +396,8 @@ class Claim:
                 raise
             finished = None if changes["state"] == "queued" else time.time()
             job = replace(self.job, finished=finished, **changes)
+            if job.state == "complete":
+                self.store.touch(job)
             self.store._save(job)
         (self.store.root / "progress" / self.job.id).unlink(missing_ok=True)
         return job
@@ -378,6 +406,14 @@ class Claim:
         current = self.store.get(self.job.id)
         if current is None or current.order != self.job.order:
             raise WithdrawnError
+
+
+def _number(path: Path) -> int:
+    """What a file of one number says; 0 if there is none."""
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
 
 
 def _taken(job: Job) -> int:

@@ -6,7 +6,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lop.allocation import Allocation
 from lop.checkpoint import MANIFEST, verify
@@ -77,9 +79,8 @@ class Worker:
         began = self._began = time.monotonic()
         log.info("export %s: %s, %s neurons, attempt %d", claim.job.id, *_about(claim.job), claim.job.attempts)
         try:
-            self._write(claim)
-            # The manifest holds the hashes of all files but its own.
-            hashes = {**verify(claim.out)["sha256"], MANIFEST: _sha256(claim.out / MANIFEST)}
+            # The manifest holds the hashes of all files but its own, made while they were written.
+            hashes = {**self._write(claim)["sha256"], MANIFEST: _sha256(claim.out / MANIFEST)}
             job = claim.complete(hashes)
         except WithdrawnError:
             log.info("export %s: withdrawn", claim.job.id)
@@ -98,29 +99,30 @@ class Worker:
         log.info("export %s: %s after %.2f s", job.id, job.state, seconds)
         self._on_finish(job, seconds)
 
-    def _write(self, claim: Claim) -> None:
+    def _write(self, claim: Claim) -> dict[str, Any]:
+        """The manifest of the checkpoint, which is in `claim.out` afterwards."""
         job, run = claim.job, self._runs.get(claim.job.asked.model)
         if run is None or fingerprints_of(run) != dict(job.asked.fingerprints):
             raise LopError(f"model {job.asked.model} is no longer offered as it was when this was asked for")
+        report = self._reporter(claim)
         if claim.out.exists():
             # A process died between the checkpoint's appearing and its being recorded.
             try:
-                verify(claim.out)
-                return
+                return verify(claim.out, progress=partial(report, "check"))
             except LopError:
                 shutil.rmtree(claim.out)
-        write_checkpoint(
+        return write_checkpoint(
             run,
             Allocation(tuple(job.allocation["widths"])),
             claim.out,
             format=job.asked.format,
             recovery=job.asked.recovery,
             scratch=claim.scratch,
-            on_progress=self._reporter(claim),
+            on_progress=report,
         )
 
     def _reporter(self, claim: Claim) -> Callable[[str, int, int], None]:
-        began, reported = time.monotonic(), 0.0
+        began, reported = self._began or time.monotonic(), 0.0
 
         def report(step: str, done: int, total: int) -> None:
             nonlocal reported

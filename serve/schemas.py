@@ -147,11 +147,14 @@ _Recovery = Annotated[
 
 
 class AllocationRequest(_Request):
-    """What `POST /v1/allocations` takes; recovery changes nothing but the expected accuracy."""
+    """What `POST /v1/allocations` takes; what a checkpoint weighs depends on its format and recovery, too."""
 
     model_config = _examples(_EXAMPLE)
     model: Name
     target: AnyTarget
+    format: Annotated[str, AfterValidator(_offered(FORMATS)), Field(json_schema_extra={"enum": list(FORMATS)})] = (
+        FORMATS[0]
+    )
     recovery: _Recovery = None
 
 
@@ -159,9 +162,6 @@ class CheckpointRequest(AllocationRequest):
     """What `POST /v1/checkpoints` takes."""
 
     model_config = _examples({**_EXAMPLE, "format": FORMATS[0]})
-    format: Annotated[str, AfterValidator(_offered(FORMATS)), Field(json_schema_extra={"enum": list(FORMATS)})] = (
-        FORMATS[0]
-    )
 
 
 class Accuracy(_Answer):
@@ -208,7 +208,7 @@ class CountRange(_Answer):
 
 
 class Ranges(_Answer):
-    """What can be asked for, both ends included."""
+    """What can be asked for with the default recovery, both ends included; `bias` adds what it holds."""
 
     ratio: Range
     parameters: CountRange
@@ -248,15 +248,15 @@ class Allocation(_Answer):
     widths: Annotated[list[int], Field(description="FFN neurons that each layer keeps")]
     kept_neurons: int
     parameters: Annotated[int, Field(description="of the whole checkpoint")]
-    bytes: Annotated[int, Field(description="of the checkpoint's tensors")]
+    bytes: Annotated[int, Field(description="of the checkpoint's tensors, zeros of padding included")]
     expected_accuracy: Annotated[ExpectedAccuracy | None, Field(description="null where nothing was measured")]
 
 
 class Progress(_Answer):
     """How far an export is."""
 
-    step: Literal["recover", "export"]
-    done: Annotated[int, Field(description="layers recovered, or bytes written")]
+    step: Literal["recover", "export", "check"]
+    done: Annotated[int, Field(description="layers recovered, or bytes written, or found written and checked")]
     total: int
 
 

@@ -55,7 +55,7 @@ async function ask() {
   $("asked").value = asked(wanted);
   $("slider").setAttribute("aria-valuetext", asked(wanted));
   try {
-    const question = { model: model().name, target: wanted, recovery: $("recovery").value };
+    const question = { model: model().name, target: wanted, format: $("format").value, recovery: $("recovery").value };
     answer = { ...(await api.allocation(question, asking.signal)), target: wanted };
     show();
     complain();
@@ -182,6 +182,7 @@ async function start() {
 
 $("model").addEventListener("change", choose);
 $("slider").addEventListener("input", ask);
+$("format").addEventListener("change", ask);
 $("recovery").addEventListener("change", ask);
 for (const radio of document.querySelectorAll("input[name=kind]")) radio.addEventListener("change", ask);
 $("make").addEventListener("submit", make);

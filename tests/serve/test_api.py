@@ -1,10 +1,19 @@
 """The API as its users meet it."""
 
+import hashlib
 import http.client
 import json
+import re
+import select
+import shlex
 import shutil
+import socket
+import subprocess
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +30,7 @@ from serve import schemas
 from serve.catalogue import ServedModel, load_catalogue
 from serve.jobs import Job
 from serve.settings import ServiceSettings
-from tests.serve.conftest import Service, Start
+from tests.serve.conftest import Answer, Service, Start
 
 
 def test_models_are_described(service: Service) -> None:
@@ -79,6 +88,99 @@ def test_a_checkpoint_is_made_once_and_downloads_in_parts(start: Start, tmp_path
     assert (head.status, head.headers["content-length"]) == (200, str(len(whole)))
     for bad, status in (("bytes=999999999-", 416), ("bytes=x", 400), ("bytes=5-1", 400)):
         assert service.ask("GET", file["url"], headers={"Range": bad}).status == status
+
+
+def test_downloads_go_on_where_they_broke_off(service: Service) -> None:
+    made = service.finish(service.make({"ratio": 0.15}).json["id"])
+    file = made["files"]["model.safetensors"]
+    whole = (Path(made["path"]) / "model.safetensors").read_bytes()
+    size, etag = len(whole), f'"{file["sha256"]}"'
+
+    def ask(method: str = "GET", **headers: str) -> Answer:
+        answer = service.ask(method, file["url"], headers={k.replace("_", "-"): v for k, v in headers.items()})
+        assert answer.status >= 400 or answer.headers["etag"] == etag
+        return answer
+
+    for answer in (ask("HEAD"), ask("HEAD", Range="bytes=5-9"), ask("HEAD", Range="bytes=9-5")):
+        assert (answer.status, answer.headers["content-length"], answer.body) == (200, str(size), b"")
+        assert answer.headers["accept-ranges"] == "bytes"
+    for unchanged in (etag, ask("HEAD").headers["last-modified"]):
+        rest = ask(Range=f"bytes={size // 2}-", If_Range=unchanged)
+        assert (rest.status, rest.body) == (206, whole[size // 2 :])
+        assert rest.headers["content-range"] == f"bytes {size // 2}-{size - 1}/{size}"
+    for other in ('"other"', f"W/{etag}", "Thu, 01 Jan 1970 00:00:00 GMT"):
+        again = ask(Range=f"bytes={size // 2}-", If_Range=other)
+        assert (again.status, again.body) == (200, whole)
+    for wanted, span in ((whole[-7:], "-7"), (whole, f"-{9 * size}"), (whole[9:], f"9-{9 * size}")):
+        part = ask(Range=f"bytes={span}")
+        assert (part.status, part.body) == (206, wanted)
+    assert ask(Range="lines=1-2").status == 200
+    beyond = ask(Range=f"bytes={size}-")
+    assert (beyond.status, beyond.headers["content-range"]) == (416, f"bytes */{size}")
+    assert beyond.json["detail"] == f"Range: the file has {size} bytes"
+    for known in (etag, f'"x", W/{etag}', "*"):
+        for method in ("GET", "HEAD"):
+            same = ask(method, If_None_Match=known, Range="bytes=0-1")
+            assert (same.status, same.body) == (304, b"")
+    assert ask(If_None_Match='"x"').body == whole
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_documented_curl_never_makes_a_corrupt_file(start: Start, tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "service.md").read_text()
+    (line,) = re.findall(r"^\$ (curl .*/files/\S+)", guide, flags=re.MULTILINE)
+
+    def curl(service: Service) -> int:
+        command = shlex.split(line.replace("localhost:8000", service.url).replace("$ID", id))
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60).returncode
+
+    early = start(workers=0)
+    id = early.make({"ratio": 0.3}).json["id"]
+    refused = early.ask("GET", f"/v1/checkpoints/{id}/files/model.safetensors")
+    assert (refused.status, int(refused.headers["retry-after"]) > 0) == (409, True)
+    assert curl(early) != 0
+    assert list(tmp_path.glob("model*")) == []
+    service = start()
+    whole = (Path(service.finish(id)["path"]) / "model.safetensors").read_bytes()
+    file = tmp_path / "model.safetensors"
+    for arrived in (0, len(whole) // 2):
+        file.write_bytes(whole[:arrived])
+        assert curl(service) == 0
+        assert file.read_bytes() == whole
+    curl(service)  # There is nothing left to come, which older curls call an error.
+    assert file.read_bytes() == whole
+
+
+def test_the_client_goes_on_where_a_connection_broke_off(service: Service, tmp_path: Path) -> None:
+    broken = 0
+
+    def cut(listener: socket.socket) -> None:
+        """Passes on what is said between client and service, and breaks off each answer after a megabyte."""
+        nonlocal broken
+        with suppress(OSError):  # The listener is closed.
+            while True:
+                client, _ = listener.accept()
+                sent = 0
+                with client, socket.create_connection(("127.0.0.1", service.port)) as upstream:
+                    while sent < 2**20:
+                        source, *_ = select.select([client, upstream], [], [])[0]
+                        if not (data := source.recv(2**16)):
+                            break
+                        (upstream if source is client else client).sendall(data)
+                        sent += len(data)
+                broken += sent >= 2**20
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=cut, args=(listener,))
+        thread.start()
+        client = lop.Client(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        try:
+            folder = client.get("tiny", ratio=0.15, recovery="none", out=tmp_path / "out")
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(timeout=30)
+    assert broken >= 2
+    verify(folder)
 
 
 def test_the_checkpoint_is_what_lop_prune_writes(service: Service, tmp_path: Path) -> None:
@@ -152,6 +254,28 @@ def test_a_format_takes_the_room_that_it_needs(start: Start) -> None:
     assert (refused.status, "bias" in refused.json["detail"]) == (422, True)
 
 
+def test_a_size_is_never_exceeded_in_any_format(service: Service) -> None:
+    asked = 4_321_000
+    widths = []
+    for form, recovery in (("hf", "none"), ("hf", "bias"), ("padded", "none")):
+        request = {"model": "tiny", "target": {"bytes": asked}, "format": form, "recovery": recovery}
+        answer = service.ask("POST", "/v1/allocations", request).json
+        made = service.finish(service.ask("POST", "/v1/checkpoints", request).json["id"])
+        assert made["allocation"] == answer
+        tensors = read_tensors(Path(made["path"])).values()
+        assert sum(info.bytes for info in tensors) == answer["bytes"] <= asked
+        assert sum(info.parameters for info in tensors) == answer["parameters"]
+        widths.append(answer["widths"])
+    assert answer["expected_accuracy"] is None  # Nobody has measured these widths.
+    assert len(set(map(tuple, widths))) >= 2
+    # As many neurons, but as the predictor spreads them: another checkpoint.
+    predicted = service.make({"ratio": answer["ratio"]}, format="padded").json
+    assert predicted["allocation"]["kept_neurons"] == answer["kept_neurons"]
+    assert predicted["id"] != made["id"]
+    refused = service.make({"bytes": 1000}, format="padded")
+    assert (refused.status, "outside what this model can have" in refused.json["detail"]) == (422, True)
+
+
 def test_what_is_larger_than_the_quota_is_refused(start: Start) -> None:
     assert start(quota=1000).make({"ratio": 0.1}).status == 422
 
@@ -162,6 +286,40 @@ def test_an_export_that_takes_too_long_fails_and_leaves_nothing(start: Start) ->
     assert last["state"] == "failed"
     assert "limit" in last["error"]
     assert list((service.settings.storage / "checkpoints").iterdir()) == []
+
+
+def test_a_checkpoint_is_hashed_once_and_within_the_limit(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = 0
+
+    def count(*_: object, **__: object) -> None:
+        nonlocal hashed
+        hashed += 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lop.checkpoint.check_hashes", count)
+        service = start()
+        last = service.finish(service.make({"ratio": 0.1}).json["id"])
+    assert hashed == 0
+    for name, file in last["files"].items():
+        assert file["sha256"] == hashlib.sha256((Path(last["path"]) / name).read_bytes()).hexdigest()
+    # What a process left that died before it could record it is checked: that is within the limit, too.
+    job = service.store.get(last["id"])
+    assert job is not None
+    for limit, state in ((60.0, "complete"), (1e-9, "failed")):
+        storage = tmp_path / f"storage-{limit}"
+        shutil.copytree(service.settings.storage, storage)
+        (storage / "jobs" / f"{job.id}.json").write_text(json.dumps(replace(job, state="running").as_dict()))
+        weights = storage / "checkpoints" / job.id / "model.safetensors"
+        before = weights.stat().st_ino
+        again = start(storage=storage, time_limit=limit).finish(job.id)
+        assert again["state"] == state
+        if state == "complete":
+            assert again["files"] == last["files"]
+            assert weights.stat().st_ino == before
+        else:
+            assert "longer than its limit" in again["error"]
 
 
 def test_a_full_disk_fails_the_export_alone(start: Start, small_disk: Path) -> None:

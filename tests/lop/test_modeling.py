@@ -107,7 +107,7 @@ def test_attention_implementations_can_be_changed_at_any_time(
         torch.testing.assert_close(logits(loaded, inputs), expected, **CLOSE)
         with torch.inference_mode():
             before, after = (loaded(**given).logits[1, :-2] for given in (inputs, later))
-        torch.testing.assert_close(before, after, msg=lambda text: f"not causal with {name}: {text}", **CLOSE)
+        torch.testing.assert_close(before, after, msg=f"not causal with {name}", **CLOSE)
 
 
 def test_attentions_and_hidden_states_are_those_of_the_plain_class(
@@ -147,7 +147,9 @@ def test_gradients_are_those_of_the_plain_class(
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_generation_with_a_cache(cache: str | None, pruned: Pruned, padded: Any, inputs: dict[str, torch.Tensor]) -> None:
+def test_generation_with_a_cache(
+    cache: str | None, pruned: Pruned, padded: Any, inputs: dict[str, torch.Tensor]
+) -> None:
     options = {"max_new_tokens": 6, "do_sample": False}
     kept = pruned.generate(**inputs, **options, cache_implementation=cache, disable_compile=True)
     assert torch.equal(kept, padded.generate(**inputs, **options, use_cache=False))

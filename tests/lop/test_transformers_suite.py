@@ -39,7 +39,7 @@ class _OnPruned(theirs.Qwen2_5_VLModelTest):  # type: ignore[misc]
 
     all_model_classes = (Pruned,)
 
-    def setUp(self) -> None:  # noqa: N802
+    def setUp(self) -> None:
         if reason := _NOT_OURS.get(self._testMethodName):
             self.skipTest(reason)
         super().setUp()

@@ -73,14 +73,15 @@ def check_checkpoint(folder: Path, *, dense: bool = False) -> dict[str, TensorIn
 
 
 def _sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Any, int]]:
-    """The sizes that a model is built by, as the config and as the tensors say; what is not said is built huge."""
+    """The sizes that a model is built by, as the config and as the tensors say; what a config lacks is built huge."""
     text, down = config.get("text_config") or config, [info for _, info in down_projections(tensors)]
     yield "num_hidden_layers", text.get("num_hidden_layers"), len(down)
     yield "hidden_size", text.get("hidden_size"), down[0].shape[0]
     if not _is_uneven(config):
         yield "intermediate_size", text.get("intermediate_size"), max(info.shape[1] for info in down)
     blocks = {found.group(1) for name in tensors if (found := _VISION_BLOCK.search(name))}
-    yield "vision_config.depth", _value(config.get("vision_config"), "depth"), len(blocks)
+    # transformers up to 4.51 leaves out what is as its default.
+    yield "vision_config.depth", (config.get("vision_config") or {}).get("depth", 32), len(blocks)
 
 
 def _quantisation(config: Mapping[str, Any]) -> str | None:

@@ -93,7 +93,7 @@ OTHERS: dict[str, tuple[Change, str]] = {
     "no sizes": (config(text_config=None), "num_hidden_layers is None there"),
     "other layers": (text_config(num_hidden_layers=80), "num_hidden_layers is 80 there"),
     "other widths": (text_config(intermediate_size=29568), "intermediate_size is 29568 there"),
-    "other tower": (config(vision_config=None), "vision_config.depth is None there"),
+    "other tower": (config(vision_config=None), "vision_config.depth is 32 there"),
 }  # fmt: skip
 
 
@@ -191,3 +191,12 @@ def test_a_hub_model_is_refused_before_its_weights_come(tmp_path: Path, monkeypa
         find_model("someone/else")
     (options,) = asked
     assert options == {"allow_patterns": ["config.json", "adapter_config.json"]}
+
+
+def test_a_config_that_leaves_out_the_usual_depth_of_the_tower_is_right(tmp_path: Path) -> None:
+    """As transformers up to 4.51 saves it."""
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    tower = {f"visual.blocks.{block}.norm1.weight": torch.zeros(4) for block in range(32)}
+    tensors(lambda found: {n: t for n, t in found.items() if "visual" not in n} | tower)(folder)
+    config(vision_config={"hidden_size": 4})(folder)
+    assert tower.keys() < check_checkpoint(folder).keys()

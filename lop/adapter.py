@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lop.backbone import Backbone, Layer
 from lop.errors import LopError, first_line
-from lop.size import read_tensors
+from lop.sources import check_checkpoint
 
 
 class Ffn(Protocol):
@@ -147,7 +147,7 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
     from lop.modeling import LopQwen2_5_VLForConditionalGeneration as Model
 
     logging.disable_progress_bar()
-    read_tensors(path)  # Tells a damaged file by name, where transformers would only fail.
+    check_checkpoint(path)
     with told_in_one_line(path):
         place, kind = place_and_dtype(device, dtype)
         model, loading = Model.from_pretrained(path, dtype=kind, output_loading_info=True)

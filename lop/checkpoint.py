@@ -4,21 +4,23 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lop.allocation import Allocation
+from lop.card import CARD, model_card
 from lop.destination import NewFolder, new_folder
 from lop.errors import CancelledError, LopError
 from lop.files import read_json
-from lop.formats import MODELING, Format, check_format, cut_tensors, pruned_config
+from lop.formats import MANIFEST, MODELING, Format, check_format, cut_tensors, pruned_config
 from lop.shards import Cut, ShardWriter, plan_shards, write_all
-from lop.size import TensorInfo, down_projections, read_tensors
+from lop.size import TensorInfo, down_projections
+from lop.sources import check_checkpoint
 from lop.storage import Location
 
-MANIFEST = "lop.json"
 _INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _HASHED = 8 * 2**20
@@ -58,11 +60,11 @@ def export(
         The manifest, as it stands in `lop.json`.
 
     Raises:
-        LopError: the source is damaged or does not fit the allocation, or `out` is there already.
+        LopError: the source is damaged, no dense Qwen2.5-VL, or does not fit the allocation, or `out` is there already.
         CancelledError: `cancelled` said so.
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
-    tensors = read_tensors(source)
+    tensors = check_checkpoint(source, dense=True)
     _check(tensors, allocation, order)
     recovered = recovered or {}
     bias = any(name not in tensors for name in recovered)
@@ -74,14 +76,17 @@ def export(
         for name, data in _companions(source, format).items():
             hashes[name] = _write(folder, name, data)
         text = _json(config)
+        hashes["config.json"] = hashlib.sha256(text).hexdigest()
         manifest = {
             **about,
             "format": format,
             "widths": list(allocation.widths),
             "neurons": order.shape[1],
             "padding_bytes": _padding(cuts),
-            "sha256": dict(sorted({**hashes, "config.json": hashlib.sha256(text).hexdigest()}.items())),
         }
+        parameters, size = (sum(values) for values in zip(*((prod(cut.shape), cut.bytes) for _, cut in cuts)))
+        hashes[CARD] = _write(folder, CARD, model_card(source, manifest, parameters=parameters, size=size))
+        manifest["sha256"] = dict(sorted(hashes.items()))
         _write(folder, MANIFEST, _json(manifest))
         # Last, as it is what loaders look for: where a folder cannot be renamed it makes this one a checkpoint.
         _write(folder, "config.json", text)

@@ -16,6 +16,7 @@ from lop.errors import LopError, first_line
 from lop.files import read_json, write_json
 from lop.fingerprint import fingerprint, fingerprint_file
 from lop.models import assets, find_model, fingerprint_model
+from lop.sources import check_checkpoint
 from lop.storage import Location
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def evaluate(model: str, tasks: Sequence[str], options: Evaluate) -> dict[str, d
         tasks: names of lmms-eval's tasks; `embedded` and `real` stand for LOP's own four and the four of the paper.
 
     Raises:
-        LopError: lmms-eval is not installed, or a task is unknown or its data cannot be had; says which.
+        LopError: lmms-eval is not installed, LOP does not take the model, or a task is unknown or its data cannot be
+            had; says which.
     """
     try:
         import lmms_eval  # noqa: F401
@@ -78,6 +80,7 @@ def evaluate(model: str, tasks: Sequence[str], options: Evaluate) -> dict[str, d
         raise LopError(_EXTRA) from None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder = find_model(model)
+    check_checkpoint(folder)
     loaded = {name: _load_task(name, options) for name in _expand(tasks)}
     checkpoint = fingerprint_model(folder)
     found: dict[str, dict[str, float]] = {}

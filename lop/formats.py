@@ -13,6 +13,7 @@ from lop.size import TensorInfo, ffn_layer, ffn_part
 
 Format = Literal["hf", "padded"]
 FORMATS: tuple[Format, ...] = get_args(Format)
+MANIFEST = "lop.json"
 MODELING = "modeling_lop.py"
 MODEL_CLASS = "LopQwen2_5_VLForConditionalGeneration"
 # Of a config as the first Qwen2.5-VL checkpoints have it, flat: what is not the language backbone's.

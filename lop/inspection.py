@@ -9,10 +9,12 @@ from rich.bar import Bar
 from rich.console import Console, Group
 from rich.table import Table
 
-from lop.checkpoint import MANIFEST, check_hashes, read_manifest
+from lop.checkpoint import check_hashes, read_manifest
 from lop.errors import LopError
 from lop.files import read_json
-from lop.size import down_projections, read_tensors
+from lop.formats import MANIFEST
+from lop.size import down_projections
+from lop.sources import check_checkpoint
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,20 @@ def inspect(folder: Path) -> Inspection:
     """Looks at a checkpoint, dense or pruned, and reads it whole if there are hashes to check.
 
     Raises:
-        LopError: the folder holds no checkpoint, or one whose headers are damaged.
+        LopError: the folder holds no Qwen2.5-VL checkpoint, or one whose headers are damaged.
     """
-    if not (folder / "config.json").is_file():
-        raise LopError(f"{folder} has no config.json: name a folder that holds a checkpoint")
-    config, tensors = read_json(folder / "config.json"), read_tensors(folder)
-    stored = tuple(info.shape[1] for _, info in down_projections(tensors))
-    if not stored:
-        raise LopError(f"{folder} has no decoder layers with gate_proj, up_proj and down_proj")
     has_manifest = (folder / MANIFEST).exists()
     manifest = read_manifest(folder) if has_manifest else {}
     hashes = manifest.pop("sha256", {})
     damage = _damage(folder, hashes)
-    text = config.get("text_config", config)
+    try:
+        tensors = check_checkpoint(folder)
+    except LopError as error:
+        # What is wrong with a file that is not what was written says less than that.
+        raise LopError(damage or str(error)) from None
+    config = read_json(folder / "config.json")
+    stored = tuple(info.shape[1] for _, info in down_projections(tensors))
+    text = config.get("text_config") or config
     pruned = "per_layer_config" in text
     kind = manifest.get("format", "hf" if pruned else "dense")
     return Inspection(

@@ -7,6 +7,12 @@ LOP's class takes that place; prompts, image sizes and generation stay lmms-eval
 from typing import Any
 from unittest.mock import patch
 
+try:
+    import decord  # noqa: F401
+except ImportError:
+    # Said here, as lmms-eval's own modules would only say that there is no such module.
+    raise ImportError("lmms-eval's qwen2_5_vl reads videos with decord: pip install decord") from None
+
 from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL as Chat
 from lmms_eval.models.simple import qwen2_5_vl as simple
 

@@ -5,12 +5,10 @@ knows Qwen2.5-VL: the widths stand in `text_config.per_layer_config`, which tran
 earlier ones keep as the plain dictionary that it is.
 """
 
-import copy
 from typing import Any
 
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2MLP
 
 
 class LopQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
@@ -19,27 +17,39 @@ class LopQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     config: Qwen2_5_VLConfig
 
     def __init__(self, config: Qwen2_5_VLConfig) -> None:
-        # transformers builds equal layers and refuses to read a width that differs between them,
-        # so build the equal model first, then put the true FFNs in place, before any weight is loaded.
+        # transformers builds equal layers and refuses to read a width that differs between them: it gets to see the
+        # config without the widths. It must be this very config, not a copy: all modules keep it, and what is set
+        # later, such as the attention implementation, is set there for all of them.
         _unnest(config)
-        plain = copy.deepcopy(config)
-        text = _text(plain)
-        widths, has_bias = _widths(text), getattr(text, "down_proj_bias", False)
-        text.per_layer_config = None
-        super().__init__(plain)
+        text = _text(config)
+        layers = text.to_dict().get("per_layer_config")
+        if layers:
+            text.per_layer_config = None
+        try:
+            super().__init__(config)
+        finally:
+            if layers:
+                text.per_layer_config = layers
         backbone: Any = getattr(self.model, "language_model", self.model)
-        ffn_config = copy.deepcopy(backbone.config)
+        if layers and backbone.config is not text:  # transformers before 5 gives the backbone a copy.
+            backbone.config.per_layer_config = layers
+        widths = {int(layer): entry["intermediate_size"] for layer, entry in (layers or {}).items()}
+        has_bias = getattr(text, "down_proj_bias", False)
         for layer, module in enumerate(backbone.layers):
-            if widths.get(layer, module.mlp.intermediate_size) != module.mlp.intermediate_size:
-                ffn_config.intermediate_size = widths[layer]
-                module.mlp = Qwen2MLP(ffn_config)
-            if has_bias:
-                module.mlp.down_proj = nn.Linear(module.mlp.intermediate_size, ffn_config.hidden_size, bias=True)
-        # Chosen on the copy. Without it attention runs, but with no mask: batches with padding come out wrong.
-        config._attn_implementation = plain._attn_implementation
-        self.config = self.model.config = config
-        if backbone is not self.model:
-            backbone.config = config.text_config
+            width = widths.get(layer, module.mlp.intermediate_size)
+            if width != module.mlp.intermediate_size or has_bias:
+                _resize(module.mlp, width, bias=has_bias)
+        # Start values for what is new here; all else has its own already.
+        self.init_weights()
+
+
+def _resize(ffn: Any, width: int, *, bias: bool) -> None:
+    """Gives an FFN new projections of a width, in the type and place of those it has."""
+    like = {"device": ffn.down_proj.weight.device, "dtype": ffn.down_proj.weight.dtype}
+    ffn.intermediate_size = width
+    ffn.gate_proj = nn.Linear(ffn.hidden_size, width, bias=False, **like)
+    ffn.up_proj = nn.Linear(ffn.hidden_size, width, bias=False, **like)
+    ffn.down_proj = nn.Linear(width, ffn.hidden_size, bias=bias, **like)
 
 
 def _unnest(config: Qwen2_5_VLConfig) -> None:
@@ -57,14 +67,6 @@ def _unnest(config: Qwen2_5_VLConfig) -> None:
 def _text(config: Qwen2_5_VLConfig):  # type: ignore[no-untyped-def]
     """The language backbone's config."""
     return getattr(config, "text_config", None) or config
-
-
-def _widths(text) -> dict[int, int]:  # type: ignore[no-untyped-def]
-    """The width of each layer that has one of its own."""
-    layers = getattr(text, "per_layer_config", None) or {}
-    if isinstance(layers, dict):
-        return {int(layer): entry["intermediate_size"] for layer, entry in layers.items()}
-    return {layer: entry.intermediate_size for layer, entry in enumerate(layers)}
 
 
 try:

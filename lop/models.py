@@ -8,6 +8,7 @@ from lop.errors import LopError, first_line
 from lop.fingerprint import fingerprint_weights
 from lop.places import lasting_name
 from lop.size import weight_files
+from lop.sources import check_config
 
 EMBEDDED = "tiny"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -22,14 +23,12 @@ def find_model(name: str) -> Path:
     """The local folder of a model: the embedded one's name, a local folder, or a hub id (downloaded or from the cache).
 
     Raises:
-        LopError: there is no such model, or the hub cannot be reached.
+        LopError: there is no such model, or the hub cannot be reached, or has one that LOP does not take.
     """
     if name == EMBEDDED:
         return assets() / "model"
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise LopError(f"model folder {name} has no config.json: name a folder that holds a checkpoint")
         return path
     if _is_path(name):
         raise LopError(
@@ -72,7 +71,11 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        # Gigabytes of weights follow only where the config says that LOP takes them.
+        check_config(Path(snapshot_download(name, allow_patterns=["config.json", "adapter_config.json"])))
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*"]))
+    except LopError:
+        raise
     except Exception as error:
         raise LopError(
             f"model {name!r} is neither a local folder nor to be had from the hub: {first_line(error)}"

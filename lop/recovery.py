@@ -22,7 +22,8 @@ from lop.elastic import ElasticFfn, ElasticModel
 from lop.encoding import Batch, Encoded, encode, on_device
 from lop.files import disk_errors
 from lop.samples import Sample
-from lop.size import TensorInfo, down_projections, read_header, read_tensors
+from lop.size import TensorInfo, down_projections, read_header
+from lop.sources import check_checkpoint
 from lop.streamed import StreamedModel
 
 RIDGE = 0.01
@@ -75,11 +76,11 @@ def recover_checkpoint(
         By the checkpoint's own names, where each tensor is; empty for `none`.
 
     Raises:
-        LopError: the checkpoint is damaged or not a Qwen2.5-VL.
+        LopError: the checkpoint is damaged or no dense Qwen2.5-VL.
     """
     if recovery == "none":
         return {}
-    down = down_projections(read_tensors(checkpoint))
+    down = down_projections(check_checkpoint(checkpoint, dense=True))
     progress(0, len(down))
     if recovery == "bias":
         new = _biases(down, allocation, order, means)

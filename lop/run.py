@@ -15,6 +15,7 @@ from lop.importance import importance, order
 from lop.models import EMBEDDED, assets, find_model, find_samples, fingerprint_model
 from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
 from lop.size import ModelSize, model_size, read_tensors
+from lop.sources import check_checkpoint
 from lop.statistics import NeuronStatistics, load_statistics
 from lop.storage import Location
 
@@ -96,16 +97,18 @@ class Run:
         """The dense checkpoint.
 
         Raises:
-            LopError: there is no such model.
+            LopError: there is no such model, or it is none that LOP can prune.
         """
-        return find_model(self.config.model)
+        folder = find_model(self.config.model)
+        check_checkpoint(folder, dense=True)
+        return folder
 
     @cached_property
     def size(self) -> ModelSize:
         """The dense checkpoint's numbers.
 
         Raises:
-            LopError: it is damaged, or pruned already.
+            LopError: it is damaged.
         """
         return model_size(read_tensors(self.model_folder))
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lop.allocation import Allocation
-from lop.checkpoint import MANIFEST, verify
+from lop.checkpoint import verify
 from lop.errors import LopError
+from lop.formats import MANIFEST
 from lop.run import Run
 from serve.catalogue import fingerprints_of
 from serve.exporting import write_checkpoint

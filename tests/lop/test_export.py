@@ -53,7 +53,9 @@ def small_checkpoint(folder: Path, layers: int, hidden: int, neurons: int, dtype
         tensors[f"{prefix}.mlp.down_proj.weight"] = torch.randn(hidden, neurons).to(dtype)
         tensors[f"{prefix}.self_attn.q_proj.bias"] = torch.randn(hidden).to(dtype)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "intermediate_size": neurons}))
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": neurons}
+    config = {"model_type": "qwen2_5_vl", "vision_config": {"depth": 1}, **sizes}
+    (folder / "config.json").write_text(json.dumps(config))
     names = list(tensors)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")

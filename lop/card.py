@@ -1,0 +1,110 @@
+"""The README of a pruned checkpoint: a model card that says what it is, how it was made and how to load it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CARD = "README.md"
+_LOADING = {
+    "hf": """Each layer's FFN has a width of its own, so the folder brings its modelling file, `modeling_lop.py`, and
+transformers must be allowed to run it: `trust_remote_code=True`. Without, it ends in an error, and what that recommends
+(`allow_global_per_layer_attribute_access`, `ignore_mismatched_sizes`) would build other layers than these: leave it.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("PATH", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("PATH")
+```
+
+Where LOP is installed, `lop.load("PATH")` and vLLM need no remote code. For tools that cannot run any, export it again
+with `--format padded`.""",
+    "padded": """All FFNs are as wide as the widest one, filled up with zeros: whatever loads Qwen2.5-VL loads it.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("PATH")
+processor = AutoProcessor.from_pretrained("PATH")
+```""",
+}
+_CARD = """---
+{front}
+---
+
+# {name}, {ratio:.1%} of its FFN neurons pruned
+
+{parameters:,} parameters, {size:,} bytes. Vision tower and attention are the dense model's.
+
+## Loading
+
+{loading}
+
+## How it was made
+
+By LOP {version} (structured pruning, arXiv 2506.12826): {made}.
+`lop.json` has the widths, what they were made from, and the SHA-256 of each file; `lop inspect` checks these.
+
+| layer | neurons of {neurons} | pruned |
+| ---: | ---: | ---: |
+{rows}
+
+## Licence
+
+That of the dense model, {name}: {licence}.
+"""
+
+
+def model_card(source: Path, manifest: Mapping[str, Any], *, parameters: int, size: int) -> bytes:
+    """The card, with the YAML front matter that model hubs read.
+
+    Args:
+        source: the dense checkpoint's folder: its own card tells the licence.
+        manifest: of the new checkpoint; its hashes are not needed.
+        parameters: of all its tensors.
+        size: of all its tensors, in bytes.
+    """
+    origin, licence = str(manifest.get("source", source)), read_licence(source)
+    widths, neurons = manifest["widths"], manifest["neurons"]
+    front = {
+        **licence,
+        **({"base_model": origin} if _is_hub_id(origin) else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["lop", "pruned", "qwen2_5_vl"],
+    }
+    made = [f"{key} {manifest[key]}" for key in ("format", "importance", "recovery") if key in manifest]
+    if "target" in manifest:
+        made.append(f"target {manifest['target']:.4f}")
+    return _CARD.format(
+        front="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
+        name=origin if _is_hub_id(origin) else Path(origin).name,
+        ratio=1 - sum(widths) / (len(widths) * neurons),
+        parameters=parameters,
+        size=size,
+        loading=_LOADING[manifest["format"]],
+        version=manifest.get("version", ""),
+        made=", ".join(made),
+        neurons=neurons,
+        rows="\n".join(f"| {layer} | {width} | {1 - width / neurons:.1%} |" for layer, width in enumerate(widths)),
+        licence=", ".join(licence.values()) or "its folder does not name any",
+    ).encode()
+
+
+def read_licence(checkpoint: Path) -> dict[str, str]:
+    """What a checkpoint's own card says of its licence: `license`, `license_name`, `license_link`, as far as there."""
+    try:
+        before, front, _ = (checkpoint / CARD).read_text(encoding="utf-8").split("---\n", 2)
+        said = yaml.safe_load(front)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if before or not isinstance(said, dict):
+        return {}
+    return {name: str(said[name]) for name in ("license", "license_name", "license_link") if said.get(name)}
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()

@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         LopError: there is none, or it is damaged.
     """
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return {**manifest, "widths": list(manifest["widths"]), "sha256": dict(manifest["sha256"])}
     except (OSError, ValueError, KeyError, TypeError):
         raise LopError(f"{folder} is not a checkpoint exported by LOP: {MANIFEST} is missing or damaged") from None

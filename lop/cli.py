@@ -3,20 +3,20 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
 from lop.config import RECOVERIES, Config, find_config, load_config
 from lop.errors import LopError
 from lop.formats import FORMATS
-from lop.models import EMBEDDED
+from lop.models import EMBEDDED, find_model
 from lop.size import Target, describe, parse_count
+from lop.terminal import prepare_streams, say, settle_streams
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
 if TYPE_CHECKING:
@@ -28,33 +28,43 @@ _SERVED_HELP = "a run to serve, again for each; without any, what ships for the 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    _quiet_libraries()
+    """Runs one command.
+
+    Returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C, 141 where whoever read the output has left.
+    """
+    prepare_streams()
     try:
+        options = build_parser().parse_args(arguments)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        _quiet_libraries()
         with _at(options):
             options.command(options)
         sys.stdout.flush()
     except LopError as error:
         return _complain(str(error))
-    except BrokenPipeError:
-        # The reader (`| head`) has seen enough; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # The reader (`| head`) has seen enough; what was being done may not be.
+        return 141
     except OSError as error:
         # What the system says comes in parts; what remote storage says is a sentence that names the place.
         return _complain(f"{error.filename or 'disk'}: {error.strerror}" if error.strerror else str(error))
     except KeyboardInterrupt:
-        print("lop: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        say("lop: interrupted; the same command goes on where it stopped")
         return 130
+    finally:
+        settle_streams()
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses what it cannot read in one line, as everything else is refused."""
+
+    def error(self, message: str) -> NoReturn:
+        raise LopError(f"{message} (see `{self.prog} --help`)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lop",
         description="Prune a Qwen2.5-VL checkpoint to any size: search allocations once, then predict them.",
     )
@@ -84,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--format", choices=FORMATS, default="hf", help="true widths (hf), or all padded to the widest")
     prune.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
     inspect = add("inspect", "tell what a checkpoint is, and check its files", _inspect, common=False)
-    inspect.add_argument("path", type=Path, metavar="PATH", help="a checkpoint's folder, dense or pruned")
+    inspect.add_argument("model", metavar="MODEL", help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     rivals = add("rivals", "run the rivals that search, each with as many evaluations as a tree", _rivals)
     _add_workers(rivals)
@@ -269,7 +279,7 @@ def _prune(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from lop.inspection import inspect, print_inspection
 
-    found = inspect(options.path)
+    found = inspect(find_model(options.model))
     if options.json:
         print(json.dumps(found.as_dict()))
     else:
@@ -373,7 +383,7 @@ def _quiet_libraries() -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"lop: {' '.join(message.split())}", file=sys.stderr)
+    say(f"lop: {message}")
     return 2
 
 

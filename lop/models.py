@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lop.errors import LopError, first_line
+from lop.files import check_fetched, expanded
 from lop.fingerprint import fingerprint_weights
 from lop.size import weight_files
 
@@ -25,12 +26,13 @@ def find_model(name: str) -> Path:
     """
     if name == EMBEDDED:
         return assets() / "model"
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LopError(f"model folder {name} has no config.json: name a folder that holds a checkpoint")
+        check_fetched(path)
         return path
-    if not _HUB_ID.fullmatch(name) or name.startswith((".", "~")):
+    if not _HUB_ID.fullmatch(name):
         raise LopError(f"unknown model {name!r}: name {EMBEDDED!r}, a local checkpoint folder or a hub id")
     return _download(name)
 
@@ -41,9 +43,10 @@ def find_samples(name: str) -> Path:
     Raises:
         LopError: there is no such folder.
     """
-    path = assets() / "samples" if name == EMBEDDED else Path(name).expanduser()
+    path = assets() / "samples" if name == EMBEDDED else expanded(name)
     if not path.is_dir():
         raise LopError(f"samples folder {name} is missing: name {EMBEDDED!r} or a folder with Parquet files")
+    check_fetched(path)
     return path
 
 

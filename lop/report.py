@@ -41,7 +41,7 @@ def write_report(run: Run) -> Path:
     if any(result.depths for result in found):  # Searches of earlier versions did not tell.
         plot_trees(found, run.folder / "trees.png")
     with atomic_file(run.report_file) as temporary:
-        temporary.write_text(_markdown(run, comparison))
+        temporary.write_text(_markdown(run, comparison), encoding="utf-8")
     print_table(comparison)
     return run.report_file
 

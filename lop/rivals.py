@@ -38,7 +38,6 @@ from lop.sensitivity import best_additive, measure_damages
 from lop.tree import SearchTree
 from lop.workers import map_on_workers
 
-SEARCHING = ("random", "sensitivity", "evolution", "mcts-noroots")
 # A target, the best allocation with its worth, and the curve.
 _Result = tuple[float, Allocation, Worth, list[tuple[float, float]]]
 

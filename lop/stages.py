@@ -355,7 +355,7 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
                     "learning_rate": fit.learning_rate,
                     "validation_error": fit.validation_error,
                     "reward": reward,
-                    "parameters": sum(tensor.numel() for tensor in fit.weights.values()),
+                    "parameters": sum(array.size for array in fit.weights.values()),
                 }
                 for fit, reward in zip(best, rewards)
             ],

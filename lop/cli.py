@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
     """Refuses what it cannot read in one line, as everything else is refused."""
 
     def error(self, message: str) -> NoReturn:
-        raise LopError(f"{message} (see `{self.prog} --help`)")
+        sys.exit(_complain(f"{message} (see `{self.prog} --help`)"))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -250,7 +250,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from lop.stages import predictor_for
+    from lop.prediction import predictor_for
 
     config, target = _config(options), _target(options)
     predictor = predictor_for(_named_run(options, config), config)
@@ -290,9 +290,10 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from lop.report import write_report
-    from lop.tables import write_tables
+    from lop.tables import check_tables, write_tables
 
     run = _run(options)
+    check_tables(run, others=options.against)
     print(write_report(run))
     if (tables := write_tables(run, others=options.against)) is not None:
         print(tables)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,12 +11,14 @@ from lop.allocation import Space
 from lop.config import Config
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints
-from lop.importance import importance, order
 from lop.models import EMBEDDED, assets, find_model, find_samples, fingerprint_model
 from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
 from lop.size import ModelSize, model_size, read_tensors
-from lop.statistics import NeuronStatistics, load_statistics
 from lop.storage import Location
+
+# With torch behind them: a prediction takes less time than that import, and needs neither.
+if TYPE_CHECKING:
+    from lop.statistics import NeuronStatistics
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class Run:
     @property
     def statistics_file(self) -> Path:
         return self.folder / "statistics.safetensors"
+
+    @property
+    def spectra_file(self) -> Path:
+        return self.folder / "spectra.json"
 
     @property
     def ledger(self) -> Location:
@@ -108,12 +115,14 @@ class Run:
         return {"model": self.model_fingerprint, "calibration samples": fingerprint_samples(self.samples.calibration)}
 
     @cached_property
-    def statistics(self) -> NeuronStatistics:
+    def statistics(self) -> "NeuronStatistics":
         """What `lop calibrate` wrote.
 
         Raises:
             LopError: it is missing or damaged, or belongs to another model or other samples.
         """
+        from lop.statistics import load_statistics
+
         statistics, found = load_statistics(self.statistics_file)
         check_fingerprints(str(self.statistics_file), found, self.calibration_fingerprints)
         return statistics
@@ -121,6 +130,8 @@ class Run:
     @cached_property
     def order(self) -> np.ndarray:
         """[L, F] neurons of each layer by the config's importance, the most important first."""
+        from lop.importance import importance, order
+
         return order(importance(self.config.importance, self.statistics))
 
     @cached_property

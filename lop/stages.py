@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,15 +31,17 @@ from lop.fingerprint import check_fingerprints, fingerprint, fingerprint_file
 from lop.formats import Format, check_format
 from lop.ledger import Ledger
 from lop.models import find_model
-from lop.predictors import Predictor, load_predictor
+from lop.prediction import predictor_for, what_ships
+from lop.predictors import Predictor
 from lop.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
 from lop.racing import Racing, sample_rounds
 from lop.recovery import recover_checkpoint
-from lop.run import Run, shipped_run
+from lop.run import Run
 from lop.samples import Sample
 from lop.search import InProcess, Workers, evaluate_each, run_search
 from lop.sensitivity import best_additive, measure_damages
 from lop.size import Target
+from lop.spectra import statistics_for
 from lop.statistics import calibrate
 from lop.storage import Location
 from lop.training import Fit, Pair, fit, split_pairs
@@ -119,7 +121,7 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
 
 def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
     if name in ALL_BASELINES:
-        return root_allocation(name, run.statistics, run.space, budget)
+        return root_allocation(name, statistics_for(run, ALL_BASELINES[name]), run.space, budget)
     from lop.rivals import rival_root
 
     return rival_root(run, name, target)
@@ -185,20 +187,6 @@ def read_search(run: Run) -> list[Found]:
     ]
 
 
-def predictor_for(run: Run | None, config: Config) -> Predictor:
-    """The run's predictor, or the one that ships for the model.
-
-    Raises:
-        LopError: there is none, it is damaged, or it was made with another model.
-    """
-    owner = run or _shipped(config)
-    predictor = load_predictor(owner.predictor_folder)
-    check_fingerprints(str(owner.predictor_folder), predictor.fingerprints, {"model": owner.model_fingerprint})
-    if config.max_width_ratio is not None:
-        predictor = replace(predictor, space=replace(predictor.space, max_width_ratio=config.max_width_ratio))
-    return predictor
-
-
 def prune_stage(
     run: Run | None,
     config: Config,
@@ -217,7 +205,7 @@ def prune_stage(
     predictor = predictor_for(run, config)
     budget = target.budget(predictor.space, predictor.size)
     return export_allocation(
-        run or _shipped(config),
+        run or what_ships(config),
         predictor.allocate(budget),
         out,
         target=predictor.space.ratio(budget),
@@ -305,13 +293,6 @@ def export_allocation(
             progress=lambda done, total: progress("export", done, total),
             cancelled=cancelled,
         )
-
-
-def _shipped(config: Config) -> Run:
-    run = shipped_run(config)
-    if run is None:
-        raise LopError(f"nothing ships for model {config.model!r}: name the --run folder of its search")
-    return run
 
 
 def train_stage(run: Run, *, progress: bool = True) -> None:

@@ -125,11 +125,28 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Qwen
     Raises:
         LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one, or no processor.
     """
+    processor = load_processor(path)  # First, as it is the sooner found missing.
+    return QwenVL(open_model(path, device=device, dtype=dtype), processor)
+
+
+def load_processor(path: Path) -> Any:
+    """A checkpoint's tokenizer, image processor and chat template.
+
+    Raises:
+        LopError: one of them is missing or damaged.
+    """
     from transformers import AutoProcessor
 
-    model = open_model(path, device=device, dtype=dtype)
     with told_in_one_line(path):
-        return QwenVL(model, AutoProcessor.from_pretrained(path))
+        processor = AutoProcessor.from_pretrained(path)
+    for part in ("tokenizer", "image_processor"):
+        if not hasattr(processor, part):
+            raise LopError(f"{path} has no {part.replace('_', ' ')}: copy the model's own files there")
+    if not processor.chat_template:
+        raise LopError(
+            f"{path} has no chat template: copy the model's own chat_template.jinja or chat_template.json there"
+        )
+    return processor
 
 
 def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
@@ -148,8 +165,8 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
 
     logging.disable_progress_bar()
     read_tensors(path)  # Tells a damaged file by name, where transformers would only fail.
+    place, kind = place_and_dtype(device, dtype)
     with told_in_one_line(path):
-        place, kind = place_and_dtype(device, dtype)
         model, loading = Model.from_pretrained(path, dtype=kind, output_loading_info=True)
         if loading["missing_keys"]:
             raise ValueError(f"it lacks {min(loading['missing_keys'])}")
@@ -157,8 +174,16 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
 
 
 def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What `auto` stands for: the first GPU and bfloat16 if there is one, else the CPU and float32."""
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """What `auto` stands for: the first GPU and bfloat16 if there is one, else the CPU and float32.
+
+    Raises:
+        LopError: torch knows no such device, or this machine has none.
+    """
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError) as error:  # The latter where torch was built without GPUs.
+        raise LopError(f"device {device!r} is not to be had: {first_line(error)}; name auto, cpu or cuda:0") from None
     return place, getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype)
 
 

@@ -90,11 +90,15 @@ def build_parser() -> argparse.ArgumentParser:
     prune = add("prune", "write the pruned checkpoint for a target", _prune)
     _add_target(prune)
     _add_max_width(prune)
-    prune.add_argument("--out", required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder")
+    prune.add_argument(
+        "--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder"
+    )
     prune.add_argument("--format", choices=FORMATS, default="hf", help="true widths (hf), or all padded to the widest")
     prune.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
     inspect = add("inspect", "tell what a checkpoint is, and check its files", _inspect, common=False)
-    inspect.add_argument("model", metavar="MODEL", help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id")
+    inspect.add_argument(
+        "model", type=_name, metavar="MODEL", help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     rivals = add("rivals", "run the rivals that search, each with as many evaluations as a tree", _rivals)
     _add_workers(rivals)
@@ -102,14 +106,16 @@ def build_parser() -> argparse.ArgumentParser:
     compare = add("compare", "evaluate LOP and the baselines on the test samples and write report and tables", _compare)
     _add_workers(compare)
     compare.add_argument("--seeds", type=int, metavar="N", help="repeat searches and trainings with N seeds")
-    compare.add_argument("--against", action="append", default=[], metavar="MODEL", help="another model, for table 2")
+    compare.add_argument(
+        "--against", type=_name, action="append", default=[], metavar="MODEL", help="another model, for table 2"
+    )
     evaluate = add("evaluate", "evaluate a checkpoint under lmms-eval", _evaluate, common=False)
     _add_evaluate(evaluate)
     ledger = add("ledger", "print a search's evaluations, while it runs or later", _ledger, common=False)
-    ledger.add_argument("place", metavar="RUN", help="the run's folder or URI")
+    ledger.add_argument("place", type=_name, metavar="RUN", help="the run's folder or URI")
     ledger.add_argument("--json", action="store_true", help="print one JSON object a line")
     watch = add("watch", "show a search that runs or has ended", _watch, common=False)
-    watch.add_argument("place", metavar="RUN", help="the run's folder or URI")
+    watch.add_argument("place", type=_name, metavar="RUN", help="the run's folder or URI")
     watch.add_argument("--once", action="store_true", help="show it as it is now, and end")
     serve = add("serve", "start the service on this machine", _serve, common=False)
     serve.add_argument("--run", type=Path, action="append", default=[], dest="runs", metavar="DIR", help=_SERVED_HELP)
@@ -124,10 +130,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _name(text: str) -> str:
+    """The value of an option that names something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it names nothing")
+    return text
+
+
 def _add_common(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--model", help=f"'{EMBEDDED}' (embedded), a local checkpoint folder or a hub id")
-    stage.add_argument("--config", metavar="YAML", help="a settings file, or the name of one in configs/")
-    stage.add_argument("--run", metavar="DIR", help="the folder that holds the run, or its URI (s3://…)")
+    stage.add_argument("--model", type=_name, help=f"'{EMBEDDED}' (embedded), a local checkpoint folder or a hub id")
+    stage.add_argument("--config", type=_name, metavar="YAML", help="a settings file, or the name of one in configs/")
+    stage.add_argument("--run", type=_name, metavar="DIR", help="the folder that holds the run, or its URI (s3://…)")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
 
 
@@ -141,7 +154,9 @@ def _add_max_width(stage: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--model", required=True, help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id")
+    stage.add_argument(
+        "--model", type=_name, required=True, help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
+    )
     stage.add_argument("--tasks", default="embedded", metavar="NAMES", help="embedded, real, or lmms-eval's names")
     stage.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences generated together")
     stage.add_argument("--device", default="auto", help="auto, cpu, cuda:0 …")
@@ -379,7 +394,7 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _quiet_libraries() -> None:
-    for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL"):
+    for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

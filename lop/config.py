@@ -27,6 +27,7 @@ RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 
 
 _Item = TypeVar("_Item")
+_MOST_TARGETS = 1000
 
 
 def _distinct(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
@@ -38,6 +39,10 @@ def _distinct(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
 # A list in which nothing stands twice; `Several` of them are at least one.
 Distinct = Annotated[tuple[_Item, ...], AfterValidator(_distinct)]
 Several = Annotated[tuple[_Item, ...], Field(min_length=1), AfterValidator(_distinct)]
+
+
+# What pydantic says in words of its own.
+_WORDS = {"too_short": "it is empty: name one at least", "extra_forbidden": "there is no such setting"}
 
 
 class _Settings(BaseModel):
@@ -55,6 +60,8 @@ class Targets(_Settings):
     def _ordered(self) -> "Targets":
         if self.last < self.first:
             raise ValueError(f"last ({self.last}) must not be below first ({self.first})")
+        if (self.last - self.first) / self.step > _MOST_TARGETS:
+            raise ValueError(f"step {self.step} makes more than {_MOST_TARGETS} targets")
         return self
 
     @property
@@ -188,7 +195,7 @@ class Config(_Settings):
     compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    threads: Positive = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     evaluation_seconds: Annotated[float, Field(gt=0)] = 1800
     search: SearchSettings
     train: TrainSettings = TrainSettings()
@@ -229,9 +236,10 @@ def parse_config(data: dict[str, Any], where: str) -> Config:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         # A group's own check names the values that it is about.
-        plain = first["type"] in ("missing", "extra_forbidden") or isinstance(first["input"], dict)
+        plain = first["type"] in ("missing", "json_invalid", *_WORDS) or isinstance(first["input"], dict)
         got = "" if plain else f", not {first['input']!r}"
-        raise LopError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{got}") from None
+        what = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise LopError(f"{where}: {key}: {what}{got}") from None
 
 
 def _json(data: Any) -> str:

@@ -4,15 +4,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from lop.errors import LopError
+from lop.errors import LopError, first_line
 
+_Value = TypeVar("_Value")
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024
 
@@ -98,6 +99,20 @@ def read_json(path: Path) -> Any:
         raise LopError(f"{path} is missing") from None
     except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or JSON without an end to its brackets.
         raise LopError(f"{path} is damaged: not JSON ({error})") from None
+
+
+def read_as(path: Path, parse: Callable[[Any], _Value]) -> _Value:
+    """What a function makes of a JSON file's content.
+
+    Raises:
+        LopError: the file is missing, is not JSON, or does not hold what the function wants.
+    """
+    data = read_json(path)
+    try:
+        return parse(data)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise LopError(f"{path} is damaged: it does not hold what it should ({what})") from None
 
 
 def expanded(name: str | Path) -> Path:

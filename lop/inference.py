@@ -5,7 +5,7 @@ training; weights go by torch's names for them.
 """
 
 from collections.abc import Callable, Mapping
-from math import log, sqrt
+from math import sqrt
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def predict(architecture: str, weights: Weights, layers: int, target: float) -> 
     if architecture not in NETWORKS:
         raise LopError(f"architecture {architecture!r} is not one of {', '.join(NETWORKS)}")
     try:
-        ratios = NETWORKS[architecture](weights, layers, np.float32(target))
+        ratios = NETWORKS[architecture](weights, layers, np.array([target], np.float32))
     except (KeyError, ValueError) as error:
         raise LopError(f"the weights do not fit a network {architecture!r}: {error}") from None
     if ratios.shape != (layers,):
@@ -39,29 +39,29 @@ def predict(architecture: str, weights: Weights, layers: int, target: float) -> 
     return ratios
 
 
-def mlp(weights: Weights, layers: int, target: np.float32) -> Vector:
+def mlp(weights: Weights, layers: int, target: Vector) -> Vector:
     """`lop.networks.Mlp`."""
-    x = _relu(_linear(weights, "body.0", target[None]))
+    x = _relu(_linear(weights, "body.0", target))
     x = _relu(_linear(weights, "body.2", x))
     return _sigmoid(_linear(weights, "out", x) + _log_odds(target))
 
 
-def lstm(weights: Weights, layers: int, target: np.float32) -> Vector:
+def lstm(weights: Weights, layers: int, target: Vector) -> Vector:
     """`lop.networks.BiLstm`; each step's input is the same."""
-    x = _linear(weights, "project", target[None])
+    x = _linear(weights, "project", target)
     forth = _lstm(weights, layers, x, "l0")
     back = _lstm(weights, layers, x, "l0_reverse")
     states = np.concatenate([forth, back[::-1]], axis=1)
     return _sigmoid(_linear(weights, "out", states)[:, 0] + _log_odds(target))
 
 
-def transformer(weights: Weights, layers: int, target: np.float32) -> Vector:
+def transformer(weights: Weights, layers: int, target: Vector) -> Vector:
     """`lop.networks.ArTransformer`, each ratio fed back into the next step; earlier steps' keys and values are kept."""
-    x = _relu(_linear(weights, "target.0", target[None]))
+    x = _relu(_linear(weights, "target.0", target))
     tokens = _linear(weights, "target.2", x) + weights["position"]
     feed, log_odds = weights["ratio.weight"][:, 0], _log_odds(target)
-    steps = [_block(weights, f"blocks.{index}", layers) for index in range(ENCODER_LAYERS)]
-    ratios = np.zeros(layers, np.float32)
+    steps = [_block(weights, f"blocks.{index}", len(tokens)) for index in range(ENCODER_LAYERS)]
+    ratios = np.zeros(len(tokens), np.float32)
     for layer, token in enumerate(tokens):
         x = token + feed * ratios[layer - 1] if layer else token
         for step in steps:
@@ -70,7 +70,7 @@ def transformer(weights: Weights, layers: int, target: np.float32) -> Vector:
     return ratios
 
 
-NETWORKS: dict[str, Callable[[Weights, int, np.float32], Vector]] = {
+NETWORKS: dict[str, Callable[[Weights, int, Vector], Vector]] = {
     "mlp": mlp, "lstm": lstm, "transformer": transformer
 }  # fmt: skip
 
@@ -140,13 +140,13 @@ def _erf(x: Vector) -> Vector:
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+    return 0.5 + 0.5 * np.tanh(0.5 * x)  # Which overflows nowhere.
 
 
-def _log_odds(target: np.float32) -> np.float32:
+def _log_odds(target: Vector) -> Vector:
     """Added to what a network says, so that it learns in which direction a layer differs from uniform.
 
     Clamped, as the log-odds of nothing and of everything are infinite; the projection makes up for the difference.
     """
-    clamped = min(max(float(target), 0.01), 0.99)
-    return np.float32(log(clamped / (1 - clamped)))
+    clamped = target.clip(0.01, 0.99)
+    return np.log(clamped / (1 - clamped))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lop.checkpoint import MANIFEST, check_hashes, read_manifest
 from lop.errors import LopError
-from lop.files import read_json
+from lop.files import read_as
 from lop.size import down_projections, read_tensors
 
 
@@ -59,7 +59,7 @@ def inspect(folder: Path) -> Inspection:
     """
     if not (folder / "config.json").is_file():
         raise LopError(f"{folder} has no config.json: name a folder that holds a checkpoint")
-    config, tensors = read_json(folder / "config.json"), read_tensors(folder)
+    text, tensors = read_as(folder / "config.json", _text_config), read_tensors(folder)
     stored = tuple(info.shape[1] for _, info in down_projections(tensors))
     if not stored:
         raise LopError(f"{folder} has no decoder layers with gate_proj, up_proj and down_proj")
@@ -67,7 +67,6 @@ def inspect(folder: Path) -> Inspection:
     manifest = read_manifest(folder) if has_manifest else {}
     hashes = manifest.pop("sha256", {})
     damage = _damage(folder, hashes)
-    text = config.get("text_config", config)
     pruned = "per_layer_config" in text
     kind = manifest.get("format", "hf" if pruned else "dense")
     return Inspection(
@@ -110,6 +109,11 @@ def print_inspection(found: Inspection) -> None:
             f"layer {layer}", f"{width}", Bar(found.neurons, 0, width, width=40), f"{width / found.neurons:.1%}"
         )
     Console().print(Group(facts, "", chart))
+
+
+def _text_config(config: Any) -> dict[str, Any]:
+    text = dict(config.get("text_config", config))
+    return {**text, "intermediate_size": int(text["intermediate_size"])} if "intermediate_size" in text else text
 
 
 def _damage(folder: Path, hashes: Mapping[str, str]) -> str:

@@ -78,9 +78,7 @@ class _Block(nn.Module):
         self.qkv = nn.Linear(DIMENSION, 3 * DIMENSION)
         self.mix = nn.Linear(DIMENSION, DIMENSION)
         self.before_ffn = nn.LayerNorm(DIMENSION)
-        self.ffn = nn.Sequential(
-            nn.Linear(DIMENSION, 4 * DIMENSION), nn.GELU(), nn.Linear(4 * DIMENSION, DIMENSION)
-        )
+        self.ffn = nn.Sequential(nn.Linear(DIMENSION, 4 * DIMENSION), nn.GELU(), nn.Linear(4 * DIMENSION, DIMENSION))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, d] to the same; each step attends to itself and those before it."""

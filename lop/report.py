@@ -1,5 +1,6 @@
 """What `lop compare` and `lop demo` leave for people: a table, plots, and the same numbers as JSON."""
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from lop.compare import METHODS, Average, Comparison, Recovered, Seconds, compare_stage, comparison_fingerprints
 from lop.errors import LopError
-from lop.files import atomic_file, read_json, write_json
+from lop.files import atomic_file, read_as, read_json, write_json
 from lop.intervals import Interval
 from lop.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run import Run
@@ -29,8 +30,9 @@ def write_report(run: Run) -> Path:
     if not run.predictor_folder.exists():
         raise LopError(f"{run.predictor_folder} is missing: run `lop train` first")
     results = run.folder / "results.json"
-    if results.exists() and read_json(results)["fingerprints"] == comparison_fingerprints(run):
-        comparison = Comparison.from_dict(read_json(results))
+    fingerprints = comparison_fingerprints(run)
+    if results.exists() and read_as(results, itemgetter("fingerprints")) == fingerprints:
+        comparison = read_as(results, Comparison.from_dict)
     else:
         comparison = compare_stage(run)
         write_json(results, comparison.as_dict())

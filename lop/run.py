@@ -9,7 +9,7 @@ import numpy as np
 
 from lop.allocation import Space
 from lop.config import Config
-from lop.files import read_json, write_json
+from lop.files import read_as, write_json
 from lop.fingerprint import check_fingerprints
 from lop.models import EMBEDDED, assets, find_model, find_samples, fingerprint_model
 from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
@@ -161,7 +161,7 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage has taken so far, interrupted runs included."""
         path = self.folder / "seconds.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return read_as(path, dict) if path.exists() else {}
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds to the time that a stage has taken."""

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +12,7 @@ from tqdm import tqdm
 
 from lop.adapter import place_and_dtype
 from lop.baselines import Baseline
-from lop.errors import LopError
-from lop.files import read_json, write_json
+from lop.files import read_as, write_json
 from lop.run import Run
 from lop.size import ffn_layer, ffn_part, read_tensors
 from lop.statistics import NeuronStatistics
@@ -41,12 +41,9 @@ def layer_spectra(run: Run, *, progress: bool = True) -> Spectra:
     """
     path = run.spectra_file
     if path.exists():
-        data = read_json(path)
-        try:
-            if data["model"] == run.model_fingerprint:
-                return Spectra(np.array(data["exponents"], np.float64), float(data["seconds"]))
-        except (KeyError, TypeError, ValueError):
-            raise LopError(f"{path} is damaged: remove it, and it is measured again") from None
+        model, known = read_as(path, _parse)
+        if model == run.model_fingerprint:
+            return known
     start = time.perf_counter()
     exponents = _measure(run, progress=progress)
     spectra = Spectra(exponents, time.perf_counter() - start)
@@ -79,6 +76,10 @@ def tail_exponent(weight: Tensor) -> float:
     spectrum = torch.linalg.eigvalsh(gram).clamp_min(torch.finfo(torch.float32).tiny).double()
     half = len(spectrum) // 2
     return 1 + half / max(float((spectrum[-half:] / spectrum[-half - 1]).log().sum()), 1e-12)
+
+
+def _parse(data: Any) -> tuple[str, Spectra]:
+    return data["model"], Spectra(np.array(data["exponents"], np.float64), float(data["seconds"]))
 
 
 def _measure(run: Run, *, progress: bool) -> np.ndarray:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +27,7 @@ from lop.encoding import encode
 from lop.errors import CancelledError, LopError
 from lop.evaluation import Evaluation
 from lop.evaluator import Evaluator
-from lop.files import read_json, write_json
+from lop.files import read_as, write_json
 from lop.fingerprint import check_fingerprints, fingerprint, fingerprint_file
 from lop.formats import Format, check_format
 from lop.ledger import Ledger
@@ -64,6 +65,7 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         _ = run.statistics
         log.info("calibrate: %s is there already", run.statistics_file)
         return
+    _ = run.space, run.samples  # What does not fit is told before the model is loaded.
     with _timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
         model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
@@ -130,7 +132,7 @@ def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
 def search_stage(run: Run, *, progress: bool = True) -> None:
     """Runs the search to its end, or takes it up where it was interrupted, and writes `search.json`."""
     fingerprints = {**run.evaluation_fingerprints, "search settings": _search_fingerprint(run)}
-    if run.search_file.exists() and read_json(run.search_file)["fingerprints"] == fingerprints:
+    if run.search_file.exists() and read_as(run.search_file, itemgetter("fingerprints")) == fingerprints:
         log.info("search: %s is there already", run.search_file)
         return
     trees = build_trees(run)
@@ -172,9 +174,13 @@ def read_search(run: Run) -> list[Found]:
     """
     if not run.search_file.exists():
         raise LopError(f"{run.search_file} is missing: run `lop search` first")
-    data = read_json(run.search_file)
-    check_fingerprints(str(run.search_file), data["fingerprints"], run.evaluation_fingerprints)
-    return [
+    made_from, found = read_as(run.search_file, _parse_search)
+    check_fingerprints(str(run.search_file), made_from, run.evaluation_fingerprints)
+    return found
+
+
+def _parse_search(data: Any) -> tuple[dict[str, str], list[Found]]:
+    found = [
         Found(
             record["target"],
             Allocation(tuple(record["best"]["widths"])),
@@ -185,6 +191,7 @@ def read_search(run: Run) -> list[Found]:
         )
         for record in data["targets"]
     ]
+    return dict(data["fingerprints"]), found
 
 
 def prune_stage(
@@ -307,7 +314,7 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
     found = read_search(run)
     fingerprints = {**run.evaluation_fingerprints, "pairs": fingerprint_file(run.search_file)}
     made = {**fingerprints, "training settings": fingerprint(run.config.train.model_dump(mode="json"))}
-    if report.exists() and run.predictor_folder.exists() and read_json(report)["fingerprints"] == made:
+    if report.exists() and run.predictor_folder.exists() and read_as(report, itemgetter("fingerprints")) == made:
         log.info("train: %s is there already", run.predictor_folder)
         return
     settings = run.config.train

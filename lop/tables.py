@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from lop.benchmark import (
 )
 from lop.cells import Cell, Scored, score_cells
 from lop.errors import LopError
-from lop.files import read_json
+from lop.files import read_as
 from lop.generation import answers
 from lop.importance import IMPORTANCES
 from lop.intervals import Interval, Resampler, bootstrap_p, mcnemar, mean_over_forms, percentile_interval
@@ -467,7 +468,7 @@ def _tests(board: _Board, entries: Sequence[Entry]) -> Iterator[Test]:
 
 def _seconds(run: Run, entries: Sequence[Entry], scored: Mapping[Cell, Scored]) -> Iterator[Seconds]:
     results = run.folder / "results.json"
-    measured = [entry["calibrate"] for entry in read_json(results)["seconds"]] if results.exists() else []
+    measured = read_as(results, _calibrate_seconds) if results.exists() else []
     calibrate = max(measured, default=run.seconds().get("calibrate", 0.0))
     by_method: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -493,6 +494,10 @@ def _seconds(run: Run, entries: Sequence[Entry], scored: Mapping[Cell, Scored]) 
         whole = sum(reference) / spent if reference else float("nan")
         kept = (reference[1] + reference[3]) / cached if reference else float("nan")
         yield Seconds(method, first, allocate, sort, prune, whole, kept)
+
+
+def _calibrate_seconds(results: Any) -> list[float]:
+    return [float(entry["calibrate"]) for entry in results["seconds"]]
 
 
 def _models(
@@ -560,5 +565,5 @@ def _predictors(runs: Sequence[Run]) -> Iterator[Mapping[str, Any]]:
     for run in runs:
         path = run.folder / "predictors.json"
         if path.exists():
-            for record in read_json(path)["architectures"]:
+            for record in read_as(path, itemgetter("architectures")):
                 yield {"seed": run.config.seed, **record}

@@ -87,6 +87,13 @@ def test_answers_without_torch_are_those_of_the_trained_network(
     np.testing.assert_allclose(free, forced.numpy(), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("layers", [5, 9])
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_weights_for_another_number_of_layers_are_refused(name: str, layers: int) -> None:
+    with pytest.raises(LopError, match=f"for {layers} layers, not 7"):
+        predict(name, weights_of(network(name, layers)), SPACE.layers, 0.5)
+
+
 def test_every_network_can_be_trained_and_can_answer() -> None:
     assert NETWORKS.keys() == ARCHITECTURES.keys()
 

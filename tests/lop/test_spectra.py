@@ -40,7 +40,7 @@ def test_exponents_are_those_of_each_layers_three_matrices(run: Run) -> None:
     assert found.shape == (run.space.layers,)
     with safe_open(run.model_folder / "model.safetensors", framework="pt") as file:
         for layer in (0, run.space.layers - 1):
-            parts = (name for name in file.keys() if "visual" not in name)
+            parts = [name for name in file.keys() if "visual" not in name]  # noqa: SIM118
             names = [name for name in parts if f"layers.{layer}.mlp." in name]
             assert len(names) == 3
             expected = np.mean([tail_exponent(file.get_tensor(name)) for name in names])

@@ -36,6 +36,11 @@ class QwenVL:
         return cast(nn.Module, self.model.model.language_model)
 
     @property
+    def tower(self) -> Any:
+        """The vision tower, as transformers built it."""
+        return self.model.model.visual
+
+    @property
     def head(self) -> nn.Module:
         """Hidden states [N, H] to logits [N, V]."""
         return cast(nn.Module, self.model.lm_head)

@@ -134,6 +134,8 @@ def _name(text: str) -> str:
     """The value of an option that names something."""
     if not text.strip():
         raise argparse.ArgumentTypeError("it names nothing")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # How Python holds bytes that are no text.
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
     return text
 
 

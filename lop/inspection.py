@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.bar import Bar
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from lop.checkpoint import MANIFEST, check_hashes, read_manifest
+from lop.console import PlainConsole
 from lop.errors import LopError
 from lop.files import read_as
 from lop.size import down_projections, read_tensors
@@ -108,7 +109,7 @@ def print_inspection(found: Inspection) -> None:
         chart.add_row(
             f"layer {layer}", f"{width}", Bar(found.neurons, 0, width, width=40), f"{width / found.neurons:.1%}"
         )
-    Console().print(Group(facts, "", chart))
+    PlainConsole().print(Group(facts, "", chart))
 
 
 def _text_config(config: Any) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from lop.compare import METHODS, Average, Comparison, Recovered, Seconds, compare_stage, comparison_fingerprints
+from lop.console import PlainConsole
 from lop.errors import LopError
 from lop.files import atomic_file, read_as, read_json, write_json
 from lop.intervals import Interval
@@ -60,7 +60,7 @@ def print_table(comparison: Comparison) -> None:
     table.add_row("dense", *[_percent(dense)] * len(targets))
     for method in METHODS[1:]:
         table.add_row(method, *(_percent(by_key[method, target]) for target in targets))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def _markdown(run: Run, comparison: Comparison) -> str:

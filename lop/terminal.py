@@ -26,8 +26,7 @@ _PLAIN = {
 def prepare_streams() -> None:
     """Makes stdout and stderr take any text: what their encoding lacks is written in plain characters.
 
-    A path that is not UTF-8 comes out byte for byte as it came in. A stream that was closed before the start (`>&-`)
-    swallows what it is given.
+    A stream that was closed before the start (`>&-`) swallows what it is given.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -54,13 +53,10 @@ def say(line: str) -> None:
         return
 
 
-def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    character = error.object[error.start]
-    if 0xDC80 <= ord(character) <= 0xDCFF:  # How Python holds a byte that is not UTF-8.
-        return bytes([ord(character) - 0xDC00]), error.start + 1
-    return _PLAIN.get(character, "?"), error.start + 1
+    return _PLAIN.get(error.object[error.start], "?"), error.start + 1
 
 
 codecs.register_error(_ERRORS, _plain)

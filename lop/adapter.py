@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lop.backbone import Backbone, Layer
 from lop.errors import LopError, first_line
+from lop.files import read_json
 from lop.size import read_tensors
 
 
@@ -142,11 +143,17 @@ def load_processor(path: Path) -> Any:
     """
     from transformers import AutoProcessor
 
+    # Without a vocabulary transformers makes do with an empty one.
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise LopError(f"{path} has no tokenizer: copy the model's own tokenizer.json and tokenizer_config.json there")
     with told_in_one_line(path):
         processor = AutoProcessor.from_pretrained(path)
-    for part in ("tokenizer", "image_processor"):
-        if not hasattr(processor, part):
-            raise LopError(f"{path} has no {part.replace('_', ' ')}: copy the model's own files there")
+        image_token = read_json(path / "config.json").get("image_token_id", processor.image_token_id)
+    if processor.image_token_id != image_token:
+        raise LopError(
+            f"{path}: the tokenizer's image token is {processor.image_token_id}, the model's {image_token}: "
+            "copy the model's own tokenizer there"
+        )
     if not processor.chat_template:
         raise LopError(
             f"{path} has no chat template: copy the model's own chat_template.jinja or chat_template.json there"

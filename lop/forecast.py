@@ -57,7 +57,7 @@ def tell_refit(model: QwenVL, samples: Sequence[Sample], widths: Sequence[int]) 
     seconds = refit_seconds(model, load, widths, rates)
     if seconds >= _SECONDS_WORTH_TELLING:
         log.info(
-            "refit: about %s on %s (%d samples, some %s tokens and %s image patches, %d layers); --recovery none skips it",
+            "refit: about %s on %s (%d samples, some %s tokens and %s patches, %d layers); --recovery none skips it",
             duration(seconds),
             model.tower.device,
             len(samples),

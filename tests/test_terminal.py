@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lop.cli import main
 from lop.models import assets
 
 POSIX = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # Python's own UTF-8 is off, too.
@@ -40,14 +41,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "statistics.safetensors").write_bytes((assets() / "run" / "statistics.safetensors").read_bytes())
     few = ("search.targets={first: 0.3, last: 0.3, step: 0.1}", "search.evaluations=2", "search.roots=[flap]")
     options = [option for setting in few for option in ("--set", setting)]
-    done = subprocess.run(
-        command("search", "--run", run, "--workers", "0", *options),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, **POSIX},
-    )
-    assert done.returncode == 0, done.stderr
+    assert main(["search", "--run", str(run), "--workers", "0", *options]) == 0
     return run
 
 
@@ -108,12 +102,14 @@ def test_a_reader_that_leaves_is_no_reason_to_complain(arguments: tuple[str, ...
     [
         (("predict", "--target", "2"), 2),
         (("nonsense",), 2),
-        (("calibrate", "--run", "{folder}/r"), 141),  # Its bar breaks the pipe: the work is not done.
+        # Its bar meets the closed pipe: the work is not done.
+        (("prune", "--target", "0.5", "--recovery", "none", "--out", "{folder}/p"), 141),
     ],
 )
 def test_a_reader_of_the_messages_may_leave_too(arguments: tuple[str, ...], code: int, tmp_path: Path) -> None:
     filled = [argument.format(folder=tmp_path) for argument in arguments]
     assert without_reader("stdout", "stderr", arguments=filled).returncode == code
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])

@@ -31,7 +31,7 @@ from lop.files import read_as, write_json
 from lop.fingerprint import check_fingerprints, fingerprint, fingerprint_file
 from lop.formats import Format, check_format
 from lop.ledger import Ledger
-from lop.models import find_model
+from lop.models import EMBEDDED, find_model
 from lop.prediction import predictor_for, what_ships
 from lop.predictors import Predictor
 from lop.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
@@ -66,12 +66,23 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         log.info("calibrate: %s is there already", run.statistics_file)
         return
     _ = run.space, run.samples  # What does not fit is told before the model is loaded.
+    _warn_of_samples(run)
     with _timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
+        log.info("calibrate: loading the model, then %d samples go through its tower", len(run.samples.calibration))
         model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
         encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens)
         statistics = calibrate(model, encoded, progress=progress)
         statistics.save(run.statistics_file, run.calibration_fingerprints)
+
+
+def _warn_of_samples(run: Run) -> None:
+    if run.config.samples == EMBEDDED != run.config.model:
+        log.warning(
+            "samples %r are small pictures with simple questions, made for the embedded model: good for a try; "
+            "for real use name a folder with your own (samples: README, 'Your own samples')",
+            EMBEDDED,
+        )
 
 
 def build_evaluator(config: Config, order: np.ndarray, samples: Sequence[Sample]) -> Evaluator:
@@ -275,6 +286,8 @@ def export_allocation(
             raise CancelledError("the export was cancelled")
         progress("recover", done, total)
 
+    if recovery == "refit":
+        _warn_of_samples(run)
     with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
         recovered = recover_checkpoint(
             run.model_folder,

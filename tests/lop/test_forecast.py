@@ -1,20 +1,25 @@
 """What a refit is said to take, against what it does."""
 
 import logging
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lop import forecast
+from lop import forecast, stages
 from lop.adapter import QwenVL, load_model
+from lop.config import find_config, load_config
 from lop.elastic import ElasticModel
 from lop.encoding import encode
+from lop.errors import LopError
 from lop.forecast import Load, Rates, refit_seconds, sample_load, tell_refit
 from lop.models import assets
 from lop.recovery import refit
+from lop.run import Run
 from lop.samples import SampleSets
 
 
@@ -73,3 +78,19 @@ def test_what_is_worth_telling_is_told(
 def test_rates_are_measured_in_each_precision() -> None:
     rates = forecast.measured_rates(torch.device("cpu"), torch.float32)
     assert 1e8 < min(rates.own, rates.single, rates.double) < max(rates.own, rates.single, rates.double) < 1e14
+
+
+@pytest.mark.parametrize(("model", "warned"), [("tiny", False), ("{copy}", True)])
+def test_the_embedded_samples_are_said_to_be_no_other_models(
+    model: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(assets() / "model", tmp_path / "model")
+    config = load_config(find_config("tiny"), model=model.format(copy=copy))
+
+    def stop(*_: object, **__: object) -> None:
+        raise LopError("far enough")
+
+    monkeypatch.setattr(stages, "load_model", stop)
+    with pytest.raises(LopError, match="far enough"), caplog.at_level(logging.WARNING):
+        stages.calibrate_stage(Run(config, tmp_path / "run"))
+    assert ("your own" in caplog.text) == warned

@@ -14,7 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
 
@@ -316,8 +316,10 @@ def flops(elastic: ElasticModel, allocation: Allocation, encoded: Encoded) -> fl
 
 def switch_seconds(elastic: ElasticModel, layers: int = 28) -> float:
     """The median seconds that a model of 28 layers takes from one allocation to the next."""
-    state = elastic.state
-    deep = ElasticModel.from_state({**state, "layers": [state["layers"][0]] * layers})
+    deep = copy.copy(elastic)
+    first = elastic.backbone.layers[0]
+    copies = tuple(replace(first, ffn=copy.copy(first.ffn)) for _ in range(layers))
+    deep.backbone = replace(elastic.backbone, layers=copies)
     neurons = deep.widths[0]
     choices = [Allocation((neurons // part,) * layers) for part in (1, 2)]
     seconds = []

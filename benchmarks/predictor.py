@@ -14,10 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 
 from lop.allocation import Space
-from lop.predictors import ARCHITECTURES, Predictor, build, load_predictor
+from lop.networks import ARCHITECTURES, build, weights_of
+from lop.predictors import Predictor, load_predictor
 from lop.size import ModelSize
 
 
@@ -27,7 +27,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[28, 80], help="28 is the 7B, 80 the 72B")
     parser.add_argument("--rounds", type=int, default=300, help="targets, drawn at random")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     rows = []
     print(f"{'layers':>6}  {'architecture':<12} {'part':<8} {'median ms':>10} {'p99 ms':>10} {'least ms':>10}")
     for layers in options.layers:
@@ -47,7 +46,7 @@ def measure(architecture: str, layers: int, rounds: int) -> dict[str, list[float
     size = ModelSize(layers, 18_944, 8_292_166_656, 16_584_333_312, 3 * 3584, 6 * 3584)
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "predictor"
-        Predictor(architecture, build(architecture, layers).state_dict(), space, size, {}).save(folder)
+        Predictor(architecture, weights_of(build(architecture, layers)), space, size, {}).save(folder)
         load = [_clock(partial(load_predictor, folder)) for _ in range(20)]
         predictor = load_predictor(folder)
     targets = np.random.default_rng(0).uniform(0, space.max_target, rounds).tolist()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lop.backbone import Backbone, Layer
 from lop.errors import LopError, first_line
+from lop.files import read_json
 from lop.sources import check_checkpoint
 
 
@@ -34,6 +35,11 @@ class QwenVL:
     def backbone(self) -> nn.Module:
         """The language model without its head: `inputs_embeds` [B, T, H] to hidden states [B, T, H]."""
         return cast(nn.Module, self.model.model.language_model)
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower, as transformers built it."""
+        return self.model.model.visual
 
     @property
     def head(self) -> nn.Module:
@@ -125,11 +131,34 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Qwen
     Raises:
         LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one, or no processor.
     """
+    processor = load_processor(path)  # First, as it is the sooner found missing.
+    return QwenVL(open_model(path, device=device, dtype=dtype), processor)
+
+
+def load_processor(path: Path) -> Any:
+    """A checkpoint's tokenizer, image processor and chat template.
+
+    Raises:
+        LopError: one of them is missing or damaged.
+    """
     from transformers import AutoProcessor
 
-    model = open_model(path, device=device, dtype=dtype)
+    # Without a vocabulary transformers makes do with an empty one.
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise LopError(f"{path} has no tokenizer: copy the model's own tokenizer.json and tokenizer_config.json there")
     with told_in_one_line(path):
-        return QwenVL(model, AutoProcessor.from_pretrained(path))
+        processor = AutoProcessor.from_pretrained(path)
+        image_token = read_json(path / "config.json").get("image_token_id", processor.image_token_id)
+    if processor.image_token_id != image_token:
+        raise LopError(
+            f"{path}: the tokenizer's image token is {processor.image_token_id}, the model's {image_token}: "
+            "copy the model's own tokenizer there"
+        )
+    if not processor.chat_template:
+        raise LopError(
+            f"{path} has no chat template: copy the model's own chat_template.jinja or chat_template.json there"
+        )
+    return processor
 
 
 def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
@@ -148,8 +177,8 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
 
     logging.disable_progress_bar()
     check_checkpoint(path)
+    place, kind = place_and_dtype(device, dtype)
     with told_in_one_line(path):
-        place, kind = place_and_dtype(device, dtype)
         model, loading = Model.from_pretrained(path, dtype=kind, output_loading_info=True)
         if loading["missing_keys"]:
             raise ValueError(f"it lacks {min(loading['missing_keys'])}")
@@ -157,8 +186,16 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
 
 
 def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What `auto` stands for: the first GPU and bfloat16 if there is one, else the CPU and float32."""
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    """What `auto` stands for: the first GPU and bfloat16 if there is one, else the CPU and float32.
+
+    Raises:
+        LopError: torch knows no such device, or this machine has none.
+    """
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError) as error:  # The latter where torch was built without GPUs.
+        raise LopError(f"device {device!r} is not to be had: {first_line(error)}; name auto, cpu or cuda:0") from None
     return place, getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype)
 
 

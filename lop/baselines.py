@@ -32,12 +32,14 @@ class Baseline:
             there is a `spread`.
         bias: replaces the pruned neurons by their mean contribution, as a bias of `down_proj`.
         spread: how the budget is spread over the layers, where it is neither of the two.
+        by_spectra: the spread wants `NeuronStatistics.exponents`.
     """
 
     score: Score
     is_global: bool = False
     bias: bool = False
     spread: Spread | None = None
+    by_spectra: bool = False
 
     def allocate(self, statistics: NeuronStatistics, space: Space, budget: int) -> Allocation:
         """The allocation of `budget` that this method chooses."""
@@ -82,12 +84,10 @@ def alpha_pruning(statistics: NeuronStatistics, space: Space, budget: int) -> Al
     [1 − ε, 1 + ε], ε = 0.3, and have the target as their mean.
 
     Raises:
-        LopError: the statistics have no exponents.
+        LopError: the statistics have no exponents; `lop.spectra.statistics_for` has them.
     """
     if statistics.exponents is None:
-        raise LopError(
-            "these statistics have no spectra, which alphapruning needs: run `lop calibrate` into another --run"
-        )
+        raise LopError("these statistics have no spectra, which alphapruning needs")
     wanted = 1 - _ALPHA_SPREAD + 2 * _ALPHA_SPREAD * _unit_range(statistics.exponents)
     return project(space.ratio(budget) * wanted / wanted.mean(), space, budget)
 
@@ -116,7 +116,7 @@ VARIANTS = {
 }
 ALLOCATIONS = {
     "owl": Baseline(activation, spread=owl),
-    "alphapruning": Baseline(activation, spread=alpha_pruning),
+    "alphapruning": Baseline(activation, spread=alpha_pruning, by_spectra=True),
 }
 ALL_BASELINES = {**BASELINES, **VARIANTS, **ALLOCATIONS}
 

@@ -17,7 +17,7 @@ from lop.config import Config
 from lop.elastic import ElasticModel
 from lop.encoding import encode
 from lop.evaluator import Evaluator
-from lop.files import read_json, write_json
+from lop.files import read_as, write_json
 from lop.fingerprint import fingerprint
 from lop.importance import importance, order
 from lop.models import find_model
@@ -103,4 +103,4 @@ def score_cells(
     for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
         write_json(files[cell], scored.as_dict())
         run.keep(files[cell])
-    return {cell: Scored.from_dict(read_json(path), len(samples)) for cell, path in files.items()}
+    return {cell: read_as(path, partial(Scored.from_dict, count=len(samples))) for cell, path in files.items()}

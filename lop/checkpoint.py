@@ -149,8 +149,14 @@ def read_manifest(folder: Path | Location) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads(Location.parse(folder).read(MANIFEST))
-        return {**manifest, "widths": list(manifest["widths"]), "sha256": dict(manifest["sha256"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        kinds = {"neurons": int, "padding_bytes": int, "target": float, "fingerprints": dict}
+        return {
+            **manifest,
+            **{name: kind(manifest[name]) for name, kind in kinds.items() if name in manifest},
+            "widths": [int(width) for width in manifest["widths"]],
+            "sha256": dict(manifest["sha256"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise LopError(f"{folder} is not a checkpoint exported by LOP: {MANIFEST} is missing or damaged") from None
 
 

@@ -3,21 +3,21 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
 from lop.config import RECOVERIES, Config, find_config, load_config
 from lop.errors import LopError
 from lop.formats import FORMATS
-from lop.models import EMBEDDED
+from lop.models import EMBEDDED, find_model
 from lop.places import check_lasting
 from lop.size import Target, parse_count
+from lop.terminal import prepare_streams, say, settle_streams
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
 if TYPE_CHECKING:
@@ -29,33 +29,43 @@ _SERVED_HELP = "a run to serve, again for each; without any, what ships for the 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    _quiet_libraries()
+    """Runs one command.
+
+    Returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C, 141 where whoever read the output has left.
+    """
+    prepare_streams()
     try:
+        options = build_parser().parse_args(arguments)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        _quiet_libraries()
         with _at(options):
             options.command(options)
         sys.stdout.flush()
     except LopError as error:
         return _complain(str(error))
-    except BrokenPipeError:
-        # The reader (`| head`) has seen enough; keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # The reader (`| head`) has seen enough; what was being done may not be.
+        return 141
     except OSError as error:
         # What the system says comes in parts; what remote storage says is a sentence that names the place.
         return _complain(f"{error.filename or 'disk'}: {error.strerror}" if error.strerror else str(error))
     except KeyboardInterrupt:
-        print("lop: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        say("lop: interrupted; the same command goes on where it stopped")
         return 130
+    finally:
+        settle_streams()
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses what it cannot read in one line, as everything else is refused."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_complain(f"{message} (see `{self.prog} --help`)"))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lop",
         description="Prune a Qwen2.5-VL checkpoint to any size: search allocations once, then predict them.",
     )
@@ -83,9 +93,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_target(prune)
     _add_form(prune)
     _add_max_width(prune)
-    prune.add_argument("--out", required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder")
+    prune.add_argument(
+        "--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder"
+    )
     inspect = add("inspect", "tell what a checkpoint is, and check its files", _inspect, common=False)
-    inspect.add_argument("path", type=_local, metavar="PATH", help="a checkpoint's folder, dense or pruned")
+    inspect.add_argument(
+        "model", type=_name, metavar="MODEL", help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     rivals = add("rivals", "run the rivals that search, each with as many evaluations as a tree", _rivals)
     _add_workers(rivals)
@@ -93,14 +107,16 @@ def build_parser() -> argparse.ArgumentParser:
     compare = add("compare", "evaluate LOP and the baselines on the test samples and write report and tables", _compare)
     _add_workers(compare)
     compare.add_argument("--seeds", type=int, metavar="N", help="repeat searches and trainings with N seeds")
-    compare.add_argument("--against", action="append", default=[], metavar="MODEL", help="another model, for table 2")
+    compare.add_argument(
+        "--against", type=_name, action="append", default=[], metavar="MODEL", help="another model, for table 2"
+    )
     evaluate = add("evaluate", "evaluate a checkpoint under lmms-eval", _evaluate, common=False)
     _add_evaluate(evaluate)
     ledger = add("ledger", "print a search's evaluations, while it runs or later", _ledger, common=False)
-    ledger.add_argument("place", metavar="RUN", help="the run's folder or URI")
+    ledger.add_argument("place", type=_name, metavar="RUN", help="the run's folder or URI")
     ledger.add_argument("--json", action="store_true", help="print one JSON object a line")
     watch = add("watch", "show a search that runs or has ended", _watch, common=False)
-    watch.add_argument("place", metavar="RUN", help="the run's folder or URI")
+    watch.add_argument("place", type=_name, metavar="RUN", help="the run's folder or URI")
     watch.add_argument("--once", action="store_true", help="show it as it is now, and end")
     serve = add("serve", "start the service on this machine", _serve, common=False)
     serve.add_argument("--run", type=_local, action="append", default=[], dest="runs", metavar="DIR", help=_SERVED_HELP)
@@ -115,10 +131,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _name(text: str) -> str:
+    """The value of an option that names something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it names nothing")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # How Python holds bytes that are no text.
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
+    return text
+
+
 def _add_common(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--model", help=f"'{EMBEDDED}' (embedded), a local checkpoint folder or a hub id")
-    stage.add_argument("--config", metavar="YAML", help="a settings file, or the name of one in configs/")
-    stage.add_argument("--run", metavar="DIR", help="the folder that holds the run, or its URI (s3://…)")
+    stage.add_argument("--model", type=_name, help=f"'{EMBEDDED}' (embedded), a local checkpoint folder or a hub id")
+    stage.add_argument("--config", type=_name, metavar="YAML", help="a settings file, or the name of one in configs/")
+    stage.add_argument("--run", type=_name, metavar="DIR", help="the folder that holds the run, or its URI (s3://…)")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
 
 
@@ -139,7 +164,9 @@ def _add_max_width(stage: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--model", required=True, help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id")
+    stage.add_argument(
+        "--model", type=_name, required=True, help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
+    )
     stage.add_argument("--tasks", default="embedded", metavar="NAMES", help="embedded, real, or lmms-eval's names")
     stage.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences generated together")
     stage.add_argument("--device", default="auto", help="auto, cpu, cuda:0 …")
@@ -260,7 +287,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     from lop.footprint import Footprint
-    from lop.stages import predictor_for
+    from lop.prediction import predictor_for
 
     config, target = _config(options), _target(options)
     predictor = predictor_for(_named_run(options, config), config)
@@ -291,7 +318,7 @@ def _prune(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from lop.inspection import inspect, print_inspection
 
-    found = inspect(options.path)
+    found = inspect(find_model(options.model))
     if options.json:
         print(json.dumps(found.as_dict()))
     else:
@@ -302,9 +329,10 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from lop.report import write_report
-    from lop.tables import write_tables
+    from lop.tables import check_tables, write_tables
 
     run = _run(options)
+    check_tables(run, others=options.against)
     print(write_report(run))
     if (tables := write_tables(run, others=options.against)) is not None:
         print(tables)
@@ -390,12 +418,12 @@ def _serve(options: argparse.Namespace) -> None:
 
 
 def _quiet_libraries() -> None:
-    for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL"):
+    for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _complain(message: str) -> int:
-    print(f"lop: {' '.join(message.split())}", file=sys.stderr)
+    say(f"lop: {message}")
     return 2
 
 

@@ -23,10 +23,11 @@ from lop.evaluator import Evaluator
 from lop.fingerprint import fingerprint, fingerprint_file
 from lop.importance import importance, order
 from lop.intervals import Interval, paired_bootstrap, wilson
+from lop.prediction import open_predictor
 from lop.recovery import recover_elastic
 from lop.run import Run
 from lop.samples import FORMS, Sample, fingerprint_samples
-from lop.stages import open_predictor, read_search
+from lop.stages import read_search
 from lop.statistics import NeuronStatistics, calibrate
 
 log = logging.getLogger(__name__)

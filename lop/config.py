@@ -4,10 +4,10 @@ import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lop.errors import LopError
 from lop.files import atomic_file
@@ -27,8 +27,27 @@ Recovery = Literal["none", "bias", "refit"]
 RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 
 
+_Item = TypeVar("_Item")
+_MOST_TARGETS = 1000
+
+
+def _distinct(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("it names one of them twice")
+    return values
+
+
+# A list in which nothing stands twice; `Several` of them are at least one.
+Distinct = Annotated[tuple[_Item, ...], AfterValidator(_distinct)]
+Several = Annotated[tuple[_Item, ...], Field(min_length=1), AfterValidator(_distinct)]
+
+
+# What pydantic says in words of its own.
+_WORDS = {"too_short": "it is empty: name one at least", "extra_forbidden": "there is no such setting"}
+
+
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Targets(_Settings):
@@ -42,6 +61,8 @@ class Targets(_Settings):
     def _ordered(self) -> "Targets":
         if self.last < self.first:
             raise ValueError(f"last ({self.last}) must not be below first ({self.first})")
+        if (self.last - self.first) / self.step > _MOST_TARGETS:
+            raise ValueError(f"step {self.step} makes more than {_MOST_TARGETS} targets")
         return self
 
     @property
@@ -76,7 +97,7 @@ class SearchSettings(_Settings):
     children: Positive = 6
     depth: Positive = 12
     window: Positive = 2
-    roots: tuple[Root, ...] = ("uniform", "magnitude", "wanda", "flap", "sensitivity")
+    roots: Distinct[Root] = ("uniform", "magnitude", "wanda", "flap", "sensitivity")
     sensitivity_levels: Positive = 20
     reward: Literal["accuracy", "log_probability", "margin", "divergence"] = "log_probability"
     tie_breaker: Literal["log_probability", "margin", "divergence"] = "log_probability"
@@ -117,10 +138,10 @@ class TrainSettings(_Settings):
     epoch with the least validation error is kept.
     """
 
-    architectures: tuple[Literal["mlp", "lstm", "transformer"], ...] = ("mlp", "lstm", "transformer")
+    architectures: Several[Literal["mlp", "lstm", "transformer"]] = ("mlp", "lstm", "transformer")
     batch: Positive = 40
     epochs: Positive = 256
-    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = (1e-3,)
+    learning_rates: Several[Annotated[float, Field(gt=0)]] = (1e-3,)
     best_per_target: Positive = 5
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
@@ -131,9 +152,9 @@ class CompareSettings(_Settings):
     All of these targets must have been searched. Without `recoveries` there is no table of them.
     """
 
-    targets: tuple[Ratio, ...] = (0.2, 0.3, 0.5)
-    recovery_targets: tuple[Ratio, ...] = (0.5, 0.6)
-    recoveries: tuple[Recovery, ...] = ("none", "bias", "refit")
+    targets: Several[Ratio] = (0.2, 0.3, 0.5)
+    recovery_targets: Several[Ratio] = (0.5, 0.6)
+    recoveries: Distinct[Recovery] = ("none", "bias", "refit")
 
 
 class TablesSettings(_Settings):
@@ -144,9 +165,9 @@ class TablesSettings(_Settings):
     part of a task.
     """
 
-    targets: tuple[Ratio, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-    baselines: tuple[str, ...] | None = None
-    rivals: tuple[Rival, ...] = ("random", "sensitivity", "evolution", "mcts-noroots")
+    targets: Several[Ratio] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    baselines: Several[str] | None = None
+    rivals: Distinct[Rival] = ("random", "sensitivity", "evolution", "mcts-noroots")
     seeds: Positive = 1
     limit: Positive | None = None
 
@@ -162,7 +183,7 @@ class Config(_Settings):
 
     model: str
     samples: str = "tiny"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     granularity: Positive = 128
     max_ratio: Ratio = 0.95
     max_width_ratio: Annotated[float, Field(ge=1)] | None = None
@@ -175,7 +196,7 @@ class Config(_Settings):
     compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    threads: Positive = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     evaluation_seconds: Annotated[float, Field(gt=0)] = 1800
     search: SearchSettings
     train: TrainSettings = TrainSettings()
@@ -192,7 +213,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Con
         LopError: the file is missing or not YAML, or a key is unknown or of the wrong type; one line that names it.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LopError(f"config {path} is missing") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -219,9 +240,10 @@ def parse_config(data: dict[str, Any], where: str) -> Config:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         # A group's own check names the values that it is about.
-        plain = first["type"] in ("missing", "extra_forbidden") or isinstance(first["input"], dict)
+        plain = first["type"] in ("missing", "json_invalid", *_WORDS) or isinstance(first["input"], dict)
         got = "" if plain else f", not {first['input']!r}"
-        raise LopError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{got}") from None
+        what = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise LopError(f"{where}: {key}: {what}{got}") from None
 
 
 def _json(data: Any) -> str:
@@ -234,7 +256,7 @@ def _json(data: Any) -> str:
 def save_config(config: Config, path: Path) -> None:
     """Writes the whole config as YAML."""
     with atomic_file(path) as temporary:
-        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def find_config(name: str) -> Path:

@@ -6,9 +6,10 @@ from typing import Any
 
 from lop.checkpoint import verify
 from lop.errors import LopError
+from lop.prediction import open_predictor
 from lop.report import write_report
 from lop.run import Run
-from lop.stages import calibrate_stage, export_allocation, open_predictor, search_stage, train_stage
+from lop.stages import calibrate_stage, export_allocation, search_stage, train_stage
 from lop.storage import Location
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from lop.adapter import Ffn, QwenVL
 from lop.allocation import Allocation
-from lop.backbone import Backbone, Layer
 
 _BACKEND = "inductor"
 
@@ -101,24 +100,6 @@ class ElasticModel:
         self.sort(order)
         if compiled:
             self.compile()
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "ElasticModel":
-        """The model whose `state` this is, over the same tensors."""
-        elastic = cls.__new__(cls)
-        layers = tuple(Layer(**{**layer, "ffn": ElasticFfn(**layer["ffn"])}) for layer in state["layers"])
-        elastic.backbone = Backbone(**{**state, "layers": layers})
-        return elastic
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The dense weights in their order, as plain values and tensors."""
-
-        def of_layer(layer: Layer) -> dict[str, Any]:
-            ffn = cast(ElasticFfn, layer.ffn)
-            return {**vars(layer), "ffn": {name: getattr(ffn, name) for name in ("gate", "up", "down", "order")}}
-
-        return {**vars(self.backbone), "layers": [of_layer(layer) for layer in self.backbone.layers]}
 
     @property
     def widths(self) -> tuple[int, ...]:

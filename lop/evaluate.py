@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lop.benchmark import FOLDER, TASKS
 from lop.destination import check_writable
 from lop.errors import LopError, first_line
-from lop.files import read_json, write_json
+from lop.files import read_as, write_json
 from lop.fingerprint import fingerprint, fingerprint_file
 from lop.models import assets, find_model, fingerprint_model
 from lop.sources import check_checkpoint
@@ -88,9 +88,10 @@ def evaluate(model: str, tasks: Sequence[str], options: Evaluate) -> dict[str, d
     for name, (task, manager) in loaded.items():
         made_from = {"checkpoint": checkpoint, "task": _task_fingerprint(name, task, options)}
         path = options.cache / f"{name}-{fingerprint(made_from)}.json" if options.cache else None
-        if path and path.exists():
+        known = _read_metrics(path) if path and path.exists() else None
+        if known is not None:
             log.info("evaluate: %s is known already (%s)", name, path)
-            found[name] = read_json(path)["metrics"]
+            found[name] = known
         else:
             waiting[name] = (task, manager, path, made_from)
     if waiting:
@@ -102,6 +103,19 @@ def evaluate(model: str, tasks: Sequence[str], options: Evaluate) -> dict[str, d
             if path:
                 write_json(path, {"task": name, "model": model, **made_from, "metrics": found[name]})
     return {name: found[name] for name in loaded}
+
+
+def _read_metrics(path: Path) -> dict[str, float] | None:
+    """What an earlier evaluation has kept; None if it is damaged: then the same is measured again."""
+    try:
+        return read_as(path, _parse_metrics)
+    except LopError as error:
+        log.warning("%s; measured again", error)
+        return None
+
+
+def _parse_metrics(record: Any) -> dict[str, float]:
+    return {str(metric): float(value) for metric, value in record["metrics"].items()}
 
 
 def _expand(tasks: Sequence[str]) -> list[str]:

@@ -4,14 +4,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from lop.errors import LopError
+from lop.errors import LopError, first_line
+
+_Value = TypeVar("_Value")
+_POINTER = b"version https://git-lfs"
+_POINTER_BYTES = 1024
 
 
 @contextmanager
@@ -93,7 +97,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -103,11 +107,48 @@ def read_json(path: Path) -> Any:
         LopError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LopError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # Not UTF-8, not JSON, or JSON without an end to its brackets.
         raise LopError(f"{path} is damaged: not JSON ({error})") from None
+
+
+def read_as(path: Path, parse: Callable[[Any], _Value]) -> _Value:
+    """What a function makes of a JSON file's content.
+
+    Raises:
+        LopError: the file is missing, is not JSON, or does not hold what the function wants.
+    """
+    data = read_json(path)
+    try:
+        return parse(data)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise LopError(f"{path} is damaged: it does not hold what it should ({what})") from None
+
+
+def expanded(name: str | Path) -> Path:
+    """A path as a user writes it: `~` is the home folder.
+
+    Raises:
+        LopError: it begins with `~` and the name of nobody here.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise LopError(f"{name}: there is no such user here, or no home folder") from None
+
+
+def check_fetched(folder: Path) -> None:
+    """Tells what `git clone` leaves without Git LFS from the files that it stands for.
+
+    Raises:
+        LopError: a file of the folder is such a pointer; names it.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.stat().st_size < _POINTER_BYTES and file.read_bytes().startswith(_POINTER):
+            raise LopError(f"{file} is a Git LFS pointer and not the file itself: run `git lfs pull` there first")
 
 
 def _sync(path: Path) -> None:

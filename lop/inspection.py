@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.bar import Bar
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from lop.checkpoint import check_hashes, read_manifest
+from lop.console import PlainConsole
 from lop.errors import LopError
-from lop.files import read_json
+from lop.files import read_as
 from lop.formats import MANIFEST
 from lop.size import down_projections
 from lop.sources import check_checkpoint
@@ -68,9 +69,8 @@ def inspect(folder: Path) -> Inspection:
     except LopError as error:
         # What is wrong with a file that is not what was written says less than that.
         raise LopError(damage or str(error)) from None
-    config = read_json(folder / "config.json")
+    text = read_as(folder / "config.json", _text_config)
     stored = tuple(info.shape[1] for _, info in down_projections(tensors))
-    text = config.get("text_config") or config
     pruned = "per_layer_config" in text
     kind = manifest.get("format", "hf" if pruned else "dense")
     return Inspection(
@@ -112,7 +112,12 @@ def print_inspection(found: Inspection) -> None:
         chart.add_row(
             f"layer {layer}", f"{width}", Bar(found.neurons, 0, width, width=40), f"{width / found.neurons:.1%}"
         )
-    Console().print(Group(facts, "", chart))
+    PlainConsole().print(Group(facts, "", chart))
+
+
+def _text_config(config: Any) -> dict[str, Any]:
+    text = dict(config.get("text_config", config))
+    return {**text, "intermediate_size": int(text["intermediate_size"])} if "intermediate_size" in text else text
 
 
 def _damage(folder: Path, hashes: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lop.errors import LopError, first_line
+from lop.files import check_fetched, expanded
 from lop.fingerprint import fingerprint_weights
 from lop.places import lasting_name
 from lop.size import weight_files
@@ -27,8 +28,9 @@ def find_model(name: str) -> Path:
     """
     if name == EMBEDDED:
         return assets() / "model"
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
+        check_fetched(path)
         return path
     if _is_path(name):
         raise LopError(
@@ -51,9 +53,10 @@ def find_samples(name: str) -> Path:
     Raises:
         LopError: there is no such folder.
     """
-    path = assets() / "samples" if name == EMBEDDED else Path(name).expanduser()
+    path = assets() / "samples" if name == EMBEDDED else expanded(name)
     if not path.is_dir():
         raise LopError(f"samples folder {name} is missing: name {EMBEDDED!r} or a folder with Parquet files")
+    check_fetched(path)
     return path
 
 

@@ -21,6 +21,7 @@ from lop.config import Recovery
 from lop.elastic import ElasticFfn, ElasticModel
 from lop.encoding import Batch, Encoded, encode, on_device
 from lop.files import disk_errors
+from lop.forecast import tell_refit
 from lop.samples import Sample
 from lop.size import TensorInfo, down_projections, read_header
 from lop.sources import check_checkpoint
@@ -81,15 +82,16 @@ def recover_checkpoint(
     if recovery == "none":
         return {}
     down = down_projections(check_checkpoint(checkpoint, dense=True))
-    progress(0, len(down))
     if recovery == "bias":
         new = _biases(down, allocation, order, means)
         names = [name.removesuffix("weight") + "bias" for name, _ in down]
     else:
         streamed = StreamedModel(checkpoint, device=device, dtype=dtype)
+        tell_refit(streamed.model, samples, allocation.widths)
         encoded = encode(streamed.model, samples, batch_tokens=batch_tokens)
         new = refit(streamed.model.lean_backbone(), streamed.layers(order), encoded, allocation.widths)
         names = [name for name, _ in down]
+    progress(0, len(down))
     found: dict[str, TensorInfo] = {}
     for layer, (name, (_, info), tensor) in enumerate(zip(names, down, new), start=1):
         file = folder / f"{layer:05d}.safetensors"

@@ -1,15 +1,16 @@
 """What `lop compare` and `lop demo` leave for people: a table, plots, and the same numbers as JSON."""
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from lop.compare import METHODS, Average, Comparison, Recovered, Seconds, compare_stage, comparison_fingerprints
+from lop.console import PlainConsole
 from lop.errors import LopError
-from lop.files import atomic_file, read_json, write_json
+from lop.files import atomic_file, read_as, read_json, write_json
 from lop.intervals import Interval
 from lop.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run import Run
@@ -30,8 +31,9 @@ def write_report(run: Run) -> Path:
         raise LopError(f"{run.predictor_folder} is missing: run `lop train` first")
     run.check_writable()
     results = run.folder / "results.json"
-    if results.exists() and read_json(results)["fingerprints"] == comparison_fingerprints(run):
-        comparison = Comparison.from_dict(read_json(results))
+    fingerprints = comparison_fingerprints(run)
+    if results.exists() and read_as(results, itemgetter("fingerprints")) == fingerprints:
+        comparison = read_as(results, Comparison.from_dict)
     else:
         comparison = compare_stage(run)
         write_json(results, comparison.as_dict())
@@ -42,7 +44,7 @@ def write_report(run: Run) -> Path:
     if any(result.depths for result in found):  # Searches of earlier versions did not tell.
         plot_trees(found, run.folder / "trees.png")
     with atomic_file(run.report_file) as temporary:
-        temporary.write_text(_markdown(run, comparison))
+        temporary.write_text(_markdown(run, comparison), encoding="utf-8")
     print_table(comparison)
     return run.report_file
 
@@ -59,7 +61,7 @@ def print_table(comparison: Comparison) -> None:
     table.add_row("dense", *[_percent(dense)] * len(targets))
     for method in METHODS[1:]:
         table.add_row(method, *(_percent(by_key[method, target]) for target in targets))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def _markdown(run: Run, comparison: Comparison) -> str:

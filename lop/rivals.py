@@ -27,7 +27,7 @@ from lop.errors import LopError
 from lop.evaluation import Evaluation
 from lop.evaluator import Evaluator
 from lop.evolution import ROUNDS, Worth, evolve
-from lop.files import read_json, write_json
+from lop.files import read_as, write_json
 from lop.fingerprint import fingerprint
 from lop.ledger import Ledger
 from lop.models import find_model
@@ -38,7 +38,6 @@ from lop.sensitivity import best_additive, measure_damages
 from lop.tree import SearchTree
 from lop.workers import map_on_workers
 
-SEARCHING = ("random", "sensitivity", "evolution", "mcts-noroots")
 # A target, the best allocation with its worth, and the curve.
 _Result = tuple[float, Allocation, Worth, list[tuple[float, float]]]
 
@@ -94,7 +93,7 @@ def rivals_stage(run: Run, *, seeds: int = 1, progress: bool = True) -> list[Out
     for job, outcomes in tqdm(results, desc="rivals", total=len(waiting), unit="job", disable=not progress):
         write_json(files[job], [asdict(outcome) for outcome in outcomes])
         run.keep(files[job])
-    return [Outcome.from_dict(record) for job in jobs for record in read_json(files[job])]
+    return [outcome for job in jobs for outcome in read_as(files[job], _outcomes)]
 
 
 def rival_root(run: Run, rival: str, target: float) -> Allocation:
@@ -106,14 +105,14 @@ def rival_root(run: Run, rival: str, target: float) -> Allocation:
     for job in _jobs(run, 1):
         path = run.folder / "rivals" / f"{_job_fingerprint(run, job)}.json"
         if job.rival == rival and target in job.targets and path.exists():
-            return next(
-                Allocation(outcome.widths)
-                for outcome in map(Outcome.from_dict, read_json(path))
-                if outcome.target == target
-            )
+            return next(Allocation(outcome.widths) for outcome in read_as(path, _outcomes) if outcome.target == target)
     raise LopError(
         f"search.roots: {rival} has not been run for target {target}: run `lop rivals` with it in tables.targets"
     )
+
+
+def _outcomes(records: Any) -> list[Outcome]:
+    return [Outcome.from_dict(record) for record in records]
 
 
 def _jobs(run: Run, seeds: int) -> list[Job]:

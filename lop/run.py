@@ -3,21 +3,24 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lop.allocation import Space
 from lop.config import Config
 from lop.destination import check_writable
-from lop.files import read_json, write_json
+from lop.files import read_as, write_json
 from lop.fingerprint import check_fingerprints
-from lop.importance import importance, order
 from lop.models import EMBEDDED, assets, find_model, find_samples, fingerprint_model
 from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
 from lop.size import ModelSize, model_size, read_tensors
 from lop.sources import check_checkpoint
-from lop.statistics import NeuronStatistics, load_statistics
 from lop.storage import Location
+
+# With torch behind them: a prediction takes less time than that import, and needs neither.
+if TYPE_CHECKING:
+    from lop.statistics import NeuronStatistics
 
 # Of a run, the folder of the runs that repeat it with other seeds.
 SEEDS = "seeds"
@@ -71,6 +74,10 @@ class Run:
     @property
     def statistics_file(self) -> Path:
         return self.folder / "statistics.safetensors"
+
+    @property
+    def spectra_file(self) -> Path:
+        return self.folder / "spectra.json"
 
     @property
     def ledger(self) -> Location:
@@ -141,12 +148,14 @@ class Run:
         return {"model": self.model_fingerprint, "calibration samples": fingerprint_samples(self.samples.calibration)}
 
     @cached_property
-    def statistics(self) -> NeuronStatistics:
+    def statistics(self) -> "NeuronStatistics":
         """What `lop calibrate` wrote.
 
         Raises:
             LopError: it is missing or damaged, or belongs to another model or other samples.
         """
+        from lop.statistics import load_statistics
+
         statistics, found = load_statistics(self.statistics_file)
         check_fingerprints(str(self.statistics_file), found, self.calibration_fingerprints)
         return statistics
@@ -154,6 +163,8 @@ class Run:
     @cached_property
     def order(self) -> np.ndarray:
         """[L, F] neurons of each layer by the config's importance, the most important first."""
+        from lop.importance import importance, order
+
         return order(importance(self.config.importance, self.statistics))
 
     @property
@@ -196,7 +207,7 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage has taken so far, interrupted runs included."""
         path = self.folder / "seconds.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return read_as(path, dict) if path.exists() else {}
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds to the time that a stage has taken."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lop.errors import LopError
-from lop.files import read_json
+from lop.files import read_as
 
 FFN_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
 _ITEM_BYTES = {
@@ -120,11 +120,15 @@ def weight_files(checkpoint: Path) -> list[Path]:
         LopError: there are none, or the index names one that is missing.
     """
     index = checkpoint / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = read_as(index, _indexed) if index.exists() else ["model.safetensors"]
     for name in names:
         if not (checkpoint / name).is_file():
             raise LopError(f"{checkpoint} is not a complete checkpoint: {name} is missing")
     return [checkpoint / name for name in names]
+
+
+def _indexed(index: Any) -> list[str]:
+    return sorted({str(Path(name)) for name in index["weight_map"].values()})
 
 
 def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
@@ -159,8 +163,15 @@ def ffn_part(name: str) -> str | None:
 
 
 def down_projections(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
-    """The layers' `down_proj` weights [H, neurons] with their names, first layer to last."""
+    """The layers' `down_proj` weights [H, neurons] with their names, first layer to last.
+
+    Raises:
+        LopError: one of them is no matrix.
+    """
     down = [(name, info) for name, info in tensors.items() if ffn_part(name) == "down_proj"]
+    for name, info in down:
+        if len(info.shape) != 2:
+            raise LopError(f"{info.file} is damaged: {name} is no matrix, its shape is {info.shape}")
     return sorted(down, key=lambda item: ffn_layer(item[0]))
 
 

@@ -5,7 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from lop import __version__
 from lop.adapter import load_model
-from lop.allocation import Allocation, Space
+from lop.allocation import Allocation
 from lop.baselines import ALL_BASELINES, root_allocation
 from lop.checkpoint import export
 from lop.config import Config, Recovery, save_config
@@ -26,21 +27,23 @@ from lop.encoding import encode
 from lop.errors import CancelledError, LopError
 from lop.evaluation import Evaluation
 from lop.evaluator import Evaluator
-from lop.files import read_json, write_json
+from lop.files import read_as, write_json
 from lop.fingerprint import check_fingerprints, fingerprint, fingerprint_file
 from lop.footprint import Footprint
 from lop.formats import Format, check_format
 from lop.ledger import Ledger
-from lop.models import find_model
-from lop.predictors import Predictor, load_predictor
+from lop.models import EMBEDDED, find_model
+from lop.prediction import predictor_for, what_ships
+from lop.predictors import Predictor
 from lop.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
 from lop.racing import Racing, sample_rounds
 from lop.recovery import recover_checkpoint
-from lop.run import Run, shipped_run
+from lop.run import Run
 from lop.samples import Sample
 from lop.search import InProcess, Workers, evaluate_each, run_search
 from lop.sensitivity import best_additive, measure_damages
 from lop.size import Target
+from lop.spectra import statistics_for
 from lop.statistics import calibrate
 from lop.storage import Location
 from lop.training import Fit, Pair, fit, split_pairs
@@ -63,13 +66,25 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         _ = run.statistics
         log.info("calibrate: %s is there already", run.statistics_file)
         return
+    _ = run.space, run.samples  # What does not fit is told before the model is loaded.
     run.check_writable()
+    _warn_of_samples(run)
     with _timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
+        log.info("calibrate: loading the model, then %d samples go through its tower", len(run.samples.calibration))
         model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
         encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens)
         statistics = calibrate(model, encoded, progress=progress)
         statistics.save(run.statistics_file, run.calibration_fingerprints)
+
+
+def _warn_of_samples(run: Run) -> None:
+    if run.config.samples == EMBEDDED != run.config.model:
+        log.warning(
+            "samples %r are small pictures with simple questions, made for the embedded model: good for a try; "
+            "for real use name a folder with your own (samples: README, 'Your own samples')",
+            EMBEDDED,
+        )
 
 
 def build_evaluator(config: Config, order: np.ndarray, samples: Sequence[Sample]) -> Evaluator:
@@ -118,7 +133,7 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
 
 def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
     if name in ALL_BASELINES:
-        return root_allocation(name, run.statistics, run.space, budget)
+        return root_allocation(name, statistics_for(run, ALL_BASELINES[name]), run.space, budget)
     from lop.rivals import rival_root
 
     return rival_root(run, name, target)
@@ -127,7 +142,7 @@ def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
 def search_stage(run: Run, *, progress: bool = True) -> None:
     """Runs the search to its end, or takes it up where it was interrupted, and writes `search.json`."""
     fingerprints = {**run.evaluation_fingerprints, "search settings": _search_fingerprint(run)}
-    if run.search_file.exists() and read_json(run.search_file)["fingerprints"] == fingerprints:
+    if run.search_file.exists() and read_as(run.search_file, itemgetter("fingerprints")) == fingerprints:
         log.info("search: %s is there already", run.search_file)
         return
     run.check_writable()
@@ -170,9 +185,13 @@ def read_search(run: Run) -> list[Found]:
     """
     if not run.search_file.exists():
         raise LopError(f"{run.search_file} is missing: run `lop search` first")
-    data = read_json(run.search_file)
-    check_fingerprints(str(run.search_file), data["fingerprints"], run.evaluation_fingerprints)
-    return [
+    made_from, found = read_as(run.search_file, _parse_search)
+    check_fingerprints(str(run.search_file), made_from, run.evaluation_fingerprints)
+    return found
+
+
+def _parse_search(data: Any) -> tuple[dict[str, str], list[Found]]:
+    found = [
         Found(
             record["target"],
             Allocation(tuple(record["best"]["widths"])),
@@ -183,30 +202,7 @@ def read_search(run: Run) -> list[Found]:
         )
         for record in data["targets"]
     ]
-
-
-def predictor_for(run: Run | None, config: Config) -> Predictor:
-    """The run's predictor, or the one that ships for the model.
-
-    Raises:
-        LopError: there is none, it is damaged, or it was made with another model.
-    """
-    owner = run or _shipped(config)
-    return open_predictor(owner, owner.predictor_folder)
-
-
-def open_predictor(run: Run, folder: Path) -> Predictor:
-    """A predictor that the run has trained, with the widths that the run's config allows now.
-
-    Raises:
-        LopError: it is missing or damaged, was made with another model, or its model has no such widths.
-    """
-    predictor = load_predictor(folder)
-    check_fingerprints(str(folder), predictor.fingerprints, {"model": run.model_fingerprint})
-    config, trained = run.config, predictor.space
-    bound = trained.max_width_ratio if config.max_width_ratio is None else config.max_width_ratio
-    space = Space(trained.layers, trained.neurons, config.granularity, config.max_ratio, bound)
-    return replace(predictor, space=space)
+    return dict(data["fingerprints"]), found
 
 
 def prune_stage(
@@ -228,7 +224,7 @@ def prune_stage(
     footprint = Footprint(predictor.size, format, config.recovery)
     allocation = footprint.allocate(target, predictor.space, predictor.allocate)
     return export_allocation(
-        run or _shipped(config),
+        run or what_ships(config),
         allocation,
         out,
         target=predictor.space.ratio(allocation.budget),
@@ -291,6 +287,8 @@ def export_allocation(
             raise CancelledError("the export was cancelled")
         progress("recover", done, total)
 
+    if recovery == "refit":
+        _warn_of_samples(run)
     with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
         recovered = recover_checkpoint(
             run.model_folder,
@@ -318,13 +316,6 @@ def export_allocation(
         )
 
 
-def _shipped(config: Config) -> Run:
-    run = shipped_run(config)
-    if run is None:
-        raise LopError(f"nothing ships for model {config.model!r}: name the --run folder of its search")
-    return run
-
-
 def train_stage(run: Run, *, progress: bool = True) -> None:
     """Trains each architecture on the search's pairs, keeps the best of each, and of those the one that scores best.
 
@@ -337,7 +328,7 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
     found = read_search(run)
     fingerprints = {**run.evaluation_fingerprints, "pairs": fingerprint_file(run.search_file)}
     made = {**fingerprints, "training settings": _training_fingerprint(run)}
-    if report.exists() and run.predictor_folder.exists() and read_json(report)["fingerprints"] == made:
+    if report.exists() and run.predictor_folder.exists() and read_as(report, itemgetter("fingerprints")) == made:
         log.info("train: %s is there already", run.predictor_folder)
         return
     run.check_writable()
@@ -367,7 +358,7 @@ def train_stage(run: Run, *, progress: bool = True) -> None:
                     "learning_rate": fit.learning_rate,
                     "validation_error": fit.validation_error,
                     "reward": reward,
-                    "parameters": sum(tensor.numel() for tensor in fit.weights.values()),
+                    "parameters": sum(array.size for array in fit.weights.values()),
                 }
                 for fit, reward in zip(best, rewards)
             ],

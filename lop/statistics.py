@@ -17,7 +17,6 @@ from lop.errors import LopError
 from lop.files import atomic_file, disk_errors
 
 _FIELDS = ("count", "mean", "moment", "down_l2", "down_l1")
-_EXPONENTS = "exponents"
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,8 @@ class NeuronStatistics:
         moment: [L, F], float64, the centred second moment `Σ (h − E[h])²`.
         down_l2: [L, F], float64, `‖W_down[:, j]‖₂`.
         down_l1: [L, F], float64, `mean_i |W_down[i, j]|`.
-        exponents: [L], float64, the tail exponents of the layers' spectra (`tail_exponent`); None where they were not
-            measured.
+        exponents: [L], float64, the tail exponents of the layers' spectra, for the one baseline that reads them
+            (`lop.spectra.statistics_for`); no part of what is saved.
     """
 
     count: int
@@ -57,13 +56,11 @@ class NeuronStatistics:
         delta = other.mean - self.mean
         mean = self.mean + delta * (other.count / count)
         moment = self.moment + other.moment + delta**2 * (self.count * other.count / count)
-        return NeuronStatistics(count, mean, moment, self.down_l2, self.down_l1, self.exponents)
+        return NeuronStatistics(count, mean, moment, self.down_l2, self.down_l1)
 
     def save(self, path: Path, fingerprints: Mapping[str, str]) -> None:
         """Writes a safetensors file whose metadata names what the statistics were made from."""
         arrays = {name: np.asarray(getattr(self, name)) for name in _FIELDS}
-        if self.exponents is not None:
-            arrays[_EXPONENTS] = self.exponents
         with atomic_file(path) as temporary, disk_errors(path):
             save_file(arrays, temporary, metadata=dict(fingerprints))
 
@@ -76,8 +73,7 @@ def load_statistics(path: Path) -> tuple[NeuronStatistics, dict[str, str]]:
     """
     try:
         with safe_open(path, framework="np") as file:
-            names = [*_FIELDS, *({_EXPONENTS} & set(file.keys()))]  # Earlier files have no exponents.
-            arrays = {name: file.get_tensor(name) for name in names}
+            arrays = {name: file.get_tensor(name) for name in _FIELDS}
             return NeuronStatistics(int(arrays.pop("count")), **arrays), dict(file.metadata() or {})
     except FileNotFoundError:
         raise LopError(f"{path} is missing: run `lop calibrate` first") from None
@@ -95,9 +91,6 @@ def calibrate(model: QwenVL, encoded: Encoded, *, progress: bool = False) -> Neu
     norms = [_column_norms(ffn.down_proj.weight) for ffn in model.ffns]
     down_l2, down_l1 = (np.stack([pair[index] for pair in norms]) for index in range(2))
     backbone = model.lean_backbone()
-    exponents = np.array(
-        [np.mean([tail_exponent(m.weight) for m in (f.gate_proj, f.up_proj, f.down_proj)]) for f in model.ffns]
-    )
     total: NeuronStatistics | None = None
     for batch in tqdm(
         on_device(encoded.batches, model.device),
@@ -117,26 +110,10 @@ def calibrate(model: QwenVL, encoded: Encoded, *, progress: bool = False) -> Neu
             for hook in hooks:
                 hook.remove()
         mean, moment = (np.stack([pair[index] for pair in sums]) for index in range(2))
-        part = NeuronStatistics(len(batch), mean, moment, down_l2, down_l1, exponents)
+        part = NeuronStatistics(len(batch), mean, moment, down_l2, down_l1)
         total = part if total is None else total.merge(part)
     assert total is not None
     return total
-
-
-def tail_exponent(weight: Tensor) -> float:
-    """The exponent α of a power law fitted to the tail of a matrix's spectrum: smaller is heavier-tailed.
-
-    Hill's estimator over the upper half of the n eigenvalues λ of `WᵀW` (or `WWᵀ`, the smaller), with k = n // 2:
-    `α = 1 + k / Σ_{i ≤ k} ln(λ_(n−i+1) / λ_(n−k))` (PL_Alpha_Hill of AlphaPruning, Lu et al., NeurIPS 2024).
-
-    Args:
-        weight: [m, n] with min(m, n) > 1.
-    """
-    matrix = weight.float()
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    spectrum = torch.linalg.eigvalsh(gram).clamp_min(torch.finfo(torch.float32).tiny).double()
-    half = len(spectrum) // 2
-    return 1 + half / max(float((spectrum[-half:] / spectrum[-half - 1]).log().sum()), 1e-12)
 
 
 def _collector(sums: list[tuple[np.ndarray, np.ndarray]], layer: int):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, LocalFileSystem
 
 from lop.errors import LopError, first_line
-from lop.files import atomic_file
+from lop.files import atomic_file, expanded
 
 # Their puts are atomic; elsewhere a file appears by a rename.
 _OBJECT_STORES = ("s3", "gcs", "abfs")
@@ -48,7 +48,7 @@ class Location:
         if not text.strip():
             raise LopError("the name of a folder is empty")
         if not is_uri(text):
-            return cls(LocalFileSystem(), str(Path(text).expanduser().absolute()), text)
+            return cls(LocalFileSystem(), str(expanded(text).absolute()), text)
         try:
             filesystem, path = FileSystem.from_uri(text)
         except (pa.ArrowException, OSError, ValueError) as error:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from lop.adapter import Ffn, QwenVL, place_and_dtype, told_in_one_line
+from lop.adapter import Ffn, QwenVL, load_processor, place_and_dtype, told_in_one_line
 from lop.backbone import Layer
 from lop.elastic import ElasticFfn
 from lop.size import read_tensors
@@ -27,7 +27,7 @@ class StreamedModel:
 
     def __init__(self, path: Path, *, device: str = "auto", dtype: str = "auto") -> None:
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
         self._path = path
         self._device, self._dtype = place_and_dtype(device, dtype)
@@ -38,7 +38,7 @@ class StreamedModel:
             with init_empty_weights(include_buffers=False):
                 network = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(path))
             self._network: Any = network.eval().requires_grad_(False)
-            self.model = QwenVL(network, AutoProcessor.from_pretrained(path))
+            self.model = QwenVL(network, load_processor(path))
             for part in ("visual", "language_model.embed_tokens", "language_model.norm", "language_model.rotary_emb"):
                 self._fill(f"model.{part}")
 

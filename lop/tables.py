@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,19 @@ from lop.benchmark import (
 )
 from lop.cells import Cell, Scored, score_cells
 from lop.errors import LopError
-from lop.files import read_json
+from lop.files import read_as
 from lop.generation import answers
 from lop.importance import IMPORTANCES
 from lop.intervals import Interval, Resampler, bootstrap_p, mcnemar, mean_over_forms, percentile_interval
 from lop.models import find_model, find_samples
+from lop.prediction import open_predictor
 from lop.rivals import Outcome, rivals_stage
 from lop.run import Run
 from lop.samples import Sample
 from lop.sensitivity import scan, scan_widths
 from lop.size import read_tensors
-from lop.stages import open_predictor, read_search, search_stage, train_stage
+from lop.spectra import layer_spectra, statistics_for
+from lop.stages import read_search, search_stage, train_stage
 
 log = logging.getLogger(__name__)
 LOP = ("lop-search", "lop-predictor")
@@ -123,7 +126,8 @@ class Seconds:
     """What a method takes, medians over targets and seeds.
 
     Attributes:
-        calibrate: to collect the statistics; zero for a method that needs none.
+        calibrate: to collect the statistics, and to measure the spectra for the method that reads them; zero for a
+            method that needs neither.
         allocate: to choose the widths of one target.
         sort: to rank and permute the neurons by the method's scores.
         prune: to take the widths, and to compute the bias.
@@ -171,6 +175,17 @@ class Tables:
         return asdict(self)
 
 
+def check_tables(run: Run, *, others: Sequence[str] = ()) -> None:
+    """Looks at what `write_tables` is asked for, before anything is done for nothing.
+
+    Raises:
+        LopError: there is no such baseline, or no such model.
+    """
+    _baseline_names(run)
+    for name in others:
+        find_model(name)
+
+
 def write_tables(run: Run, *, others: Sequence[str] = (), progress: bool = True) -> Path | None:
     """Scores every method at every target and writes `tables.md`, `tables.json` and their pictures.
 
@@ -205,7 +220,7 @@ def make_tables(
     runs = list(_seed_runs(run, progress=progress))
     targets = _targets(run)
     outcomes = rivals_stage(run, seeds=len(runs), progress=progress)
-    entries = [*_baseline_entries(run, targets), *_rival_entries(run, outcomes)]
+    entries = [*_baseline_entries(run, targets, progress=progress), *_rival_entries(run, outcomes)]
     for seed_run in runs:
         entries += _lop_entries(seed_run, targets)
     full = Entry(
@@ -301,9 +316,11 @@ def _seed_runs(run: Run, *, progress: bool) -> Iterator[Run]:
     yield run
     for extra in range(1, run.config.tables.seeds):
         other = run.with_seed(run.config.seed + extra)
-        if not other.statistics_file.exists():
-            other.folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(run.statistics_file, other.statistics_file)
+        other.folder.mkdir(parents=True, exist_ok=True)
+        # Neither depends on the seed.
+        for mine, theirs in ((run.statistics_file, other.statistics_file), (run.spectra_file, other.spectra_file)):
+            if mine.exists() and not theirs.exists():
+                shutil.copyfile(mine, theirs)
         search_stage(other, progress=progress)
         train_stage(other, progress=progress)
         yield other
@@ -321,18 +338,26 @@ def _targets(run: Run) -> tuple[float, ...]:
     return found
 
 
-def _baseline_entries(run: Run, targets: Sequence[float]) -> Iterator[Entry]:
-    names = run.config.tables.baselines or tuple(ALL_BASELINES)
-    for name in names:
-        if name not in ALL_BASELINES:
-            raise LopError(f"tables.baselines: {name!r} is not one of {', '.join(ALL_BASELINES)}")
+def _baseline_entries(run: Run, targets: Sequence[float], *, progress: bool) -> Iterator[Entry]:
+    for name in _baseline_names(run):
         baseline = ALL_BASELINES[name]
+        evidence = statistics_for(run, baseline, progress=progress)
         for target in targets:
             start = time.perf_counter()
-            allocation = baseline.allocate(run.statistics, run.space, run.space.budget(target))
+            allocation = baseline.allocate(evidence, run.space, run.space.budget(target))
             spent = time.perf_counter() - start
             cell = Cell(_importance_name(run, name, baseline), allocation.widths, baseline.bias)
             yield Entry(name, "baseline", target, run.config.seed, cell, name != "magnitude", spent)
+
+
+def _baseline_names(run: Run) -> tuple[str, ...]:
+    names = run.config.tables.baselines
+    if names is None:
+        return tuple(ALL_BASELINES)
+    for name in names:
+        if name not in ALL_BASELINES:
+            raise LopError(f"tables.baselines: {name!r} is not one of {', '.join(ALL_BASELINES)}")
+    return names
 
 
 def _importance_name(run: Run, name: str, baseline: Baseline) -> str:
@@ -443,7 +468,7 @@ def _tests(board: _Board, entries: Sequence[Entry]) -> Iterator[Test]:
 
 def _seconds(run: Run, entries: Sequence[Entry], scored: Mapping[Cell, Scored]) -> Iterator[Seconds]:
     results = run.folder / "results.json"
-    measured = [entry["calibrate"] for entry in read_json(results)["seconds"]] if results.exists() else []
+    measured = read_as(results, _calibrate_seconds) if results.exists() else []
     calibrate = max(measured, default=run.seconds().get("calibrate", 0.0))
     by_method: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -452,8 +477,9 @@ def _seconds(run: Run, entries: Sequence[Entry], scored: Mapping[Cell, Scored]) 
 
     def parts(method: str) -> tuple[float, float, float, float]:
         mine = by_method[method]
+        by_spectra = method in ALL_BASELINES and ALL_BASELINES[method].by_spectra
         return (
-            calibrate if mine[0].calibrates else 0.0,
+            (calibrate if mine[0].calibrates else 0.0) + (layer_spectra(run).seconds if by_spectra else 0.0),
             statistics.median(entry.allocate_seconds for entry in mine),
             statistics.median(scored[entry.cell].sort_seconds for entry in mine),
             statistics.median(scored[entry.cell].prune_seconds for entry in mine),
@@ -468,6 +494,10 @@ def _seconds(run: Run, entries: Sequence[Entry], scored: Mapping[Cell, Scored]) 
         whole = sum(reference) / spent if reference else float("nan")
         kept = (reference[1] + reference[3]) / cached if reference else float("nan")
         yield Seconds(method, first, allocate, sort, prune, whole, kept)
+
+
+def _calibrate_seconds(results: Any) -> list[float]:
+    return [float(entry["calibrate"]) for entry in results["seconds"]]
 
 
 def _models(
@@ -535,5 +565,5 @@ def _predictors(runs: Sequence[Run]) -> Iterator[Mapping[str, Any]]:
     for run in runs:
         path = run.folder / "predictors.json"
         if path.exists():
-            for record in read_json(path)["architectures"]:
+            for record in read_as(path, itemgetter("architectures")):
                 yield {"seed": run.config.seed, **record}

@@ -53,7 +53,7 @@ def report_tables(run: Run, tables: Tables) -> Path:
     _draw_curves(tables, run.folder / "rivals.png")
     path = run.folder / "tables.md"
     with atomic_file(path) as temporary:
-        temporary.write_text(_markdown(run, tables, pictures))
+        temporary.write_text(_markdown(run, tables, pictures), encoding="utf-8")
     return path
 
 

@@ -1,16 +1,17 @@
 """How predictors learn from what the search found."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lop.errors import LopError
-from lop.predictors import build
+from lop.inference import predict
+from lop.networks import build, weights_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Fit:
 
     architecture: str
     learning_rate: float
-    weights: dict[str, Tensor]
+    weights: dict[str, np.ndarray]
     validation_error: float
     training_errors: tuple[float, ...]
     validation_errors: tuple[float, ...]
@@ -98,7 +99,8 @@ def fit(
         torch.manual_seed(seed)
         network = build(architecture, ratios.shape[1])
     optimiser = torch.optim.Adam(network.parameters(), lr=learning_rate)
-    best, least = _copy(network), validation_error(network, validation)
+    best = weights_of(network)
+    least = validation_error(architecture, best, validation)
     history: list[tuple[float, float]] = []
     for epoch in range(epochs):
         total = 0.0
@@ -109,23 +111,22 @@ def fit(
             loss.backward()
             optimiser.step()
             total += loss.item() * len(chosen)
-        error = validation_error(network, validation)
+        now = weights_of(network)
+        error = validation_error(architecture, now, validation)
         history.append((total / len(targets), error))
         if error < least:
-            best, least = _copy(network), error
+            best, least = now, error
         on_epoch(epoch, error)
     training_errors, validation_errors = zip(*history)
     seconds = time.perf_counter() - started
     return Fit(architecture, learning_rate, best, least, training_errors, validation_errors, seconds)
 
 
-@torch.no_grad()
-def validation_error(network: torch.nn.Module, pairs: Sequence[Pair]) -> float:
+def validation_error(architecture: str, weights: Mapping[str, np.ndarray], pairs: Sequence[Pair]) -> float:
     """The mean squared error of free predictions."""
-    targets = sorted({pair.target for pair in pairs})
-    predicted = {target: network.predict(torch.tensor([target]))[0] for target in targets}  # type: ignore[operator]
-    errors = [F.mse_loss(predicted[pair.target], torch.tensor(pair.ratios)).item() for pair in pairs]
-    return sum(errors) / len(errors)
+    layers = len(pairs[0].ratios)
+    predicted = {target: predict(architecture, weights, layers, target) for target in {pair.target for pair in pairs}}
+    return float(np.mean([np.square(predicted[pair.target] - pair.ratios).mean() for pair in pairs]))
 
 
 def _check(training: Sequence[Pair], validation: Sequence[Pair]) -> None:
@@ -140,7 +141,3 @@ def _tensors(pairs: Sequence[Pair]) -> tuple[Tensor, Tensor, Tensor]:
     weights = torch.tensor([pair.weight for pair in pairs])
     targets, ratios = torch.tensor([pair.target for pair in pairs]), torch.tensor([pair.ratios for pair in pairs])
     return targets, ratios, weights / weights.mean()
-
-
-def _copy(network: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}

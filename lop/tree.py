@@ -77,7 +77,7 @@ class SearchTree:
 
     Args:
         starts: the root's allocation and then the allocations of its first children; all of one budget.
-        reward: the number in [0, 1] that an evaluation is worth.
+        reward: the number that an evaluation is worth; more is better.
         tie_breaker: tells evaluations of equal reward apart.
         seed: what the random moves are drawn from.
     """

@@ -4,11 +4,12 @@ import json
 import time
 from collections.abc import Sequence
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from lop.console import PlainConsole
 from lop.errors import LopError
 from lop.ledger import evaluations, ledger_header
 from lop.progress import STATUS_FILE, Progress, duration
@@ -39,7 +40,7 @@ def watch(location: Location, *, once: bool = False) -> None:
     Raises:
         LopError: no search has begun there.
     """
-    console = Console()
+    console = PlainConsole()
     progress = read_status(location)
     if once or not console.is_terminal:
         console.print(render(progress, str(location), now=time.time()))

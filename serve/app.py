@@ -46,7 +46,6 @@ class PredictorDeployment:
     """Holds each model's predictor, which is small; the model itself is not needed."""
 
     def __init__(self, settings: ServiceSettings, models: dict[str, ServedModel]) -> None:
-        torch.set_num_threads(1)
         self._predictors = {}
         for name, entry in settings.models.items():
             folder = open_run(entry).predictor_folder

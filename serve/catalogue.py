@@ -13,9 +13,10 @@ from lop.errors import LopError
 from lop.files import read_json
 from lop.fingerprint import fingerprint, fingerprint_file
 from lop.intervals import Interval, wilson
+from lop.prediction import predictor_for
 from lop.run import Run, shipped_run
 from lop.size import ModelSize
-from lop.stages import predictor_for, read_search
+from lop.stages import read_search
 from serve.exporting import companion_bytes
 from serve.settings import ModelSettings, ServiceSettings
 

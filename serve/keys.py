@@ -48,7 +48,7 @@ def load_keys(file: Path | None) -> Keys:
     lines = os.environ.get(VARIABLE, "").split(",")
     if file is not None:
         try:
-            lines += [line.partition("#")[0] for line in file.read_text().splitlines()]
+            lines += [line.partition("#")[0] for line in file.read_text(encoding="utf-8").splitlines()]
         except (OSError, UnicodeDecodeError):
             raise LopError(f"keys file {file} cannot be read") from None
     return Keys(key for line in lines if (key := line.strip()))

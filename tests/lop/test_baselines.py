@@ -10,7 +10,8 @@ from lop.allocation import Space
 from lop.baselines import ALL_BASELINES, VARIANTS, alpha_pruning, global_threshold, owl, root_allocation
 from lop.errors import LopError
 from lop.importance import activation, contribution, flap, fluctuation, importance, magnitude, order, wanda
-from lop.statistics import NeuronStatistics, tail_exponent
+from lop.spectra import tail_exponent
+from lop.statistics import NeuronStatistics
 
 
 def by_hand(hidden: np.ndarray, down: np.ndarray) -> NeuronStatistics:
@@ -78,7 +79,7 @@ def test_alpha_pruning_worked_by_hand() -> None:
     space = Space(3, 20, 1, 0.95)
     statistics = replace(spread_scores([[1.0] * 20] * 3), exponents=np.array([2.0, 3.0, 4.0]))
     assert alpha_pruning(statistics, space, space.budget(0.5)).widths == (13, 10, 7)
-    with pytest.raises(LopError, match="lop calibrate"):
+    with pytest.raises(LopError, match="no spectra"):
         alpha_pruning(replace(statistics, exponents=None), space, 30)
 
 

@@ -30,7 +30,7 @@ def test_overrides_reach_into_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("search.simulation=7", "search.simulation: Extra inputs"),
+        ("search.simulation=7", "search.simulation: there is no such setting"),
         ("search.simulations=many", "search.simulations: .*'many'"),
         ("search.simulations=7.5", "search.simulations"),
         ("seed=true", "seed"),

@@ -1,7 +1,8 @@
 """The lean pass against transformers' own, finer rewards, races and kept states, on the embedded model."""
 
+import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from torch._dynamo.testing import CompileCounter
 
 from lop.adapter import QwenVL, load_model
 from lop.allocation import Allocation, Space, dense, project
-from lop.elastic import ElasticModel, fused_gated
+from lop.backbone import Backbone, Layer
+from lop.elastic import ElasticFfn, ElasticModel, fused_gated
 from lop.encoding import Encoded, encode
 from lop.evaluation import Evaluation
 from lop.evaluator import Evaluator
@@ -159,7 +161,7 @@ def test_widths_and_lengths_compile_once(
     counter = CompileCounter()
     monkeypatch.setattr("lop.elastic._BACKEND", counter)
     fused_gated.cache_clear()
-    compiled = ElasticModel.from_state(elastic.state)
+    compiled = copy.deepcopy(elastic)
     compiled.compile()
     evaluator = Evaluator(compiled, whole)
     plain = Evaluator(elastic, whole)
@@ -172,7 +174,7 @@ def test_widths_and_lengths_compile_once(
 
 def test_an_evaluation_writes_to_no_weight_and_no_batch(elastic: ElasticModel, whole: Encoded) -> None:
     tensors = [tensor for batch in whole.batches for tensor in batch.tensors().values()]
-    tensors += _tensors(elastic.state)
+    tensors += _tensors(elastic.backbone)
     before = [tensor.clone() for tensor in tensors]
     Evaluator(elastic, whole, divergence=True, cache_bytes=1 << 30).evaluate(pruned(0.3, first=2))
     assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
@@ -181,8 +183,8 @@ def test_an_evaluation_writes_to_no_weight_and_no_batch(elastic: ElasticModel, w
 def _tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, Sequence | tuple) else ()
-    return [tensor for part in parts if not isinstance(part, str) for tensor in _tensors(part)]
+    parts = vars(value).values() if isinstance(value, Backbone | Layer | ElasticFfn) else value
+    return [tensor for part in parts for tensor in _tensors(part)] if isinstance(parts, Iterable) else []
 
 
 def test_evaluations_of_older_ledgers_are_read() -> None:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from lop.allocation import Space, project, uniform
 from lop.errors import LopError
-from lop.predictors import ARCHITECTURES, Predictor, build, load_predictor
+from lop.inference import NETWORKS, predict
+from lop.networks import ARCHITECTURES, build, weights_of
+from lop.predictors import Predictor, load_predictor
 from lop.size import ModelSize
 
 SPACE = Space(layers=7, neurons=96, granularity=8, max_ratio=0.9)
@@ -28,7 +30,7 @@ def network(architecture: str, layers: int = SPACE.layers) -> torch.nn.Module:
 
 
 def predictor(architecture: str) -> Predictor:
-    return Predictor(architecture, network(architecture).state_dict(), SPACE, SIZE, {"model": "0123456789abcdef"})
+    return Predictor(architecture, weights_of(network(architecture)), SPACE, SIZE, {"model": "0123456789abcdef"})
 
 
 PREDICTORS = {name: predictor(name) for name in NAMES}
@@ -57,20 +59,43 @@ def test_ratios_are_shares_and_the_allocation_is_the_one_nearest_to_them(name: s
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.7])
 def test_an_untrained_network_answers_the_uniform_allocation(name: str, target: float) -> None:
-    untrained = Predictor(name, build(name, SPACE.layers).state_dict(), SPACE, SIZE, {})
+    untrained = Predictor(name, weights_of(build(name, SPACE.layers)), SPACE, SIZE, {})
     np.testing.assert_allclose(untrained.ratios(target), target, atol=1e-6)
     assert untrained.allocate(SPACE.budget(target)) == uniform(SPACE, SPACE.budget(target))
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layers", [1, 7, 28])
-@pytest.mark.parametrize("target", [0.0, 0.31, 1.0])
-def test_the_loop_agrees_with_teacher_forcing_on_its_own_answers(name: str, layers: int, target: float) -> None:
-    built = network(name, layers)
-    targets = torch.tensor([target])
-    with torch.inference_mode():
-        free = built.predict(targets)  # type: ignore[operator]
-        torch.testing.assert_close(built(targets, free), free, atol=2e-6, rtol=0)
+@settings(deadline=None, max_examples=40)
+@given(
+    layers=st.sampled_from([1, 2, 7, 28, 80]),
+    target=st.floats(0, 1),
+    seed=st.integers(0, 2**32 - 1),
+    scale=st.floats(0.1, 2),
+)
+def test_answers_without_torch_are_those_of_the_trained_network(
+    name: str, layers: int, target: float, seed: int, scale: float
+) -> None:
+    # Each answer is what the network says when it is fed the answers before it.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        built = build(name, layers).double()
+        for parameter in built.parameters():
+            parameter.normal_(std=scale / parameter.shape[-1] ** 0.5)
+        free = predict(name, weights_of(built.float()), layers, target)
+        forced = built.double()(torch.tensor([target]).double(), torch.from_numpy(free)[None].double())[0]
+    assert free.dtype == np.float32
+    np.testing.assert_allclose(free, forced.numpy(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [5, 9])
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_weights_for_another_number_of_layers_are_refused(name: str, layers: int) -> None:
+    with pytest.raises(LopError, match=f"for {layers} layers, not 7"):
+        predict(name, weights_of(network(name, layers)), SPACE.layers, 0.5)
+
+
+def test_every_network_can_be_trained_and_can_answer() -> None:
+    assert NETWORKS.keys() == ARCHITECTURES.keys()
 
 
 def test_a_step_of_the_transformer_sees_the_layers_before_it_and_no_others() -> None:
@@ -87,12 +112,16 @@ def test_a_step_of_the_transformer_sees_the_layers_before_it_and_no_others() -> 
 def test_no_architecture_has_another_name() -> None:
     with pytest.raises(LopError, match=r"architecture 'gru' is not one of mlp, lstm, transformer"):
         build("gru", 4)
+    with pytest.raises(LopError, match=r"architecture 'gru' is not one of mlp, lstm, transformer"):
+        predict("gru", {}, 4, 0.5)
 
 
-def test_predicting_leaves_the_random_state_alone() -> None:
-    before = torch.get_rng_state()
-    predictor("transformer").ratios(0.2)
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_weight_is_named(name: str) -> None:
+    weights = PREDICTORS[name].weights
+    for missing in weights:
+        with pytest.raises(LopError, match=missing):
+            predict(name, {key: value for key, value in weights.items() if key != missing}, SPACE.layers, 0.5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,8 +184,8 @@ def test_another_json_file_is_no_predictor(content: str, tmp_path: Path) -> None
 
 
 def test_weights_of_another_network_are_refused_when_loaded(tmp_path: Path) -> None:
-    Predictor("mlp", network("mlp", layers=9).state_dict(), SPACE, SIZE, {}).save(tmp_path / "p")
-    with pytest.raises(LopError, match="size mismatch") as raised:
+    Predictor("mlp", weights_of(network("mlp", layers=9)), SPACE, SIZE, {}).save(tmp_path / "p")
+    with pytest.raises(LopError, match="for 9 layers, not 7") as raised:
         load_predictor(tmp_path / "p")
     assert "\n" not in str(raised.value)
 

@@ -14,10 +14,11 @@ from lop.compare import _choosers, comparison_fingerprints
 from lop.config import Config, find_config, load_config
 from lop.errors import LopError
 from lop.models import assets
+from lop.prediction import open_predictor, predictor_for
 from lop.rivals import Job, RivalWorker, _job_fingerprint
 from lop.run import Run
 from lop.samples import SampleSets
-from lop.stages import build_evaluator, open_predictor, predictor_for, train_stage
+from lop.stages import build_evaluator, train_stage
 from lop.statistics import NeuronStatistics
 from lop.tables import _lop_entries
 

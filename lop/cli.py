@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from lop.config import RECOVERIES, Config, find_config, load_config
 from lop.errors import LopError
 from lop.formats import FORMATS
+from lop.interrupt import Interrupted, interruptible
 from lop.models import EMBEDDED
 from lop.size import Target, describe, parse_count
 
@@ -28,14 +30,29 @@ _SERVED_HELP = "a run to serve, again for each; without any, what ships for the 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    _quiet_libraries()
-    try:
+    """Runs one command. Returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM."""
+    options = build_parser().parse_args(arguments)
+    return exit_code(partial(run_stages, options))
+
+
+def run_stages(options: argparse.Namespace) -> int:
+    """Runs what the options were parsed for, one after the other, and returns 0.
+
+    Raises:
+        LopError, OSError: one of them fails; the others after it are not run.
+    """
+    for stage in options.stages:
         with _at(options):
-            options.command(options)
+            stage(options)
+    return 0
+
+
+def exit_code(action: Callable[[], int]) -> int:
+    """What the action returns, or what its end by an error or a signal comes to, which is told in one line."""
+    set_up_logging()
+    try:
+        with interruptible():
+            code = action()
         sys.stdout.flush()
     except LopError as error:
         return _complain(str(error))
@@ -46,10 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         # What the system says comes in parts; what remote storage says is a sentence that names the place.
         return _complain(f"{error.filename or 'disk'}: {error.strerror}" if error.strerror else str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("lop: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+        return error.code if isinstance(error, Interrupted) else 130
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,14 +77,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, summary: str, command: Command, *, common: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, summary: str, *actions: Command, common: bool = True) -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=summary, description=f"{summary}.")
-        stage.set_defaults(command=command, default_config=None)
+        stage.set_defaults(stages=actions, default_config=None)
         if common:
             _add_common(stage)
         return stage
 
-    add("calibrate", "collect the statistics of every FFN neuron on the calibration samples", _calibrate)
+    calibrate = add("calibrate", "collect the statistics of every FFN neuron on the calibration samples", _calibrate)
+    _add_workers(calibrate)
     search = add("search", "run one UCB tree per target on the reward samples, or go on with it", _search)
     _add_workers(search)
     _add_max_width(search)
@@ -91,8 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     rivals.add_argument("--seeds", type=int, metavar="N", help="repeat with N seeds")
     compare = add("compare", "evaluate LOP and the baselines on the test samples and write report and tables", _compare)
     _add_workers(compare)
-    compare.add_argument("--seeds", type=int, metavar="N", help="repeat searches and trainings with N seeds")
-    compare.add_argument("--against", action="append", default=[], metavar="MODEL", help="another model, for table 2")
+    _add_compare(compare)
+    stages = (_calibrate, _search, _train, _compare)
+    pipeline = add("pipeline", "run calibrate, search, train and compare, up to the first that fails", *stages)
+    _add_workers(pipeline)
+    _add_max_width(pipeline)
+    _add_compare(pipeline)
     evaluate = add("evaluate", "evaluate a checkpoint under lmms-eval", _evaluate, common=False)
     _add_evaluate(evaluate)
     ledger = add("ledger", "print a search's evaluations, while it runs or later", _ledger, common=False)
@@ -130,6 +152,11 @@ def _add_max_width(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--max-width-ratio", type=float, metavar="X", help=help)
 
 
+def _add_compare(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--seeds", type=int, metavar="N", help="repeat searches and trainings with N seeds")
+    stage.add_argument("--against", action="append", default=[], metavar="MODEL", help="another model, for table 2")
+
+
 def _add_evaluate(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--model", required=True, help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id")
     stage.add_argument("--tasks", default="embedded", metavar="NAMES", help="embedded, real, or lmms-eval's names")
@@ -151,13 +178,12 @@ def _add_target(stage: argparse.ArgumentParser) -> None:
     target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, such as 8GiB")
 
 
-def read_config(arguments: Sequence[str]) -> Config:
-    """The settings that a command with these arguments would run with.
+def read_config(options: argparse.Namespace) -> Config:
+    """The settings that a command with these options would run with.
 
     Raises:
         LopError: they are not valid.
     """
-    options = build_parser().parse_args(arguments)
     with _at(options):
         return _config(options)
 
@@ -221,6 +247,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     run = _run(options)
     calibrate_stage(run)
     print(run.location / run.statistics_file.name)
+
+
+# They compute with the model themselves and start nothing else: a job runs them where the GPUs are.
+COMPUTING: tuple[Command, ...] = (_calibrate,)
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -367,7 +397,9 @@ def _serve(options: argparse.Namespace) -> None:
         launch(application, host=options.host, port=options.port)
 
 
-def _quiet_libraries() -> None:
+def set_up_logging() -> None:
+    """LOP's lines go to stderr as they are, and of the libraries' only errors."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

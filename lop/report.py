@@ -15,6 +15,7 @@ from lop.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run import Run
 from lop.samples import FORMS
 from lop.stages import read_search
+from lop.workers import on_worker
 
 _FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
 
@@ -32,7 +33,7 @@ def write_report(run: Run) -> Path:
     if results.exists() and read_json(results)["fingerprints"] == comparison_fingerprints(run):
         comparison = Comparison.from_dict(read_json(results))
     else:
-        comparison = compare_stage(run)
+        comparison = on_worker(compare_stage, run)
         write_json(results, comparison.as_dict())
     ratios = np.array([result.best.ratios(run.space) for result in found])
     plot_accuracy(comparison.averages, run.folder / "accuracy.png")

@@ -1,6 +1,7 @@
 """The command line: parse, call one function of the library, print."""
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -65,7 +66,10 @@ def exit_code(action: Callable[[], int]) -> int:
         return _complain(f"{error.filename or 'disk'}: {error.strerror}" if error.strerror else str(error))
     except KeyboardInterrupt as error:
         print("lop: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return error.code if isinstance(error, Interrupted) else 130
+        interrupted = error.code if isinstance(error, Interrupted) else 130
+        # What had to be put in order is: to take torch and Ray apart would cost seconds more.
+        atexit.register(os._exit, interrupted)
+        return interrupted
     return code
 
 

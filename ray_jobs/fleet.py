@@ -467,4 +467,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(cause, BaseException):
         return describe_error(cause)
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-

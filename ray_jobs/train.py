@@ -4,7 +4,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ def tune_fits(
     trainable = tune.with_parameters(
         _trial, training=list(training), validation=list(validation), settings=settings, seed=seed
     )
-    trials = len(settings.architectures) * len(settings.learning_rates)
-    with _scratch(Location.parse(storage)) as records, connected():
+    bar = _Progress(len(settings.architectures) * len(settings.learning_rates))
+    with _scratch(Location.parse(storage)) as records, connected(), closing(bar):
         ONE_CPU.check()
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": ONE_CPU.cpus}),
@@ -62,7 +62,7 @@ def tune_fits(
                 name="predictors",
                 storage_path=records.uri,
                 verbose=0,
-                callbacks=[_Reminder(), *([_Progress(trials)] if progress else [])],
+                callbacks=[_Reminder(), *([bar] if progress else [])],
                 failure_config=tune.FailureConfig(max_failures=2),
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             ),
@@ -100,15 +100,19 @@ class _Progress(tune.Callback):  # type: ignore[misc]
 
     def __init__(self, trials: int) -> None:
         self.trials = trials
+        self.bar: tqdm[Any] | None = None
 
     def setup(self, **info: Any) -> None:
         # Not in __init__: Tune pickles its callbacks before it sets them up.
         self.bar = tqdm(total=self.trials, desc="train: fit", unit="trial")
 
-    def on_experiment_end(self, trials: Sequence[Any], **info: Any) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        """Ends the bar; Tune, interrupted, would not."""
+        if self.bar is not None:
+            self.bar.close()
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
+        assert self.bar is not None
         self.bar.set_postfix_str(f"{trial.config['architecture']}: {trial.last_result['validation_error']:.2e}")
         self.bar.update()
 

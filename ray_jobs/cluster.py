@@ -85,10 +85,10 @@ def _signals_kept() -> Iterator[None]:
     Raises:
         Interrupted: it came inside the block.
     """
-    if threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
         yield
         return
-    handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     except SystemExit as error:

@@ -40,10 +40,11 @@ class Needs:
         if any(_TYPE in node["Labels"] for node in machines) or any(self._fits(node["Resources"]) for node in machines):
             return
         there = "; ".join(sorted({_amounts(node["Resources"]) for node in machines})) or "none"
-        without = "`--set gpus_per_worker=0` does without GPUs" if self.gpus else "`--set threads=1` asks for one CPU"
+        remedies = ["`--set gpus_per_worker=0` does without GPUs"] if self.gpus else []
+        remedies += ["`--set threads=1` asks for one CPU"] if self.cpus > 1 else []
         raise LopError(
             f"a worker needs {self}, which no machine here has ({there}), and no autoscaler would start another: "
-            f"{without}, `--workers 0` without workers"
+            f"{', '.join([*remedies, '`--workers 0` does without workers'])}"
         )
 
     def _fits(self, resources: dict[str, float]) -> bool:

@@ -67,7 +67,7 @@ def _tune(config: Config, folder: Path) -> None:
         (_pool, {"gpus_per_worker": 0.5}, "1 CPU and 0.5 GPU", "gpus_per_worker=0"),
         (_on_worker, {"gpus_per_worker": 1}, "1 CPU and 1 GPU", "gpus_per_worker=0"),
         (_fleet, {"threads": 64}, "64 CPU and 0 GPU", "threads=1"),
-        (_tune, {}, "1 CPU and 0 GPU", "threads=1"),
+        (_tune, {}, "1 CPU and 0 GPU", "--workers 0"),
     ],
 )
 def test_workers_that_can_never_be_had_are_refused(
@@ -82,6 +82,7 @@ def test_workers_that_can_never_be_had_are_refused(
         start(config(**settings), tmp_path)
     for text in (lacks, remedy, "--workers 0"):
         assert text in str(refusal.value)
+    assert ("threads=1" in str(refusal.value)) == ("threads" in settings)
 
 
 def test_workers_that_an_autoscaler_might_bring_are_waited_for_aloud(

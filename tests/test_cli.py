@@ -160,6 +160,7 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.timeout(900)  # So many starts take minutes on a busy machine.
 def test_a_stage_that_is_stopped_ends_in_a_line_and_goes_on(finished: Path, tmp_path: Path) -> None:
     stops = [
         *(("calibrate:  ", signal.SIGINT), ("calibrate:  ", signal.SIGTERM)),
@@ -172,6 +173,7 @@ def test_a_stage_that_is_stopped_ends_in_a_line_and_goes_on(finished: Path, tmp_
     assert results(run) == results(finished)
 
 
+@pytest.mark.timeout(900)  # So many starts take minutes on a busy machine.
 def test_a_stage_with_workers_that_is_stopped_ends_in_a_line_and_goes_on(finished: Path, tmp_path: Path) -> None:
     stops = [
         *(("", signal.SIGINT), ("", signal.SIGTERM)),

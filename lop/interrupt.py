@@ -45,11 +45,12 @@ def interruptible() -> Iterator[None]:
             os._exit(128 + number)
 
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in kept.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, handle)
+    changed = [number for number, handler in kept.items() if handler not in (signal.SIG_IGN, None)]
+    for number in changed:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+        if not asked:  # Else the process is about to end.
+            for number in changed:
+                signal.signal(number, kept[number])

@@ -36,6 +36,7 @@ from lop.run import shipped_run
 from lop.search import Workers, run_search
 from lop.tree import SearchTree, TreeOptions
 from ray_jobs.fleet import Fleet
+from ray_jobs.needs import Needs
 from ray_jobs.search import evaluator_fleet
 
 SPACE = Space(28, 18_944, 128, 0.95)  # The 7B's.
@@ -137,7 +138,7 @@ def busy_share(workers: int, seconds: float, rounds: int) -> dict[str, float]:
     counting = Counting()
     with (
         _folder() as folder,
-        Fleet(partial(Sleeps, seconds), count=workers // threads, cpus=0, concurrency=threads) as fleet,
+        Fleet(partial(Sleeps, seconds), count=workers // threads, needs=Needs(cpus=0), concurrency=threads) as fleet,
         Ledger(folder / "ledger", {}) as ledger,
     ):
         cpu, start = time.process_time(), time.monotonic()
@@ -160,7 +161,7 @@ def commits_per_second(trees: int, rounds: int, simulations: int) -> list[float]
         counting = Counting()
         with (
             _folder() as folder,
-            Fleet(partial(Sleeps, 0.0), count=2, cpus=1) as fleet,
+            Fleet(partial(Sleeps, 0.0), count=2) as fleet,
             Ledger(folder / "ledger", {}) as ledger,
         ):
             run_search(make_trees(trees, simulations=simulations), fleet, ledger, watcher=counting)

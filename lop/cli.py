@@ -1,11 +1,14 @@
 """The command line: parse, call one function of the library, print."""
 
 import argparse
+import atexit
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,6 +17,7 @@ from tqdm import tqdm
 from lop.config import RECOVERIES, Config, find_config, load_config
 from lop.errors import LopError
 from lop.formats import FORMATS
+from lop.interrupt import Interrupted, interruptible
 from lop.models import EMBEDDED, find_model
 from lop.places import check_lasting
 from lop.size import Target, parse_count
@@ -31,15 +35,32 @@ _SERVED_HELP = "a run to serve, again for each; without any, what ships for the 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
-    Returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C, 141 where whoever read the output has left.
+    Returns the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C, 143 for SIGTERM, 141 where whoever read the
+    output has left.
     """
     prepare_streams()
-    try:
-        options = build_parser().parse_args(arguments)
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-        _quiet_libraries()
+    options = build_parser().parse_args(arguments)
+    return exit_code(partial(run_stages, options))
+
+
+def run_stages(options: argparse.Namespace) -> int:
+    """Runs what the options were parsed for, one after the other, and returns 0.
+
+    Raises:
+        LopError, OSError: one of them fails; the others after it are not run.
+    """
+    for stage in options.stages:
         with _at(options):
-            options.command(options)
+            stage(options)
+    return 0
+
+
+def exit_code(action: Callable[[], int]) -> int:
+    """What the action returns, or what its end by an error or a signal comes to, which is told in one line."""
+    set_up_logging()
+    try:
+        with interruptible():
+            code = action()
         sys.stdout.flush()
     except LopError as error:
         return _complain(str(error))
@@ -48,12 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         # What the system says comes in parts; what remote storage says is a sentence that names the place.
         return _complain(f"{error.filename or 'disk'}: {error.strerror}" if error.strerror else str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         say("lop: interrupted; the same command goes on where it stopped")
-        return 130
+        interrupted = error.code if isinstance(error, Interrupted) else 130
+        # What had to be put in order is: to take torch and Ray apart would cost seconds more.
+        atexit.register(os._exit, interrupted)
+        return interrupted
     finally:
         settle_streams()
-    return 0
+    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,14 +95,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, summary: str, command: Command, *, common: bool = True) -> argparse.ArgumentParser:
+    def add(name: str, summary: str, *actions: Command, common: bool = True) -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=summary, description=f"{summary}.")
-        stage.set_defaults(command=command, default_config=None)
+        stage.set_defaults(stages=actions, default_config=None)
         if common:
             _add_common(stage)
         return stage
 
-    add("calibrate", "collect the statistics of every FFN neuron on the calibration samples", _calibrate)
+    calibrate = add("calibrate", "collect the statistics of every FFN neuron on the calibration samples", _calibrate)
+    _add_workers(calibrate)
     search = add("search", "run one UCB tree per target on the reward samples, or go on with it", _search)
     _add_workers(search)
     _add_max_width(search)
@@ -106,10 +131,12 @@ def build_parser() -> argparse.ArgumentParser:
     rivals.add_argument("--seeds", type=int, metavar="N", help="repeat with N seeds")
     compare = add("compare", "evaluate LOP and the baselines on the test samples and write report and tables", _compare)
     _add_workers(compare)
-    compare.add_argument("--seeds", type=int, metavar="N", help="repeat searches and trainings with N seeds")
-    compare.add_argument(
-        "--against", type=_name, action="append", default=[], metavar="MODEL", help="another model, for table 2"
-    )
+    _add_compare(compare)
+    stages = (_calibrate, _search, _train, _compare)
+    pipeline = add("pipeline", "run calibrate, search, train and compare, up to the first that fails", *stages)
+    _add_workers(pipeline)
+    _add_max_width(pipeline)
+    _add_compare(pipeline)
     evaluate = add("evaluate", "evaluate a checkpoint under lmms-eval", _evaluate, common=False)
     _add_evaluate(evaluate)
     ledger = add("ledger", "print a search's evaluations, while it runs or later", _ledger, common=False)
@@ -163,6 +190,13 @@ def _add_max_width(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--max-width-ratio", type=float, metavar="X", help=help)
 
 
+def _add_compare(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("--seeds", type=int, metavar="N", help="repeat searches and trainings with N seeds")
+    stage.add_argument(
+        "--against", type=_name, action="append", default=[], metavar="MODEL", help="another model, for table 2"
+    )
+
+
 def _add_evaluate(stage: argparse.ArgumentParser) -> None:
     stage.add_argument(
         "--model", type=_name, required=True, help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
@@ -191,16 +225,15 @@ def _add_form(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
 
 
-def settle(arguments: Sequence[str]) -> tuple[Config, list[str]]:
-    """The settings that a stage's command would run with, and the command for a process with another working directory.
+def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
+    """The settings that a stage's command would run with, and its options for a process with another working directory.
 
     Raises:
         LopError: they are not valid, or what the stage writes would be lost.
     """
-    options = build_parser().parse_args(arguments)
     with _at(options):
         run = _run(options)
-        return run.config, [*arguments, "--run", run.location.uri]
+        return run.config, argparse.Namespace(**{**vars(options), "run": run.location.uri})
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -267,6 +300,10 @@ def _calibrate(options: argparse.Namespace) -> None:
     run = _run(options)
     calibrate_stage(run)
     print(run.location / run.statistics_file.name)
+
+
+# They compute with the model themselves and start nothing else: a job runs them where the GPUs are.
+COMPUTING: tuple[Command, ...] = (_calibrate,)
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -417,7 +454,9 @@ def _serve(options: argparse.Namespace) -> None:
         launch(application, host=options.host, port=options.port)
 
 
-def _quiet_libraries() -> None:
+def set_up_logging() -> None:
+    """LOP's lines go to stderr as they are, and of the libraries' only errors."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -16,6 +16,7 @@ from lop.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run import Run
 from lop.samples import FORMS
 from lop.stages import read_search
+from lop.workers import on_worker
 
 _FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
 
@@ -35,7 +36,7 @@ def write_report(run: Run) -> Path:
     if results.exists() and read_as(results, itemgetter("fingerprints")) == fingerprints:
         comparison = read_as(results, Comparison.from_dict)
     else:
-        comparison = compare_stage(run)
+        comparison = on_worker(compare_stage, run)
         write_json(results, comparison.as_dict())
     ratios = np.array([result.best.ratios(run.space) for result in found])
     plot_accuracy(comparison.averages, run.folder / "accuracy.png")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,10 +175,11 @@ class Location:
         """
         self.filesystem.delete_file(f"{self.path}/{name}")
 
-    def clear(self) -> None:
-        """Removes everything in the folder, if there is such a folder.
+    def remove(self) -> None:
+        """Removes the folder and everything in it, if there is such a folder.
 
         Raises:
             OSError: it cannot be removed.
         """
-        self.filesystem.delete_dir_contents(self.path, missing_dir_ok=True)
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_dir(self.path)

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from lop.sensitivity import scan, scan_widths
 from lop.size import read_tensors
 from lop.spectra import layer_spectra, statistics_for
 from lop.stages import read_search, search_stage, train_stage
+from lop.workers import on_worker
 
 log = logging.getLogger(__name__)
 LOP = ("lop-search", "lop-predictor")
@@ -518,15 +520,19 @@ def _models(
             yield Model(f"LOP {target:.0%}", run.size.pruned_parameters(sum(group[0].cell.widths)), metrics)
     for name in others:
         folder = find_model(name)
-        model = load_model(folder, device=run.config.device, dtype=run.config.dtype)
         asked: list[Sample] = [question.sample for mine in questions.values() for question in mine]
-        texts = iter(answers(model, asked, progress=progress))
+        texts = iter(on_worker(partial(_answers, name, asked, progress), run))
         verdicts = {
             task: [Verdict(q.group, q.part, q.sample.answer, next(texts)) for q in mine]
             for task, mine in questions.items()
         }
         parameters = sum(tensor.parameters for tensor in read_tensors(folder).values())
         yield Model(name, parameters, board.of_verdicts(verdicts))
+
+
+def _answers(name: str, asked: Sequence[Sample], progress: bool, run: Run) -> list[str]:
+    model = load_model(find_model(name), device=run.config.device, dtype=run.config.dtype)
+    return answers(model, asked, progress=progress)
 
 
 def _allocations(run: Run, entries: Sequence[Entry]) -> Iterator[Mapping[str, Any]]:

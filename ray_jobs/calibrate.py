@@ -1,6 +1,6 @@
 """The calibration on a cluster: `ray job submit --working-dir . -- python -m ray_jobs.calibrate --run DIR …`."""
 
-from ray_jobs.job import run_on_worker
+from ray_jobs.job import run_job
 
 if __name__ == "__main__":
-    run_on_worker("calibrate")
+    run_job("calibrate")

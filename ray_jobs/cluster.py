@@ -1,16 +1,22 @@
 """The Ray cluster that a stage runs on: the one it was submitted to, or one on this machine."""
 
+import fcntl
 import logging
 import os
+import signal
 import socket
+import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError
 
 from lop.errors import LopError, first_line
+from lop.interrupt import Interrupted
 
 _SECONDS_TO_CONNECT = 10
 
@@ -34,12 +40,12 @@ def ensure_ray(*, show_workers: bool = False) -> bool:
         return False
     address = os.environ.get("RAY_ADDRESS")
     try:
-        if address:
-            _check_listening(address)
-            ray.init(address=address, log_to_driver=show_workers, logging_level=logging.ERROR)
-        else:
-            # Without an address Ray would join whatever cluster was last started on this machine.
-            ray.init(address="local", include_dashboard=False, log_to_driver=show_workers, logging_level=logging.ERROR)
+        with _signals_kept():
+            if address:
+                _check_listening(address)
+                ray.init(address=address, log_to_driver=show_workers, logging_level=logging.ERROR)
+            else:
+                _start(show_workers)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         remedy = "check or unset RAY_ADDRESS" if address else "Ray could not start"
         raise LopError(f"no Ray cluster at {address or 'this machine'}: {first_line(error)} ({remedy})") from None
@@ -59,6 +65,38 @@ def connected(*, show_workers: bool = False) -> Iterator[None]:
     finally:
         if began:
             ray.shutdown()
+
+
+def _start(show_workers: bool) -> None:
+    """A new cluster on this machine, one at a time.
+
+    Ray looks for free ports and takes them later: of two clusters that start at once, one may meet the other's.
+    """
+    with (Path(tempfile.gettempdir()) / f"lop-ray-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Without an address Ray would join whatever cluster was last started on this machine.
+        ray.init(address="local", include_dashboard=False, log_to_driver=show_workers, logging_level=logging.ERROR)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """SIGTERM does after the block what it did before: `ray.init` has it end the process, with a stack of C++.
+
+    Raises:
+        Interrupted: it came inside the block.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        raise Interrupted(signal.SIGTERM) from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _check_listening(address: str) -> None:

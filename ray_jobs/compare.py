@@ -1,6 +1,6 @@
 """The comparison on a cluster: `ray job submit --working-dir . -- python -m ray_jobs.compare --run DIR …`."""
 
-from ray_jobs.job import run_on_worker
+from ray_jobs.job import run_job
 
 if __name__ == "__main__":
-    run_on_worker("compare")
+    run_job("compare")

@@ -25,6 +25,7 @@ from lop.errors import LopError
 from lop.evaluation import Evaluation
 from lop.racing import Candidate, Racer
 from ray_jobs.actor import Answer, EvaluatorActor, describe_error
+from ray_jobs.needs import ONE_CPU, Needs, Wait
 
 log = logging.getLogger(__name__)
 _ATTEMPTS = 3
@@ -41,7 +42,6 @@ _GIVEN_UP_LATER = 20
 _SECONDS_A_CALL = 0.05
 _LARGEST_CALL = 64
 _SECONDS_BETWEEN_CHECKS = 1.0
-_SECONDS_OF_SILENCE = 60.0
 # The actor is gone. One that the machine's memory monitor ended comes as OutOfMemoryError.
 _LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
@@ -101,7 +101,7 @@ class Fleet:
     Args:
         build: makes an actor's evaluator; sent to each actor, so it must be picklable.
         count: the most actors; the search starts with the first that is ready.
-        cpus, gpus: that each actor holds.
+        needs: what each actor holds.
         seconds: that one evaluation may take.
         concurrency: evaluations that an actor runs at a time; more than one only where they wait and do not compute.
     """
@@ -111,13 +111,13 @@ class Fleet:
         build: Callable[[], Racer],
         *,
         count: int,
-        cpus: float = 1,
-        gpus: float = 0,
+        needs: Needs = ONE_CPU,
         seconds: float = math.inf,
         concurrency: int = 1,
     ) -> None:
         self._build = build
-        self._options = {"num_cpus": cpus, "num_gpus": gpus, "max_concurrency": concurrency}
+        self._options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "max_concurrency": concurrency}
+        self._wait = Wait(needs)
         self._count = self._wanted = count
         self._seconds = seconds
         self._concurrency = concurrency
@@ -136,7 +136,7 @@ class Fleet:
         self._deaths_in_a_row = 0
         self._deaths_at_start = 0
         self._failed_to_start = False
-        self._checked = self._heard = time.monotonic()
+        self._checked = time.monotonic()
 
     def __enter__(self) -> "Fleet":
         return self
@@ -201,7 +201,7 @@ class Fleet:
     def _hear(self, member: _Member, call: _Call | None, future: "Future[Any]", results: Results) -> None:
         if member.gone:
             return
-        self._heard = time.monotonic()
+        self._wait.heard()
         if call is None:
             self._welcome(member, future)
         else:
@@ -443,9 +443,8 @@ class Fleet:
             self._dispatch()
         if self._given_up and not self._waiting and not any(member.calls for member in self._members):
             self._release_given_up(results)  # The search would wait for them for ever.
-        if not self._ready and now - self._heard >= _SECONDS_OF_SILENCE:
-            self._heard = now
-            log.warning("waiting for a worker: each needs %s; the cluster has %s", self._options, _resources())
+        if not self._ready:
+            self._wait.remind()
 
     def _end_stuck(self, member: _Member, call: _Call, results: Results) -> None:
         log.warning("a worker has been at one evaluation for more than %g s: another takes its place", self._seconds)
@@ -468,7 +467,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(cause, BaseException):
         return describe_error(cause)
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-
-
-def _resources() -> dict[str, float]:
-    return {name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU")}

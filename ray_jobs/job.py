@@ -1,43 +1,45 @@
-"""How a stage runs as a job: where its driver is, or, if it computes with the model itself, on a worker with a GPU."""
+"""How a command runs as a job: its driver holds nothing of the cluster, so that what it starts can have all of it."""
 
+import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-import ray
-
-from lop.cli import main, settle
-from lop.errors import LopError
+from lop.cli import COMPUTING, build_parser, exit_code, run_stages, set_up_logging, settle
+from lop.terminal import prepare_streams
 from ray_jobs.cluster import connected
-
-_ATTEMPTS = 3
-
-
-def run_on_driver(stage: str) -> None:
-    """Runs a stage with this process's arguments, and ends the process with its exit code."""
-    sys.exit(main([stage, *sys.argv[1:]]))
+from ray_jobs.pool import map_on_actors
 
 
-def run_on_worker(stage: str) -> None:
-    """The same for a stage that needs a GPU which the driver's machine may not have."""
-    sys.exit(run_with_model(stage, sys.argv[1:]))
+def run_job(command: str) -> None:
+    """Runs a command with this process's arguments, and ends the process with its exit code."""
+    sys.exit(run_command([command, *sys.argv[1:]]))
 
 
-def run_with_model(stage: str, arguments: Sequence[str]) -> int:
-    """Runs a stage where the config's `gpus_per_worker` are; the folder of the run must be shared, or a URI.
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs a command's stages one after the other, up to the first that fails, and returns the exit code.
 
-    Returns:
-        The exit code.
+    A stage that computes with the model itself runs on a worker with the config's `gpus_per_worker`, which the driver's
+    machine may not have; the folder of the run must be shared, or a URI. It starts nothing there, as that might wait
+    for ever for what the stage itself holds.
     """
-    try:
-        config, command = settle([stage, *arguments])
-        gpus = config.gpus_per_worker
-        if not gpus:
-            return main([stage, *arguments])
-        with connected(show_workers=True):
-            # A machine that is taken away is no fault of the stage's; what the stage raises comes as its exit code.
-            task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=_ATTEMPTS)(main)
-            code: int = ray.get(task.remote(command))
-            return code
-    except LopError as error:
-        print(f"lop: {error}", file=sys.stderr)
-        return 2
+    prepare_streams()
+    options = build_parser().parse_args(arguments)
+    stages = [argparse.Namespace(**{**vars(options), "stages": (stage,)}) for stage in options.stages]
+    return exit_code(partial(_run_each, stages))
+
+
+def _run_each(stages: Sequence[argparse.Namespace]) -> int:
+    for stage in stages:
+        config, elsewhere = settle(stage)
+        if config.workers and config.gpus_per_worker and stage.stages[0] in COMPUTING:
+            with connected(show_workers=True):
+                list(map_on_actors(_worker, [elsewhere], config))
+        else:
+            run_stages(stage)
+    return 0
+
+
+def _worker() -> Callable[[argparse.Namespace], int]:
+    set_up_logging()
+    return run_stages

@@ -9,10 +9,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from lop.config import Config
 from lop.errors import LopError, first_line
 from ray_jobs.cluster import connected
+from ray_jobs.needs import Needs, Wait
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _ATTEMPTS = 3
+_SECONDS_A_ROUND = 1.0
 
 
 class _Worker:
@@ -33,31 +35,47 @@ def map_on_actors(
 ) -> Iterator[tuple[Item, Result]]:
     """Pairs of item and result, as they come; an actor that dies is started again, and its item with it.
 
+    Items go to actors that are there: one that the cluster has no room for keeps none from the others. An actor that
+    nothing is left for gives back what it holds.
+
     Args:
         build: makes a worker's function; picklable.
 
     Raises:
-        LopError: what a worker raised, or an item whose actors die again and again.
+        LopError: what a worker raised, an item whose actors die again and again, or actors that can never be had.
     """
+    needs = Needs.of(config)
     with connected():
+        needs.check()
         shared = (ray.put(build),)
         actor_class = ray.remote(
-            num_cpus=config.threads,
-            num_gpus=config.gpus_per_worker,
+            num_cpus=needs.cpus,
+            num_gpus=needs.gpus,
             max_restarts=_ATTEMPTS,
             max_task_retries=_ATTEMPTS,
         )(_Worker)
-        idle = [actor_class.remote() for _ in range(min(config.workers, len(items)))]
+        actors = [actor_class.remote() for _ in range(min(config.workers, len(items)))]
+        starting = {actor.__ray_ready__.remote(): actor for actor in actors}
+        del actors  # An actor lives as long as somebody holds it.
         running: dict[Any, tuple[Any, Item]] = {}
         waiting = list(reversed(items))
+        wait = Wait(needs)
         while waiting or running:
-            while waiting and idle:
-                actor, item = idle.pop(), waiting.pop()
-                running[actor.do.remote(shared, item)] = (actor, item)
-            (done,), _ = ray.wait(list(running))
-            actor, item = running.pop(done)
-            yield item, _result(done, item)
-            idle.append(actor)
+            ready, _ = ray.wait([*starting, *running], timeout=_SECONDS_A_ROUND)
+            for reference in ready:
+                wait.heard()
+                if reference in starting:
+                    actor = starting.pop(reference)
+                else:
+                    actor, item = running.pop(reference)
+                    yield item, _result(reference, item)
+                if waiting:
+                    item = waiting.pop()
+                    running[actor.do.remote(shared, item)] = (actor, item)
+            if not waiting:
+                starting.clear()
+            if not running:
+                wait.remind()
 
 
 def _result(reference: ray.ObjectRef, item: Any) -> Any:

@@ -1,6 +1,6 @@
 """The rivals' searches on a cluster: `ray job submit --working-dir . -- python -m ray_jobs.rivals --run DIR …`."""
 
-from ray_jobs.job import run_on_driver
+from ray_jobs.job import run_job
 
 if __name__ == "__main__":
-    run_on_driver("rivals")
+    run_job("rivals")

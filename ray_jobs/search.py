@@ -14,7 +14,8 @@ from lop.samples import Sample
 from lop.stages import build_evaluator
 from ray_jobs.cluster import connected
 from ray_jobs.fleet import Fleet
-from ray_jobs.job import run_on_driver
+from ray_jobs.job import run_job
+from ray_jobs.needs import Needs
 from ray_jobs.share import put_shared
 
 
@@ -27,17 +28,15 @@ def evaluator_fleet(config: Config, order: np.ndarray, samples: Sequence[Sample]
 
     Args:
         order: [L, F] neurons of each layer, the most important first.
+
+    Raises:
+        LopError: the cluster cannot be reached, or has no machine for an actor and never will.
     """
-    on_gpu = config.gpus_per_worker > 0
+    needs = Needs.of(config)
     with connected():
-        build = _build_on_gpu(config, order, samples) if on_gpu else _share_on_cpu(config, order, samples)
-        with Fleet(
-            build,
-            count=config.workers,
-            cpus=1 if on_gpu else config.threads,
-            gpus=config.gpus_per_worker,
-            seconds=config.evaluation_seconds,
-        ) as fleet:
+        needs.check()
+        build = (_build_on_gpu if needs.gpus else _share_on_cpu)(config, order, samples)
+        with Fleet(build, count=config.workers, needs=needs, seconds=config.evaluation_seconds) as fleet:
             yield fleet
 
 
@@ -61,4 +60,4 @@ def _receive(evaluator: ray.ObjectRef, threads: int) -> Evaluator:
 
 
 if __name__ == "__main__":
-    run_on_driver("search")
+    run_job("search")

@@ -1,10 +1,10 @@
 """`lop serve`: the application on this machine's Ray, until it is told to stop."""
 
+import logging
 import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -14,9 +14,12 @@ from ray.serve import Application
 
 from lop.config import load_config
 from lop.errors import LopError, first_line
+from lop.interrupt import Interrupted
 from serve.guard import is_loopback
 from serve.keys import VARIABLE, load_keys
 from serve.settings import ModelSettings, ServiceSettings
+
+log = logging.getLogger(__name__)
 
 
 def service_settings(runs: Sequence[Path], overrides: Sequence[str], **values: Any) -> ServiceSettings:
@@ -67,25 +70,24 @@ def check_address(settings: ServiceSettings, host: str, port: int) -> None:
 
 
 def launch(application: Application, *, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM. Ray must be connected.
+    """Serves until SIGTERM, by which a service is stopped, or Ctrl-C. Ray must be connected.
 
     Raises:
         LopError: the cluster serves something already, or the application does not start.
-        KeyboardInterrupt: the signal came; exports go on at the next start.
+        Interrupted: Ctrl-C; exports go on at the next start, as after SIGTERM.
     """
     if serve.status().proxies:
         raise LopError("this Ray cluster runs Serve already: use `serve deploy`, or another RAY_ADDRESS")
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         serve.start(http_options={"host": host, "port": port})
         serve.run(application, name="lop", route_prefix="/")
         print(f"http://{host}:{port}/", flush=True)
         signal.pause()
+    except Interrupted as interrupted:
+        if interrupted.number != signal.SIGTERM:
+            raise
+        log.info("lop: stopped; exports go on at the next start")
     except RuntimeError as error:
         raise LopError(f"the service did not start: {first_line(error)} (see Ray's logs)") from None
     finally:
         serve.shutdown()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,31 +80,91 @@ def test_the_demo_again_does_nothing_twice(finished: Path) -> None:
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_an_interrupted_search_goes_on(finished: Path, tmp_path: Path) -> None:
+INTERRUPTED = "lop: interrupted; the same command goes on where it stopped"
+
+
+def stop(command: Sequence[str | Path], log: Path, is_there: Callable[[], bool], number: int) -> None:
+    """Runs a command until something is there, and stops it as a user does: Ctrl-C is for all of a terminal's group."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lop.cli", *map(str, command)],
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+            start_new_session=True,
+            # Tests may run in the background of a shell, which has its jobs ignore SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    while not is_there():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    before = log.read_text()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(timeout=20) == 128 + number  # Seconds: five, and what a busy machine adds.
+    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text().removeprefix(before)) if line.strip()]
+    assert [line for line in lines if not re.search(r"^(\w+: .*(per second|\d+%\|)|\||\d)", line)] == [INTERRUPTED]
+
+
+def stopped_at_each(command: Sequence[str | Path], run: Path, stops: Sequence[tuple[str, int]]) -> None:
+    """Stops the same command at one stage after the other, by what it shows or a record of the search's, and ends it.
+
+    What is left is what an undisturbed one leaves.
+    """
+    log = run.with_name("log")
+    for text, number in stops:
+        recorded = _recorded(run)
+        stop(command, log, lambda: text in log.read_text() if text else _recorded(run) > recorded, number)  # noqa: B023
+    done = lop_command(*command)
+    assert done.returncode == 0, done.stderr
+
+
+def _recorded(run: Path) -> int:
+    return len(lop.evaluations(run)) if any((run / "ledger").glob("*.jsonl")) else 0
+
+
+def results(run: Path) -> list[Any]:
+    """What a run's stages found; not how long they took."""
+    comparison = json.loads((run / "results.json").read_text())
+    del comparison["seconds"]
+    predictors = {key: value for key, value in _json(run / "predictors.json").items() if key != "fingerprints"}
+    return [_json(run / "search.json")["targets"], sorted(read_ledger(run / "ledger")), predictors, comparison["rows"]]
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.timeout(900)  # So many starts take minutes on a busy machine.
+def test_a_stage_that_is_stopped_ends_in_a_line_and_goes_on(finished: Path, tmp_path: Path) -> None:
+    stops = [
+        *(("calibrate:  ", signal.SIGINT), ("calibrate:  ", signal.SIGTERM)),
+        *(("", signal.SIGINT), ("", signal.SIGTERM)),
+        *(("train: score", signal.SIGINT), ("train: score", signal.SIGTERM)),
+        *(("compare:  ", signal.SIGINT), ("compare:  ", signal.SIGTERM)),
+    ]
+    run = tmp_path / "run"
+    stopped_at_each(("demo", "--run", run, "--workers", "0", *FEW), run, stops)
+    assert results(run) == results(finished)
+
+
+@pytest.mark.timeout(900)  # So many starts take minutes on a busy machine.
+def test_a_stage_with_workers_that_is_stopped_ends_in_a_line_and_goes_on(finished: Path, tmp_path: Path) -> None:
+    stops = [
+        *(("", signal.SIGINT), ("", signal.SIGTERM)),
+        *(("train: fit", signal.SIGINT), ("train: fit", signal.SIGTERM)),
+        *(("tables:  ", signal.SIGINT), ("tables:  ", signal.SIGTERM)),
+    ]
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(finished / "statistics.safetensors", run)
-    command = [sys.executable, "-m", "lop.cli", "search", "--run", str(run), "--workers", "0", *FEW]
-    for _ in range(2):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        _wait_for_growth(run, process)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode in (0, 130)
-        assert "Traceback" not in stderr
-    assert lop_command(*command[3:]).returncode == 0
-    ours, calm = (json.loads((folder / "search.json").read_text())["targets"] for folder in (run, finished))
-    assert ours == calm
-    assert sorted(read_ledger(run / "ledger")) == sorted(read_ledger(finished / "ledger"))
-
-
-def _wait_for_growth(run: Path, process: subprocess.Popen[str]) -> None:
-    def count() -> int:
-        return len(lop.evaluations(run)) if (run / "ledger").exists() and any((run / "ledger").iterdir()) else 0
-
-    before = count()
-    while process.poll() is None and count() <= before:
-        time.sleep(0.05)
+    shutil.copy(finished / "results.json", run)
+    tables = ("--set", "tables.limit=1", "--set", "tables.targets=[0.5]", "--set", "tables.rivals=[]")
+    command = ("pipeline", "--config", "demo", "--run", run, "--workers", "2", *FEW, *tables)
+    stopped_at_each(command, run, stops)
+    assert results(run) == results(finished)
+    assert not list((run / "tune").iterdir())
 
 
 def test_a_finished_search_is_shown(finished: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lop.cli import main, settle
+from lop.cli import build_parser, main, settle
 from lop.config import find_config, load_config, save_config
 from lop.errors import LopError
 from lop.models import assets, find_model, find_samples
@@ -59,10 +59,10 @@ def test_a_command_for_another_working_directory_names_its_run_in_full(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for given, place in ((["--run", "mine"], "mine"), ([], "runs/tiny")):
-        config, command = settle(["calibrate", "--config", "tiny", *given])
+        config, elsewhere = settle(build_parser().parse_args(["calibrate", "--config", "tiny", *given]))
         assert config.model == "tiny"
         monkeypatch.chdir(tmp_path.parent)
-        assert settle(command)[1][-2:] == ["--run", str(tmp_path / place)]
+        assert settle(elsewhere)[1].run == str(tmp_path / place)
         monkeypatch.chdir(tmp_path)
 
 

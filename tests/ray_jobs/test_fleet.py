@@ -151,13 +151,13 @@ def searched(path: Path, fleet: Fleet) -> Outcome:
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_number_of_actors_changes_nothing(tmp_path: Path, calm: Outcome, count: int) -> None:
-    with Fleet(Slow, count=count, cpus=1) as fleet:
+    with Fleet(Slow, count=count) as fleet:
         assert searched(tmp_path / "ledger", fleet) == calm
 
 
 def test_killed_actors_are_replaced(tmp_path: Path, calm: Outcome) -> None:
     gate = tmp_path / "gate"
-    with Fleet(partial(Held, gate), count=2, cpus=1) as fleet, _killing(fleet, gate) as killed:
+    with Fleet(partial(Held, gate), count=2) as fleet, _killing(fleet, gate) as killed:
         assert searched(tmp_path / "ledger", fleet) == calm
     assert killed
 
@@ -189,7 +189,7 @@ def _killing(fleet: Fleet, gate: Path) -> Iterator[list[int]]:
 
 def test_an_evaluation_that_fails_twice_is_tried_a_third_time(tmp_path: Path, calm: Outcome) -> None:
     (tmp_path / "tries").mkdir()
-    with Fleet(partial(FailsTwice, tmp_path / "tries", every=40), count=2, cpus=1) as fleet:
+    with Fleet(partial(FailsTwice, tmp_path / "tries", every=40), count=2) as fleet:
         assert searched(tmp_path / "ledger", fleet) == calm
     assert any((tmp_path / "tries").iterdir())
 
@@ -203,7 +203,7 @@ def stumbles(mark: Path) -> Racer:
 
 
 def test_a_worker_that_stumbles_once_at_its_start_is_replaced(tmp_path: Path, calm: Outcome) -> None:
-    with Fleet(partial(stumbles, tmp_path / "mark"), count=1, cpus=1) as fleet:
+    with Fleet(partial(stumbles, tmp_path / "mark"), count=1) as fleet:
         assert searched(tmp_path / "ledger", fleet) == calm
 
 
@@ -216,7 +216,7 @@ def test_a_worker_that_stumbles_once_at_its_start_is_replaced(tmp_path: Path, ca
     ],
 )
 def test_workers_that_cannot_start_are_named(tmp_path: Path, build: Callable[[], Racer], message: str) -> None:
-    with Fleet(build, count=1, cpus=1) as fleet, pytest.raises(LopError, match=message):
+    with Fleet(build, count=1) as fleet, pytest.raises(LopError, match=message):
         searched(tmp_path / "ledger", fleet)
 
 
@@ -224,18 +224,18 @@ def test_three_failures_name_the_allocation(tmp_path: Path) -> None:
     (tmp_path / "tries").mkdir()
     build = partial(FailsTwice, tmp_path / "tries", times=99)
     message = r"allocation \([\d, ]+\) failed 3 times: MemoryError: out of memory on purpose$"
-    with Fleet(build, count=2, cpus=1) as fleet, pytest.raises(LopError, match=message):
+    with Fleet(build, count=2) as fleet, pytest.raises(LopError, match=message):
         searched(tmp_path / "ledger", fleet)
     assert list(read_ledger(tmp_path / "ledger")) == []
 
 
 def test_an_exception_that_cannot_be_unpickled_is_a_failure_like_any_other(tmp_path: Path) -> None:
-    with Fleet(RaisesUnpicklable, count=1, cpus=1) as fleet, pytest.raises(LopError, match="card 3: fell off the bus"):
+    with Fleet(RaisesUnpicklable, count=1) as fleet, pytest.raises(LopError, match="card 3: fell off the bus"):
         searched(tmp_path / "ledger", fleet)
 
 
 def test_a_failed_evaluation_is_tried_on_another_actor(tmp_path: Path, calm: Outcome) -> None:
-    with Fleet(partial(BadIn, tmp_path), count=2, cpus=1) as fleet:
+    with Fleet(partial(BadIn, tmp_path), count=2) as fleet:
         _wait_for_all(fleet, 2)
         assert searched(tmp_path / "ledger", fleet) == calm
 

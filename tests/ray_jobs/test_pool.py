@@ -57,6 +57,11 @@ def test_results_are_those_of_one_process_though_an_actor_is_killed(tmp_path: Pa
     assert str(os.getpid()) not in processes
 
 
+def test_actors_that_the_cluster_has_no_room_for_keep_nothing_from_the_others(tmp_path: Path) -> None:
+    found = list(map_on_workers(partial(square, tmp_path), ITEMS, config(7)))  # On four CPUs.
+    assert sorted(found) == [(item, item * item) for item in ITEMS]
+
+
 @pytest.mark.parametrize(
     ("when", "error", "message"),
     [

@@ -49,10 +49,10 @@ def test_tune_makes_the_fits_of_one_process_bit_for_bit_and_says_so_in_one_line(
         torch.set_num_threads(1)
 
 
-def test_training_again_into_the_same_folder_gives_the_new_fits_alone(tmp_path: Path) -> None:
+def test_trainings_in_the_same_folder_do_not_meet_and_leave_nothing(tmp_path: Path) -> None:
     settings = TrainSettings(architectures=("mlp",), epochs=2)
     for seed in (1, 2):
         (found,) = tune_fits(TRAINING, VALIDATION, settings, seed=seed, storage=str(tmp_path), progress=False)
         alone = fit("mlp", TRAINING, VALIDATION, epochs=2, batch=40, learning_rate=1e-3, seed=seed)
         assert found.validation_errors == alone.validation_errors
-    assert len(list(tmp_path.rglob("fit.pt"))) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -129,6 +129,17 @@ def test_exports_outlive_their_replica_and_the_whole_service(storage: Path) -> N
         service.kill()
 
 
+def test_a_service_that_is_told_to_stop_has_not_failed(storage: Path) -> None:
+    service = Running(storage)
+    try:
+        started = service.pids()
+        service.process.terminate()
+        assert service.process.wait(timeout=60) == 0
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
+    finally:
+        service.kill()
+
+
 def _equals_what_lop_prune_writes(storage: Path, checkpoint: dict[str, Any]) -> None:
     out = storage.parent / "pruned"
     assert main(["prune", "--target", str(checkpoint["target"]["ratio"]), "--out", str(out)]) == 0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lop.allocation import Allocation
 from lop.backbone import Backbone, Layer
-from lop.config import Recovery
+from lop.config import ImageSettings, Recovery
 from lop.elastic import ElasticFfn, ElasticModel
 from lop.encoding import Batch, Encoded, encode, on_device
 from lop.files import disk_errors
@@ -54,6 +54,7 @@ def recover_checkpoint(
     means: np.ndarray,
     samples: Sequence[Sample],
     batch_tokens: int,
+    images: ImageSettings | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -69,6 +70,7 @@ def recover_checkpoint(
         order: [L, F] neurons of each layer, the most important first.
         means: [L, F] `E[h]` in the dense model's numbering, for `bias`.
         samples: the calibration samples, for `refit`.
+        batch_tokens, images: as in `lop.encoding.encode`.
         progress: called with the layers done and their number.
 
     Returns:
@@ -86,7 +88,7 @@ def recover_checkpoint(
         names = [name.removesuffix("weight") + "bias" for name, _ in down]
     else:
         streamed = StreamedModel(checkpoint, device=device, dtype=dtype)
-        encoded = encode(streamed.model, samples, batch_tokens=batch_tokens)
+        encoded = encode(streamed.model, samples, batch_tokens=batch_tokens, images=images)
         new = refit(streamed.model.lean_backbone(), streamed.layers(order), encoded, allocation.widths)
         names = [name for name, _ in down]
     found: dict[str, TensorInfo] = {}

@@ -72,6 +72,13 @@ class Encoded:
     prose: tuple[int, ...] = ()
 
     @property
+    def asked(self) -> np.ndarray:
+        """[count] bool, which samples are questions, with a right answer: all but prose."""
+        asked = np.ones(self.count, dtype=bool)
+        asked[list(self.prose)] = False
+        return asked
+
+    @property
     def batches(self) -> tuple[Batch, ...]:
         """All batches, in order."""
         return tuple(batch for batches in self.rounds for batch in batches)
@@ -181,7 +188,9 @@ def _chunks(model: QwenVL, samples: Sequence[Sample], images: ImageSettings) -> 
     keys: set[str] = set()
     patches = 0
     for sample in samples:
-        more = patches_of(model, sample.image, images.max_pixels) if sample.image and sample.image_key not in keys else 0
+        more = (
+            patches_of(model, sample.image, images.max_pixels) if sample.image and sample.image_key not in keys else 0
+        )
         if chunk and (len(chunk) == _CHUNK or patches + more > images.batch_patches):
             yield chunk
             chunk, keys, patches = [], set(), 0

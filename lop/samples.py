@@ -246,7 +246,9 @@ def _check_options(sample: Sample) -> None:
     options = sample.options
     if sample.form != "choice":
         if options:
-            raise LopError(f"column options: {len(options)} options do not go with form {sample.form!r}: leave it empty")
+            raise LopError(
+                f"column options: {len(options)} options do not go with form {sample.form!r}: leave it empty"
+            )
         return
     if not 2 <= len(options) <= len(LETTERS):
         raise LopError(f"column options: {len(options)} options do not go with form 'choice': 2 to {len(LETTERS)} do")
@@ -313,7 +315,9 @@ def _image_of(value: Any, folder: Path) -> tuple[bytes, str]:
     try:
         return (folder / place).read_bytes(), place
     except (OSError, ValueError) as error:
-        raise LopError(f"column image: {place!r} is not to be read beside the Parquet file: {first_line(error)}") from None
+        raise LopError(
+            f"column image: {place!r} is not to be read beside the Parquet file: {first_line(error)}"
+        ) from None
 
 
 def _options_of(value: Any) -> tuple[str, ...]:

@@ -25,9 +25,7 @@ def check_pixels(model: QwenVL, max_pixels: int | None) -> None:
     """
     least = model.processor.image_processor.size["shortest_edge"]
     if max_pixels is not None and max_pixels < least:
-        raise LopError(
-            f"images.max_pixels {max_pixels} is too few: the processor makes at least {least} of any image"
-        )
+        raise LopError(f"images.max_pixels {max_pixels} is too few: the processor makes at least {least} of any image")
 
 
 def patches_of(model: QwenVL, image: bytes, max_pixels: int | None) -> int:
@@ -40,8 +38,8 @@ def patches_of(model: QwenVL, image: bytes, max_pixels: int | None) -> int:
 def image_tower(model: QwenVL, images: Sequence[Image.Image], settings: ImageSettings) -> list[tuple[Tensor, Tensor]]:
     """For each image its grid [1, 3], on the model's device, and its embeddings [tokens, H], in host memory.
 
-    All go through the tower together. Where that is more than `settings.batch_patches` (a single photograph), no step of
-    the tower sees more of them at once, but for queries, keys and values where each patch looks at all others.
+    All go through the tower together. Where that is more than `settings.batch_patches` (a single photograph), no step
+    of the tower sees more of them at once, but for queries, keys and values where each patch looks at all others.
     """
     processor = model.processor.image_processor
     size = {name: processor.size[name] for name in ("shortest_edge", "longest_edge")}

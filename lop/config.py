@@ -94,6 +94,11 @@ class SearchSettings(_Settings):
         """Whether evaluations are compared with the dense model's distributions."""
         return "divergence" in (self.reward, self.tie_breaker) or "sensitivity" in self.roots
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether evaluations are told apart by what is right or wrong, which prose never is."""
+        return bool({"accuracy", "margin"} & {self.reward, self.tie_breaker})
+
     def tree_options(self) -> TreeOptions:
         """What a tree needs of these settings."""
         return TreeOptions(

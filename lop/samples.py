@@ -128,12 +128,8 @@ def check_answers(samples: Sequence[Sample], what: str) -> None:
 
 def prompt_text(sample: Sample) -> str:
     """The question as the model reads it, options included."""
-    return prompt_of(sample.question, sample.options)
-
-
-def prompt_of(question: str, options: Sequence[str]) -> str:
-    """A question and its options as the model reads them."""
-    return "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options))])
+    options = (f"{letter}. {option}" for letter, option in zip(LETTERS, sample.options))
+    return "\n".join([sample.question, *options])
 
 
 def decode_image(data: bytes) -> Image.Image:

@@ -36,7 +36,7 @@ from lop.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
 from lop.racing import Racing, sample_rounds
 from lop.recovery import recover_checkpoint
 from lop.run import Run, shipped_run
-from lop.samples import Sample
+from lop.samples import Sample, check_answers
 from lop.search import InProcess, Workers, evaluate_each, run_search
 from lop.sensitivity import best_additive, measure_damages
 from lop.size import Target
@@ -62,10 +62,11 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         _ = run.statistics
         log.info("calibrate: %s is there already", run.statistics_file)
         return
+    samples = run.samples.calibration  # Checked before any model is loaded.
     with _timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
         model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
-        encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens, images=run.config.images)
+        encoded = encode(model, samples, batch_tokens=run.config.batch_tokens, images=run.config.images)
         statistics = calibrate(model, encoded, progress=progress)
         statistics.save(run.statistics_file, run.calibration_fingerprints)
 
@@ -131,6 +132,8 @@ def search_stage(run: Run, *, progress: bool = True) -> None:
     if run.search_file.exists() and read_json(run.search_file)["fingerprints"] == fingerprints:
         log.info("search: %s is there already", run.search_file)
         return
+    if run.config.search.needs_answers:
+        check_answers(run.samples.reward, "the search's reward counts right answers in the reward samples")
     trees = build_trees(run)
     with _timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
         save_config(run.config, run.folder / "config.yaml")

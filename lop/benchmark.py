@@ -84,7 +84,9 @@ def check_disjoint(benchmark: Benchmark, sets: SampleSets) -> None:
             for question in questions:
                 if not seen.isdisjoint(question.sample.keys):
                     what = "image" if question.sample.image else "text"
-                    raise LopError(f"{what} {question.sample.image_id} of {question.task} is also in the {name} samples")
+                    raise LopError(
+                        f"{what} {question.sample.image_id} of {question.task} is also in the {name} samples"
+                    )
 
 
 def fingerprint_benchmark(benchmark: Benchmark) -> str:

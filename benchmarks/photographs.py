@@ -1,12 +1,12 @@
 """Memory of `lop calibrate` and `lop prune` with photographs: `python benchmarks/photographs.py --shape 3b`.
 
 Makes a checkpoint of random bfloat16 weights in the shape of Qwen2.5-VL-3B or -7B and in the hub's layout (flat config,
-the first tensor names, shards), and samples with photographs of 12 megapixels (4000×3000, JPEG), of which the processor
-makes 15,301 tokens each. Then it runs both commands as a user would, each in a process of its own. The last line is JSON:
-for each command its seconds, its peak resident memory (as the kernel counts it, mapped files included), the peak of what
-belongs to it alone, and by how much the former exceeds the weights. `calibrate` must stay below 3 GiB of that.
+the first tensor names, shards), and samples with photographs of 12 megapixels (4000×3000, JPEG), of each of which the
+processor makes 15,301 tokens. Then it runs both commands as a user would, each in a process of its own. The last line
+is JSON: for each command its seconds, its peak resident memory (as the kernel counts it, mapped files included), the
+peak of what belongs to it alone, and by how much the former exceeds the weights: `calibrate` is allowed 3 GiB.
 
-On a CPU a photograph takes 150 TFLOP in the vision tower and, with the 3B, another 100 in the language model; `calibrate`
+On a CPU a photograph takes 150 TFLOP in the vision tower and, with the 3B, 100 in the language model: `calibrate`
 computes both once, `prune` the former once and the latter thrice. `--layers` and `--blocks` cut the model to its first
 decoder layers and blocks of the tower, whose widths stay: the peaks beside the weights are nearly the same (each layer
 adds 10 MiB with the 3B and 32 with the 7B), in a fraction of the time.
@@ -193,7 +193,7 @@ def hub_name(name: str) -> str:
 
 def random_weights(name: str, shape: torch.Size, random: torch.Generator) -> torch.Tensor:
     """Ones for norms, noise for everything else; a large matrix repeats the same thousand rows."""
-    if len(shape) == 1 and "norm" in name or name.endswith("ln_q.weight"):
+    if (len(shape) == 1 and "norm" in name) or name.endswith("ln_q.weight"):
         return torch.ones(shape, dtype=torch.bfloat16)
     noise = torch.randn(min(shape[0], 1009), *shape[1:], generator=random).mul_(0.02).bfloat16()
     return noise.repeat(-(-shape[0] // len(noise)), *([1] * (len(shape) - 1)))[: shape[0]].contiguous()
@@ -266,9 +266,8 @@ def make_samples(folder: Path, photographs: int) -> None:
             {"image": image, "form": "yes_no", "question": "Is this a photograph?", "options": [], "answer": "yes"}
             for image in images
         ]
-        schema = pa.schema([pa.field("options", pa.list_(pa.string()))] + [
-            pa.field(key, pa.binary() if key == "image" else pa.string()) for key in ("image", "form", "question", "answer")
-        ])  # fmt: skip
+        texts = [pa.field(column, pa.string()) for column in ("form", "question", "answer")]
+        schema = pa.schema([pa.field("image", pa.binary()), pa.field("options", pa.list_(pa.string())), *texts])
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / f"{name}.parquet")
 
 

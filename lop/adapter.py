@@ -92,8 +92,8 @@ class QwenVL:
         """Embeddings [..., H] of token ids [...]."""
         return cast(Tensor, self.model.get_input_embeddings()(ids))
 
-    def positions(self, ids: Tensor, token_types: Tensor, grid: Tensor) -> Tensor:
-        """M-RoPE positions [3, T] of one sequence [T]."""
+    def positions(self, ids: Tensor, token_types: Tensor, grid: Tensor | None) -> Tensor:
+        """M-RoPE positions [3, T] of one sequence [T], with the grid of its image if it has one."""
         positions, _ = self.model.model.get_rope_index(ids[None], token_types[None], image_grid_thw=grid)
         return cast(Tensor, positions[:, 0])
 

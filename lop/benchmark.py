@@ -73,17 +73,20 @@ def load_benchmark(samples: Path) -> dict[str, tuple[Question, ...]]:
 
 
 def check_disjoint(benchmark: Benchmark, sets: SampleSets) -> None:
-    """Checks that no image of the benchmark was seen by calibration or search.
+    """Checks that no image of the benchmark, nor a text that stands alone, was seen by calibration or search.
 
     Raises:
         LopError: one was; names it.
     """
     for name, samples in (("calibration", sets.calibration), ("reward", sets.reward)):
-        seen = {sample.image_key for sample in samples}
+        seen = {key for sample in samples for key in sample.keys}
         for questions in benchmark.values():
             for question in questions:
-                if question.sample.image_key in seen:
-                    raise LopError(f"image {question.sample.image_id} of {question.task} is also in the {name} samples")
+                if not seen.isdisjoint(question.sample.keys):
+                    what = "image" if question.sample.image else "text"
+                    raise LopError(
+                        f"{what} {question.sample.image_id} of {question.task} is also in the {name} samples"
+                    )
 
 
 def fingerprint_benchmark(benchmark: Benchmark) -> str:
@@ -142,8 +145,8 @@ def respond(questions: Sequence[Question], scored: Sequence[Sample], hits: np.nd
 
 def _probes_of(question: Question) -> tuple[Sample, ...]:
     sample = question.sample
-    if question.task == "pope" and sample.answer == "no":
-        return sample, replace(sample, answer="yes")
+    if question.task == "pope" and sample.answer.lower() == "no":
+        return sample, replace(sample, answer={"no": "yes", "No": "Yes"}[sample.answer])
     return (sample,)
 
 
@@ -202,8 +205,8 @@ METRICS: dict[str, Callable[[Sequence[Verdict]], dict[str, float]]] = {
 
 def _yes_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
     said = [verdict for verdict in verdicts if verdict.says_yes]
-    true = sum(verdict.answer == "yes" for verdict in said)
-    positive = sum(verdict.answer == "yes" for verdict in verdicts)
+    true = sum(verdict.answer.lower() == "yes" for verdict in said)
+    positive = sum(verdict.answer.lower() == "yes" for verdict in verdicts)
     precision = true / len(said) if said else 0.0
     recall = true / positive if positive else 0.0
     return {
@@ -272,6 +275,9 @@ def _mean(values: Iterable[bool]) -> float:
 
 def _load(task: str, path: Path) -> tuple[Question, ...]:
     samples = load_samples(path)
+    for number, sample in enumerate(samples):
+        if sample.is_prose:
+            raise LopError(f"{path}, row {number} (counted from 0), column form: a benchmark asks, and has no prose")
     try:
         places = pq.read_table(path, columns=["group", "part"]).to_pylist()
     except (pa.ArrowException, OSError) as error:

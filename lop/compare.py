@@ -26,7 +26,7 @@ from lop.intervals import Interval, paired_bootstrap, wilson
 from lop.prediction import open_predictor
 from lop.recovery import recover_elastic
 from lop.run import Run
-from lop.samples import FORMS, Sample, fingerprint_samples
+from lop.samples import FORMS, Sample, check_answers, fingerprint_samples
 from lop.stages import read_search
 from lop.statistics import NeuronStatistics, calibrate
 
@@ -146,10 +146,13 @@ def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
         LopError: the search or the training has not been run, or a target was not searched.
     """
     config = run.config
+    # What is compared is right answers: prose has none.
+    check_answers(run.samples.test, "the comparison counts right answers in the test samples")
+    questions = tuple(sample for sample in run.samples.test if not sample.is_prose)
     torch.set_num_threads(config.threads)
     model = load_model(run.model_folder, device=config.device, dtype=config.dtype)
     calibrate_seconds, calibration = _time_calibration(run, model)
-    encoded = encode(model, run.samples.test, batch_tokens=config.batch_tokens)
+    encoded = encode(model, questions, batch_tokens=config.batch_tokens, images=config.images)
     elastic = ElasticModel(model, run.order, compiled=config.compile)
     evaluator = Evaluator(elastic, encoded)
 
@@ -190,9 +193,9 @@ def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
         elastic.restore()
     return Comparison(
         fingerprints=comparison_fingerprints(run),
-        rows=tuple(row for (name, target), correct in hits.items() for row in _rows(run, name, target, correct)),
-        averages=tuple(_averages(run.samples.test, hits, widths)),
-        recoveries=tuple(_recoveries(run.samples.test, recovered)),
+        rows=tuple(row for (name, target), correct in hits.items() for row in _rows(questions, name, target, correct)),
+        averages=tuple(_averages(questions, hits, widths)),
+        recoveries=tuple(_recoveries(questions, recovered)),
         seconds=tuple(
             Seconds(
                 name,
@@ -219,7 +222,7 @@ def comparison_fingerprints(run: Run) -> dict[str, str]:
 
 def _time_calibration(run: Run, model: QwenVL) -> tuple[float, Encoded]:
     start = time.perf_counter()
-    encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens)
+    encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens, images=run.config.images)
     calibrate(model, encoded)
     return time.perf_counter() - start, encoded
 
@@ -258,8 +261,8 @@ def _baseline_chooser(run: Run, baseline: Baseline) -> Callable[[int], _Choice]:
     return choose
 
 
-def _rows(run: Run, method: str, target: float, correct: np.ndarray) -> list[Row]:
-    forms = np.array([sample.form for sample in run.samples.test])
+def _rows(samples: Sequence[Sample], method: str, target: float, correct: np.ndarray) -> list[Row]:
+    forms = np.array([sample.form for sample in samples])
     rows = []
     for form in FORMS:
         chosen = correct[forms == form]

@@ -116,6 +116,11 @@ class SearchSettings(_Settings):
         """Whether evaluations are compared with the dense model's distributions."""
         return "divergence" in (self.reward, self.tie_breaker) or "sensitivity" in self.roots
 
+    @property
+    def needs_answers(self) -> bool:
+        """Whether evaluations are told apart by what is right or wrong, which prose never is."""
+        return bool({"accuracy", "margin"} & {self.reward, self.tie_breaker})
+
     def tree_options(self) -> TreeOptions:
         """What a tree needs of these settings."""
         return TreeOptions(
@@ -172,6 +177,18 @@ class TablesSettings(_Settings):
     limit: Positive | None = None
 
 
+class ImageSettings(_Settings):
+    """How images are read.
+
+    `batch_patches` is the most patches that a step of the vision tower sees at once; it bounds memory and changes
+    results by rounding alone. `max_pixels` is the most pixels that are left of a photograph; None leaves it to the
+    checkpoint's processor (Qwen2.5-VL's: 12,845,056, of which each 784 are a token).
+    """
+
+    batch_patches: Positive = 8192
+    max_pixels: Positive | None = None
+
+
 class Config(_Settings):
     """All settings of a run.
 
@@ -192,6 +209,7 @@ class Config(_Settings):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: Positive = 8192
+    images: ImageSettings = ImageSettings()
     cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
     compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 0

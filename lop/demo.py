@@ -44,7 +44,7 @@ def _prune_all(run: Run) -> None:
         if _holds(place, widths=list(allocation.widths), recovery=run.config.recovery):
             log.info("prune: %s is there already", place)
             continue
-        place.clear()
+        place.remove()
         export_allocation(run, allocation, place, target=target)
 
 

@@ -4,15 +4,14 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 
 import torch
-from PIL import Image
 
 from lop.adapter import QwenVL
 from lop.encoding import chat_text
 from lop.progress import duration
 from lop.samples import Sample, prompt_text
+from lop.vision import patches_of
 
 log = logging.getLogger(__name__)
 _LOOKED_AT = 32
@@ -47,13 +46,19 @@ class Rates:
     double: float
 
 
-def tell_refit(model: QwenVL, samples: Sequence[Sample], widths: Sequence[int]) -> None:
+def tell_refit(
+    model: QwenVL, samples: Sequence[Sample], widths: Sequence[int], *, max_pixels: int | None = None
+) -> None:
     """Says how long a refit of the widths will take, if that is worth telling, and warns if the samples are few for it.
 
     Args:
         model: its vision tower must be in memory; of the decoder layers only the shapes are looked at.
+        max_pixels: as in the config.
     """
-    load, rates = sample_load(model, samples), measured_rates(model.tower.device, model.tower.dtype)
+    load, rates = (
+        sample_load(model, samples, max_pixels=max_pixels),
+        measured_rates(model.tower.device, model.tower.dtype),
+    )
     seconds = refit_seconds(model, load, widths, rates)
     if seconds >= _SECONDS_WORTH_TELLING:
         log.info(
@@ -75,16 +80,16 @@ def tell_refit(model: QwenVL, samples: Sequence[Sample], widths: Sequence[int]) 
         )
 
 
-def sample_load(model: QwenVL, samples: Sequence[Sample]) -> Load:
+def sample_load(model: QwenVL, samples: Sequence[Sample], *, max_pixels: int | None = None) -> Load:
     """The load of all samples, extrapolated from a few that are spread evenly over them."""
     chosen = samples[:: max(1, len(samples) // _LOOKED_AT)]
     image_processor, tokenizer = model.processor.image_processor, model.processor.tokenizer
     patches, text = [], []
     for sample in chosen:
         if sample.image:
-            with Image.open(BytesIO(sample.image)) as image:
-                patches.append(image_processor.get_number_of_image_patches(image.height, image.width, {}))
-        text.append(len(tokenizer(chat_text(model, prompt_text(sample)) + sample.answer)["input_ids"]))
+            patches.append(patches_of(model, sample.image, max_pixels))
+        prompt = chat_text(model, prompt_text(sample), images=1 if sample.image else 0)
+        text.append(len(tokenizer(prompt + sample.answer)["input_ids"]))
     images = len({sample.image_key for sample in samples if sample.image})
     merged = sum(patches) // image_processor.merge_size**2
     return Load(

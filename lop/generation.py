@@ -46,6 +46,6 @@ def answers(model: QwenVL, samples: Sequence[Sample], *, batch: int = 32, progre
     chunks = [order[start : start + batch] for start in range(0, len(order), batch)]
     for chunk in tqdm(chunks, desc="generate", unit="batch", disable=not progress):
         mine = [samples[index] for index in chunk]
-        pictures = [[decode_image(sample.image)] for sample in mine]
+        pictures = [[decode_image(sample.image)] if sample.image else [] for sample in mine]
         found |= dict(zip(chunk, generate(model, list(map(prompt_text, mine)), pictures, new_tokens=_NEW_TOKENS)))
     return [found[index] for index in range(len(samples))]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lop.adapter import load_model
 from lop.generation import encode_prompts, generate
 from lop.models import find_model
+from lop.samples import as_seen
 
 _NEW_TOKENS = 128
 
@@ -96,7 +97,7 @@ class LopQwenVL(lmms):
 
     def _images(self, request: Instance) -> list[Image.Image]:
         doc_to_visual, doc_id, task, split = request.args[2:6]
-        return [image.convert("RGB") for image in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
+        return [as_seen(image) for image in doc_to_visual(self.task_dict[task][split][doc_id]) or []]
 
 
 def _prompt(request: Instance) -> str:

@@ -32,7 +32,7 @@ from lop.fingerprint import fingerprint
 from lop.ledger import Ledger
 from lop.models import find_model
 from lop.run import Run
-from lop.samples import Sample
+from lop.samples import Sample, check_answers
 from lop.search import InProcess, run_search
 from lop.sensitivity import best_additive, measure_damages
 from lop.tree import SearchTree
@@ -83,6 +83,8 @@ def rivals_stage(run: Run, *, seeds: int = 1, progress: bool = True) -> list[Out
     Raises:
         LopError: the statistics are missing, or a target is outside what the model's space allows.
     """
+    if run.config.search.needs_answers:
+        check_answers(run.samples.reward, "the rivals' reward counts right answers in the reward samples")
     jobs = _jobs(run, seeds)
     files = {job: run.folder / "rivals" / f"{_job_fingerprint(run, job)}.json" for job in jobs}
     waiting = [job for job in jobs if not files[job].exists()]
@@ -157,7 +159,8 @@ class RivalWorker:
         shuffled = [samples[index] for index in np.random.default_rng(config.seed).permutation(len(samples))]
         counts = {selection.share: max(1, round(selection.share * len(samples))) for selection in ROUNDS}
         encoded = {
-            share: encode(model, shuffled[:count], batch_tokens=config.batch_tokens) for share, count in counts.items()
+            share: encode(model, shuffled[:count], batch_tokens=config.batch_tokens, images=config.images)
+            for share, count in counts.items()
         }
         elastic = ElasticModel(model, order, compiled=config.compile)
         needed = config.search.needs_divergence

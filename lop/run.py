@@ -1,5 +1,6 @@
 """A run: one model with its samples and settings, and the folder that holds what the stages make of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lop.allocation import Space
-from lop.config import Config
+from lop.config import Config, ImageSettings
 from lop.destination import check_writable
 from lop.files import read_as, write_json
 from lop.fingerprint import check_fingerprints
 from lop.models import EMBEDDED, assets, find_model, find_samples, fingerprint_model
-from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
+from lop.samples import Sample, SampleSets, fingerprint_samples, load_sample_sets
 from lop.size import ModelSize, model_size, read_tensors
 from lop.sources import check_checkpoint
 from lop.storage import Location
@@ -145,7 +146,7 @@ class Run:
     @cached_property
     def calibration_fingerprints(self) -> dict[str, str]:
         """What the statistics depend on."""
-        return {"model": self.model_fingerprint, "calibration samples": fingerprint_samples(self.samples.calibration)}
+        return {"model": self.model_fingerprint, "calibration samples": self._fingerprint(self.samples.calibration)}
 
     @cached_property
     def statistics(self) -> "NeuronStatistics":
@@ -172,6 +173,8 @@ class Run:
         """What rounding depends on."""
         config = self.config
         found = f"{config.device} {config.dtype}, {config.threads} threads, {config.batch_tokens} tokens"
+        if config.images.batch_patches != ImageSettings().batch_patches:
+            found += f", {config.images.batch_patches} patches"
         return f"{found}, compiled" if config.compile else found
 
     @cached_property
@@ -183,7 +186,7 @@ class Run:
             arithmetic += f", {races.rounds} rounds of seed {config.seed}, confidence {races.confidence}"
         return {
             **self.calibration_fingerprints,
-            "reward samples": fingerprint_samples(self.samples.reward),
+            "reward samples": self._fingerprint(self.samples.reward),
             "importance": config.importance,
             "arithmetic": arithmetic,
         }
@@ -203,6 +206,9 @@ class Run:
             LopError: the folder cannot be written, or something is in the way of a file of the run.
         """
         check_writable(self.location, *_MADE)
+
+    def _fingerprint(self, samples: Sequence[Sample]) -> str:
+        return fingerprint_samples(samples, max_pixels=self.config.images.max_pixels)
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage has taken so far, interrupted runs included."""

@@ -39,7 +39,7 @@ from lop.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
 from lop.racing import Racing, sample_rounds
 from lop.recovery import recover_checkpoint
 from lop.run import Run
-from lop.samples import Sample
+from lop.samples import Sample, check_answers
 from lop.search import InProcess, Workers, evaluate_each, run_search
 from lop.sensitivity import best_additive, measure_damages
 from lop.size import Target
@@ -66,14 +66,15 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         _ = run.statistics
         log.info("calibrate: %s is there already", run.statistics_file)
         return
-    _ = run.space, run.samples  # What does not fit is told before the model is loaded.
+    # What does not fit is told before the model is loaded.
+    _, samples = run.space, run.samples.calibration
     run.check_writable()
     _warn_of_samples(run)
     with _timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
         log.info("calibrate: loading the model, then %d samples go through its tower", len(run.samples.calibration))
         model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
-        encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens)
+        encoded = encode(model, samples, batch_tokens=run.config.batch_tokens, images=run.config.images)
         statistics = calibrate(model, encoded, progress=progress)
         statistics.save(run.statistics_file, run.calibration_fingerprints)
 
@@ -97,7 +98,7 @@ def build_evaluator(config: Config, order: np.ndarray, samples: Sequence[Sample]
     model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
     races = config.search.racing
     rounds = sample_rounds(len(samples), races.rounds, seed=config.seed) if races else None
-    encoded = encode(model, samples, batch_tokens=config.batch_tokens, rounds=rounds)
+    encoded = encode(model, samples, batch_tokens=config.batch_tokens, rounds=rounds, images=config.images)
     return Evaluator(
         ElasticModel(model, order, compiled=config.compile),
         encoded,
@@ -145,6 +146,8 @@ def search_stage(run: Run, *, progress: bool = True) -> None:
     if run.search_file.exists() and read_as(run.search_file, itemgetter("fingerprints")) == fingerprints:
         log.info("search: %s is there already", run.search_file)
         return
+    if run.config.search.needs_answers:
+        check_answers(run.samples.reward, "the search's reward counts right answers in the reward samples")
     run.check_writable()
     trees = build_trees(run)
     with _timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
@@ -299,6 +302,7 @@ def export_allocation(
             means=run.statistics.mean,
             samples=run.samples.calibration,
             batch_tokens=run.config.batch_tokens,
+            images=run.config.images,
             device=run.config.device,
             dtype=run.config.dtype,
             progress=on_layer,

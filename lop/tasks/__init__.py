@@ -4,31 +4,37 @@ On lmms-eval's command line: `--include_path` with this folder, `--tasks lop_mmb
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from lop.benchmark import METRICS, Verdict
-from lop.samples import decode_image, prompt_of
+from lop.samples import Sample, decode_image, prompt_text, sample_of
 
 Doc = dict[str, Any]
 
 
 def doc_to_visual(doc: Doc) -> list[Image.Image]:
-    """The question's image."""
-    return [decode_image(doc["image"])]
+    """The question's image; none where it is about text alone."""
+    sample = _sample(doc)
+    return [decode_image(sample.image)] if sample.image else []
 
 
 def doc_to_text(doc: Doc) -> str:
     """The question as LOP puts it, options included."""
-    return prompt_of(doc["question"], doc["options"] or ())
+    return prompt_text(_sample(doc))
+
+
+def _sample(doc: Doc) -> Sample:
+    return sample_of(doc, Path())
 
 
 def _process(*metrics: str) -> Callable[[Doc, Sequence[str]], dict[str, Verdict]]:
     """One verdict for each of a task's metrics."""
 
     def process(doc: Doc, results: Sequence[str]) -> dict[str, Verdict]:
-        return dict.fromkeys(metrics, Verdict(doc["group"], doc["part"], doc["answer"], results[0]))
+        return dict.fromkeys(metrics, Verdict(doc["group"], doc["part"], _sample(doc).answer, results[0]))
 
     return process
 

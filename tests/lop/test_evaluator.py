@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from torch._dynamo.testing import CompileCounter
 
 from lop.adapter import QwenVL, load_model
 from lop.allocation import Allocation, Space, dense, project
-from lop.backbone import Backbone, Layer
-from lop.elastic import ElasticFfn, ElasticModel, fused_gated
+from lop.backbone import Backbone
+from lop.elastic import ElasticModel, fused_gated
 from lop.encoding import Encoded, encode
 from lop.evaluation import Evaluation
 from lop.evaluator import Evaluator
@@ -174,17 +173,17 @@ def test_widths_and_lengths_compile_once(
 
 def test_an_evaluation_writes_to_no_weight_and_no_batch(elastic: ElasticModel, whole: Encoded) -> None:
     tensors = [tensor for batch in whole.batches for tensor in batch.tensors().values()]
-    tensors += _tensors(elastic.backbone)
+    tensors += _weights(elastic.backbone)
     before = [tensor.clone() for tensor in tensors]
     Evaluator(elastic, whole, divergence=True, cache_bytes=1 << 30).evaluate(pruned(0.3, first=2))
     assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
 
 
-def _tensors(value: object) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    parts = vars(value).values() if isinstance(value, Backbone | Layer | ElasticFfn) else value
-    return [tensor for part in parts for tensor in _tensors(part)] if isinstance(parts, Iterable) else []
+def _weights(backbone: Backbone) -> list[torch.Tensor]:
+    layers = backbone.layers
+    others = [value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    ffns = [getattr(layer.ffn, name) for layer in layers for name in ("gate", "up", "down", "order")]
+    return [backbone.norm, backbone.head, *others, *ffns]
 
 
 def test_evaluations_of_older_ledgers_are_read() -> None:

@@ -1,21 +1,23 @@
 """A run in a bucket, as a user meets it: pyarrow's S3 client, and a server that speaks S3."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pandas
 import pytest
 
 import lop
+from lop.allocation import Allocation
 from lop.checkpoint import verify
 from lop.cli import main
 from lop.config import find_config, load_config
+from lop.demo import _prune_all
+from lop.evaluation import Evaluation
 from lop.files import write_json
+from lop.ledger import Ledger
 from lop.mirror import local_run
 from lop.models import assets
 from lop.run import Run
-from lop.stages import search_stage
 from lop.storage import Location
 
 FEW = [
@@ -51,49 +53,51 @@ def test_a_search_in_a_bucket_is_that_of_a_folder_and_is_not_done_twice(
     assert location.files() == before
 
 
-def test_the_demo_in_a_bucket_leaves_its_checkpoints_there(
+def test_the_demo_leaves_its_checkpoints_in_the_bucket(
     bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    location = Location.parse(bucket.format("demo"))
+    place = bucket.format("demo")
+    location = Location.parse(place)
     for file in (path for path in (assets() / "run").rglob("*") if path.is_file()):
         location.write(file.relative_to(assets() / "run").as_posix(), file.read_bytes())
-    command = ["demo", "--config", "tiny", "--run", bucket.format("demo"), "--workers", "0"]
-    command += ["--set", "compare.targets=[0.5]", "--set", "compare.recoveries=[]", "--set", "recovery=none"]
-    assert main(command) == 0
+    config = load_config(find_config("tiny"), ["compare.targets=[0.5]", "recovery=none"])
+
+    def prune() -> None:
+        with local_run(place) as (folder, origin):
+            _prune_all(Run(config, folder, origin))
+
+    prune()
     checkpoint = location / "checkpoints" / "0.500"
     assert verify(checkpoint)["target"] == 0.5
-    download(checkpoint, tmp_path / "pruned")
-    lop.load(tmp_path / "pruned")
-    assert location.has("report.md")
+    (tmp_path / "pruned").mkdir()
+    for name in checkpoint.files():
+        (tmp_path / "pruned" / name).write_bytes(checkpoint.read(name))
+    verify(tmp_path / "pruned")
     with caplog.at_level("INFO"):
-        assert main(command) == 0
+        prune()
     assert f"prune: {checkpoint} is there already" in caplog.text
     weights = checkpoint.read("model.safetensors")
     checkpoint.write("model.safetensors", weights[:-1] + bytes([weights[-1] ^ 1]))
-    assert main(command) == 0
+    prune()
     assert checkpoint.read("model.safetensors") == weights
 
 
 def test_a_search_repeated_with_another_seed_is_in_the_bucket_while_it_runs(bucket: str) -> None:
     place = bucket.format("seeds")
     location = Location.parse(place)
-    location.write("statistics.safetensors", (assets() / "run" / "statistics.safetensors").read_bytes())
-    few = [part for part in FEW if "=" in part]
     with local_run(place) as (folder, origin):
-        other = Run(load_config(find_config("tiny"), few), folder, origin).with_seed(1)
-        shutil.copytree(folder, other.folder)
-        search_stage(other, progress=False)
-        assert {"seeds/1/status.json"} < {name for name in location.files() if name.startswith("seeds/1/")}
-        assert len(lop.evaluations(location / "seeds" / "1")) == 4
+        other = Run(load_config(find_config("tiny")), folder, origin).with_seed(1)
+        assert other.config.seed == 1
+        with Ledger(other.ledger, {}) as ledger:
+            ledger.append(Allocation((8, 16)), Evaluation(0.5, -1.0))
+            ledger.flush()
+            assert len(lop.evaluations(location / "seeds" / "1")) == 1
         assert (other.location / "tune").uri.startswith("s3://bucket/seeds/seeds/1/tune?")
-        assert {path.name for path in other.folder.iterdir()} == {
-            "statistics.safetensors", "config.yaml", "seconds.json", "search.json"
-        }  # fmt: skip
-        before = location.files()
-    assert set(location.files()) - set(before) == {
-        "seeds/1/statistics.safetensors", "seeds/1/config.yaml", "seeds/1/seconds.json", "seeds/1/search.json"
-    }  # fmt: skip
+        write_json(other.search_file, {})
+        assert {path.name for path in other.folder.iterdir()} == {"search.json"}
+    assert location.has("seeds/1/search.json")
     with local_run(place) as (folder, _):
+        assert (folder / "seeds" / "1" / "search.json").exists()
         assert not list(folder.rglob("ledger"))  # Not to be copied with every stage.
 
 
@@ -104,12 +108,6 @@ def test_what_hours_have_made_is_in_the_bucket_before_the_stage_ends(bucket: str
         write_json(folder / "rivals" / "a.json", [1])
         run.keep(folder / "rivals" / "a.json")
         assert Location.parse(place).files() == ["rivals/a.json"]
-
-
-def download(place: Location, folder: Path) -> None:
-    folder.mkdir()
-    for name in place.files():
-        (folder / name).write_bytes(place.read(name))
 
 
 def test_storage_that_cannot_be_had_is_told_in_a_line(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:

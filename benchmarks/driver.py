@@ -27,14 +27,14 @@ from typing import Any
 import psutil
 import ray
 
-from lop.allocation import Allocation, Space, uniform
-from lop.config import find_config, load_config
-from lop.evaluation import Evaluation
-from lop.ledger import Ledger
-from lop.racing import Candidate
-from lop.run import shipped_run
-from lop.search import Workers, run_search
-from lop.tree import SearchTree, TreeOptions
+from lop.run.config import find_config, load_config
+from lop.run.run import shipped_run
+from lop.search.evaluation import Evaluation
+from lop.search.ledger import Ledger
+from lop.search.loop import Workers, run_search
+from lop.search.racing import Candidate
+from lop.search.tree import SearchTree, TreeOptions
+from lop.space.allocation import Allocation, Space, uniform
 from ray_jobs.fleet import Fleet
 from ray_jobs.needs import Needs
 from ray_jobs.search import evaluator_fleet

@@ -23,17 +23,17 @@ import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from lop.adapter import QwenVL, load_model
-from lop.allocation import Allocation, Space, dense, project, uniform
-from lop.config import find_config, load_config
-from lop.elastic import ElasticModel
-from lop.encoding import Encoded, encode, on_device
-from lop.evaluator import Evaluator
-from lop.importance import activation
-from lop.importance import order as neuron_order
-from lop.models import assets
-from lop.samples import Sample, load_sample_sets, prompt_text
-from lop.statistics import calibrate
+from lop.model.adapter import QwenVL, load_model
+from lop.model.elastic import ElasticModel
+from lop.model.encoding import Encoded, encode, on_device
+from lop.model.find import assets
+from lop.model.importance import activation
+from lop.model.importance import order as neuron_order
+from lop.model.samples import Sample, load_sample_sets, prompt_text
+from lop.model.statistics import calibrate
+from lop.run.config import find_config, load_config
+from lop.search.evaluator import Evaluator
+from lop.space.allocation import Allocation, Space, dense, project, uniform
 
 _CONFIGS = {"tiny": "tiny", "7b": "qwen2_5_vl_7b"}
 # Parts of a profile by the names of torch's operators, and on a GPU of kernels.

@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from lop.allocation import Space, project
-from lop.checkpoint import export
-from lop.files import write_json
-from lop.size import model_size, read_tensors
+from lop.checkpoint.export import export
+from lop.model.tensors import model_size
+from lop.space.allocation import Space, project
+from lop.storage.files import write_json
+from lop.storage.headers import read_tensors
 
 HIDDEN, NEURONS, LAYERS, KEYS, VOCABULARY = 3584, 18_944, 28, 512, 152_064
 VISION, VISION_NEURONS, VISION_LAYERS = 1280, 3420, 32

@@ -77,14 +77,15 @@ def main() -> None:
 
 def make_checkpoints(folder: Path) -> None:
     """Writes `dense`, the formats, and what the elastic model says on a question with an image and one without."""
-    from lop.adapter import load_model
-    from lop.allocation import project
-    from lop.checkpoint import export
-    from lop.config import find_config, load_config
-    from lop.elastic import ElasticModel
-    from lop.models import EMBEDDED, assets
-    from lop.run import Run
     from tests.lop.test_model import inputs_of
+
+    from lop.checkpoint.export import export
+    from lop.model.adapter import load_model
+    from lop.model.elastic import ElasticModel
+    from lop.model.find import EMBEDDED, assets
+    from lop.run.config import find_config, load_config
+    from lop.run.run import Run
+    from lop.space.allocation import project
 
     run = Run(load_config(find_config(EMBEDDED)), assets() / "run")
     dense = folder / "dense"
@@ -195,7 +196,7 @@ def probe_lmms_eval(folder: str, name: str) -> dict[str, Any]:
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.tasks import TaskManager
 
-    from lop.evaluate import manifest, tasks_folder
+    from lop.report.evaluate import manifest, tasks_folder
 
     for model in manifest():
         MODEL_REGISTRY_V2.register_manifest(model, overwrite=True)

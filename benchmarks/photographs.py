@@ -32,12 +32,12 @@ import yaml
 from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
-from lop.config import load_config
-from lop.files import write_json
-from lop.models import assets
-from lop.predictors import Predictor, build
-from lop.run import Run
-from lop.size import read_tensors
+from lop.model.find import assets
+from lop.predictor.predictor import Predictor, build
+from lop.run.config import load_config
+from lop.run.run import Run
+from lop.storage.files import write_json
+from lop.storage.headers import read_tensors
 
 GIB = 2**30
 ALLOWED = 3.0  # GiB that `calibrate` may take beside the weights.

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from lop.allocation import Space
-from lop.networks import ARCHITECTURES, build, weights_of
-from lop.predictors import Predictor, load_predictor
-from lop.size import ModelSize
+from lop.predictor.networks import ARCHITECTURES, build, weights_of
+from lop.predictor.predictor import Predictor, load_predictor
+from lop.space.allocation import Space
+from lop.space.size import ModelSize
 
 
 def main() -> None:

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from lop.allocation import Allocation
-from lop.config import Config, find_config, load_config
-from lop.evaluation import Evaluation
-from lop.ledger import Ledger
-from lop.models import assets
-from lop.racing import Racer, Rival
-from lop.run import Run
-from lop.search import InProcess, run_search
-from lop.stages import build_evaluator, build_trees
+from lop.model.find import assets
+from lop.run.config import Config, find_config, load_config
+from lop.run.run import Run
+from lop.search.evaluation import Evaluation
+from lop.search.ledger import Ledger
+from lop.search.loop import InProcess, run_search
+from lop.search.racing import Racer, Rival
+from lop.space.allocation import Allocation
+from lop.stages.stages import build_evaluator, build_trees
 
 
 class Counting:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lop.allocation import Allocation
-from lop.config import find_config, load_config
-from lop.run import Run
-from lop.samples import Sample
-from lop.stages import Found, build_evaluator, read_search
+from lop.model.samples import Sample
+from lop.run.config import find_config, load_config
+from lop.run.run import Run
+from lop.space.allocation import Allocation
+from lop.stages.stages import Found, build_evaluator, read_search
 
 REWARDS = ("accuracy", "log_probability", "divergence", "margin")
 

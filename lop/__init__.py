@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 from lop.errors import LopError
 
 if TYPE_CHECKING:
-    from lop.checkpoint import load
+    from lop.checkpoint.export import load
     from lop.client import Client
-    from lop.ledger import evaluations
+    from lop.search.ledger import evaluations
 
 __all__ = ["Client", "LopError", "evaluations", "load"]
 __version__ = "0.1.0"
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Loaded on first use: importing torch and transformers takes seconds that `lop predict` need not spend.
     if name == "load":
-        from lop.checkpoint import load
+        from lop.checkpoint.export import load
 
         return load
     if name == "Client":
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return Client
     if name == "evaluations":
-        from lop.ledger import evaluations
+        from lop.search.ledger import evaluations
 
         return evaluations
     raise AttributeError(f"module 'lop' has no attribute {name!r}")

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
-from lop.config import RECOVERIES, Config, find_config, load_config
+from lop.checkpoint.formats import FORMATS, RECOVERIES
 from lop.errors import LopError
-from lop.formats import FORMATS
 from lop.interrupt import Interrupted, interruptible
-from lop.models import EMBEDDED, find_model
-from lop.places import check_lasting
-from lop.size import Target, parse_count
+from lop.model.find import EMBEDDED, find_model
+from lop.run.config import Config, find_config, load_config
+from lop.space.size import Target, parse_count
+from lop.storage.places import check_lasting
 from lop.terminal import prepare_streams, say, settle_streams
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
 if TYPE_CHECKING:
-    from lop.run import Run
+    from lop.run.run import Run
 
 log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], None]
@@ -259,7 +259,7 @@ def _at(options: argparse.Namespace) -> Iterator[None]:
     if not getattr(options, "run", None):
         yield
         return
-    from lop.mirror import local_run
+    from lop.storage.mirror import local_run
 
     check_lasting("--run", options.run)
     with local_run(options.run) as (options.folder, options.origin):
@@ -267,14 +267,14 @@ def _at(options: argparse.Namespace) -> Iterator[None]:
 
 
 def _named_run(options: argparse.Namespace, config: Config) -> "Run | None":
-    from lop.run import Run
+    from lop.run.run import Run
 
     return Run(config, options.folder, options.origin) if options.folder else None
 
 
 def _run(options: argparse.Namespace, default: Path | None = None) -> "Run":
     config = _config(options)
-    from lop.run import Run
+    from lop.run.run import Run
 
     if named := _named_run(options, config):
         return named
@@ -295,7 +295,7 @@ def _target(options: argparse.Namespace) -> Target:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from lop.stages import calibrate_stage
+    from lop.stages.stages import calibrate_stage
 
     run = _run(options)
     calibrate_stage(run)
@@ -307,7 +307,7 @@ COMPUTING: tuple[Command, ...] = (_calibrate,)
 
 
 def _search(options: argparse.Namespace) -> None:
-    from lop.stages import search_stage
+    from lop.stages.stages import search_stage
 
     run = _run(options)
     search_stage(run)
@@ -315,7 +315,7 @@ def _search(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from lop.stages import train_stage
+    from lop.stages.stages import train_stage
 
     run = _run(options)
     train_stage(run)
@@ -323,8 +323,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from lop.footprint import Footprint
-    from lop.prediction import predictor_for
+    from lop.checkpoint.footprint import Footprint
+    from lop.run.prediction import predictor_for
 
     config, target = _config(options), _target(options)
     predictor = predictor_for(_named_run(options, config), config)
@@ -340,7 +340,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    from lop.stages import prune_stage
+    from lop.stages.stages import prune_stage
 
     check_lasting("--out", options.out)
     config = _config(options)
@@ -353,7 +353,7 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from lop.inspection import inspect, print_inspection
+    from lop.checkpoint.inspection import inspect, print_inspection
 
     found = inspect(find_model(options.model))
     if options.json:
@@ -365,8 +365,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from lop.report import write_report
-    from lop.tables import check_tables, write_tables
+    from lop.report.report import write_report
+    from lop.report.tables import check_tables, write_tables
 
     run = _run(options)
     check_tables(run, others=options.against)
@@ -376,7 +376,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _rivals(options: argparse.Namespace) -> None:
-    from lop.rivals import rivals_stage
+    from lop.methods.rivals import rivals_stage
 
     run = _run(options)
     for outcome in rivals_stage(run, seeds=run.config.tables.seeds):
@@ -384,7 +384,7 @@ def _rivals(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from lop.evaluate import Evaluate, evaluate
+    from lop.report.evaluate import Evaluate, evaluate
 
     data = {}
     for entry in options.data:
@@ -405,21 +405,21 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from lop.demo import demo
+    from lop.stages.demo import demo
 
     print(demo(_run(options, Path("runs/demo"))))
 
 
 def _ledger(options: argparse.Namespace) -> None:
-    from lop.storage import Location
-    from lop.watch import print_ledger
+    from lop.search.watch import print_ledger
+    from lop.storage.location import Location
 
     print_ledger(Location.parse(options.place), as_json=options.json)
 
 
 def _watch(options: argparse.Namespace) -> None:
-    from lop.storage import Location
-    from lop.watch import watch
+    from lop.search.watch import watch
+    from lop.storage.location import Location
 
     watch(Location.parse(options.place), once=options.once)
 

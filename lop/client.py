@@ -13,10 +13,10 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from lop.destination import check_new
 from lop.errors import LopError
-from lop.files import atomic_folder
-from lop.storage import Location
+from lop.storage.destination import check_new
+from lop.storage.files import atomic_folder
+from lop.storage.location import Location
 
 _BLOCK = 2**20
 _POLL_SECONDS = 0.3

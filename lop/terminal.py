@@ -53,6 +53,17 @@ def say(line: str) -> None:
         return
 
 
+def duration(seconds: float | None) -> str:
+    """`2 h 05 min`, `3 min 20 s` or `14 s`; `unknown` for None."""
+    if seconds is None:
+        return "unknown time"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
 def _plain(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error

@@ -9,8 +9,8 @@ import ray
 import torch
 
 from lop.errors import LopError, first_line
-from lop.evaluation import Evaluation
-from lop.racing import Candidate, Racer
+from lop.search.evaluation import Evaluation
+from lop.search.racing import Candidate, Racer
 
 
 @dataclass(frozen=True)

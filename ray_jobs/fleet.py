@@ -1,4 +1,4 @@
-"""Any number of evaluator actors, seen as one `lop.search.Workers`."""
+"""Any number of evaluator actors, seen as one `lop.search.loop.Workers`."""
 
 import logging
 import math
@@ -20,10 +20,10 @@ from ray.exceptions import (
     RayError,
 )
 
-from lop.allocation import Allocation
 from lop.errors import LopError
-from lop.evaluation import Evaluation
-from lop.racing import Candidate, Racer
+from lop.search.evaluation import Evaluation
+from lop.search.racing import Candidate, Racer
+from lop.space.allocation import Allocation
 from ray_jobs.actor import Answer, EvaluatorActor, describe_error
 from ray_jobs.needs import ONE_CPU, Needs, Wait
 

@@ -4,7 +4,7 @@ import math
 
 from ray.util.metrics import Gauge
 
-from lop.progress import Progress, Sink
+from lop.search.progress import Progress, Sink
 
 
 def metrics_sink() -> Sink:

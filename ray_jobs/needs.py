@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import ray
 
-from lop.config import Config
 from lop.errors import LopError
+from lop.run.config import Config
 
 log = logging.getLogger(__name__)
 _SECONDS_OF_SILENCE = 30.0

@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from lop.config import Config
 from lop.errors import LopError, first_line
+from lop.run.config import Config
 from ray_jobs.cluster import connected
 from ray_jobs.needs import Needs, Wait
 

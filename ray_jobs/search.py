@@ -8,10 +8,10 @@ import numpy as np
 import ray
 import torch
 
-from lop.config import Config
-from lop.evaluator import Evaluator
-from lop.samples import Sample
-from lop.stages import build_evaluator
+from lop.model.samples import Sample
+from lop.run.config import Config
+from lop.search.evaluator import Evaluator
+from lop.stages.stages import build_evaluator
 from ray_jobs.cluster import connected
 from ray_jobs.fleet import Fleet
 from ray_jobs.job import run_job

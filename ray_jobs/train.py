@@ -12,9 +12,9 @@ import torch
 from ray import tune
 from tqdm import tqdm
 
-from lop.config import TrainSettings
-from lop.storage import Location
-from lop.training import Fit, Pair, fit
+from lop.predictor.training import Fit, Pair, fit
+from lop.run.config import TrainSettings
+from lop.storage.location import Location
 from ray_jobs.cluster import connected
 from ray_jobs.job import run_job
 from ray_jobs.needs import ONE_CPU, Wait
@@ -36,7 +36,7 @@ def tune_fits(
     storage: str,
     progress: bool = True,
 ) -> list[Fit]:
-    """One fit for each architecture and learning rate, the same as `lop.training.fit` makes of the same arguments.
+    """One fit for each architecture and learning rate, as `lop.predictor.training.fit` makes of the same arguments.
 
     Args:
         storage: an absolute path or URI for Tune's own records, one that all machines of the cluster share. They are

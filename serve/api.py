@@ -24,12 +24,11 @@ from starlette.staticfiles import NotModifiedResponse
 from starlette.types import Receive, Scope, Send
 
 import lop
-from lop.allocation import Allocation, uniform
-from lop.config import Recovery
+from lop.checkpoint.footprint import Footprint
+from lop.checkpoint.formats import Format, Recovery
 from lop.errors import LopError
-from lop.footprint import Footprint
-from lop.formats import Format
-from lop.intervals import Interval
+from lop.report.intervals import Interval
+from lop.space.allocation import Allocation, uniform
 from serve import schemas
 from serve.catalogue import Curve, ServedModel
 from serve.exporting import FORMATS, RECOVERIES

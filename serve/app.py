@@ -15,11 +15,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.types import ASGIApp
 
-from lop.destination import check_writable
 from lop.errors import LopError
-from lop.fingerprint import fingerprint_file
-from lop.predictors import load_predictor
-from lop.storage import Location
+from lop.predictor.predictor import load_predictor
+from lop.storage.destination import check_writable
+from lop.storage.fingerprint import fingerprint_file
+from lop.storage.location import Location
 from serve.api import build_api
 from serve.batching import Batcher
 from serve.catalogue import ServedModel, load_catalogue, open_run

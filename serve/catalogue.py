@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from lop.allocation import Space
-from lop.config import find_config, load_config
 from lop.errors import LopError
-from lop.files import read_json
-from lop.fingerprint import fingerprint, fingerprint_file
-from lop.intervals import Interval, wilson
-from lop.prediction import predictor_for
-from lop.run import Run, shipped_run
-from lop.size import ModelSize
-from lop.stages import read_search
+from lop.report.intervals import Interval, wilson
+from lop.run.config import find_config, load_config
+from lop.run.prediction import predictor_for
+from lop.run.run import Run, shipped_run
+from lop.space.allocation import Space
+from lop.space.size import ModelSize
+from lop.stages.stages import read_search
+from lop.storage.files import read_json
+from lop.storage.fingerprint import fingerprint, fingerprint_file
 from serve.exporting import companion_bytes
 from serve.settings import ModelSettings, ServiceSettings
 

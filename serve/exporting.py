@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from lop.allocation import Allocation
-from lop.config import RECOVERIES, Recovery
-from lop.formats import FORMATS, Format
-from lop.run import Run
-from lop.stages import export_allocation
+from lop.checkpoint.formats import FORMATS, RECOVERIES, Format, Recovery
+from lop.run.run import Run
+from lop.space.allocation import Allocation
+from lop.stages.stages import export_allocation
 
 _HEADERS = 2**20
 __all__ = ["FORMATS", "RECOVERIES", "companion_bytes", "write_checkpoint"]

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lop.errors import LopError
-from lop.files import read_json, write_json
+from lop.storage.files import read_json, write_json
 
 State = Literal["queued", "running", "complete", "failed", "evicted"]
 UNFINISHED = ("queued", "running")
@@ -73,7 +73,7 @@ class Job:
 
     Attributes:
         asked: what for.
-        allocation: the answer to the target (`lop.footprint.Footprint.describe`).
+        allocation: the answer to the target (`lop.checkpoint.footprint.Footprint.describe`).
         reserved: bytes that it is expected to take.
         order: a new one each time it is queued; tells a worker that its job was withdrawn meanwhile.
         number: the clock's reading when it was asked for: jobs are done, and listed, in this order.

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
-from lop.config import load_config
 from lop.errors import LopError, first_line
 from lop.interrupt import Interrupted
+from lop.run.config import load_config
 from serve.guard import is_loopback
 from serve.keys import VARIABLE, load_keys
 from serve.settings import ModelSettings, ServiceSettings

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lop.allocation import Allocation
-from lop.checkpoint import verify
+from lop.checkpoint.export import verify
 from lop.errors import LopError
-from lop.formats import MANIFEST
-from lop.run import Run
+from lop.model.sources import MANIFEST
+from lop.run.run import Run
+from lop.space.allocation import Allocation
 from serve.catalogue import fingerprints_of
 from serve.exporting import write_checkpoint
 from serve.jobs import Claim, Job, JobStore, WithdrawnError

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 
-from lop.size import Target
+from lop.space.size import Target
 from serve.exporting import FORMATS, RECOVERIES
 from serve.settings import Name
 

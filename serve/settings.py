@@ -5,8 +5,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lop.config import find_config
-from lop.places import check_lasting
+from lop.run.config import find_config
+from lop.storage.places import check_lasting
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 

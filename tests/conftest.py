@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from lop.adapter import QwenVL, load_model
-from lop.encoding import Encoded, encode
-from lop.models import assets
-from lop.samples import SampleSets, load_sample_sets
-from lop.statistics import NeuronStatistics, calibrate
+from lop.model.adapter import QwenVL, load_model
+from lop.model.encoding import Encoded, encode
+from lop.model.find import assets
+from lop.model.samples import SampleSets, load_sample_sets
+from lop.model.statistics import NeuronStatistics, calibrate
 from tests.commands import FEW, lop_command
 
 torch.set_num_threads(1)

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 import lop
-from lop.config import load_config
-from lop.ledger import read_ledger
-from lop.models import assets
-from lop.predictors import load_predictor
-from lop.run import Run
-from lop.size import model_size, read_tensors
-from lop.stages import build_evaluator, read_search
+from lop.model.find import assets
+from lop.model.tensors import model_size
+from lop.predictor.predictor import load_predictor
+from lop.run.config import load_config
+from lop.run.run import Run
+from lop.search.ledger import read_ledger
+from lop.stages.stages import build_evaluator, read_search
+from lop.storage.headers import read_tensors
 from tests.commands import FEW, lop_command
 
 

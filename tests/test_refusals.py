@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 
-from lop import evaluate as evaluation
 from lop.cli import main
-from lop.models import assets
+from lop.model.find import assets
+from lop.report import evaluate as evaluation
 
 Refused = Callable[..., str]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 4467088\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lop.cli import main
-from lop.models import assets
+from lop.model.find import assets
 
 POSIX = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # Python's own UTF-8 is off, too.
 ASCII = {"PYTHONIOENCODING": "ascii"}

@@ -4,11 +4,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from lop.ledger import Ledger
-from lop.search import run_search
+from lop.search.ledger import Ledger
+from lop.search.loop import run_search
 from ray_jobs.cluster import connected
 from ray_jobs.fleet import Fleet
-from tests.lop.test_search import make_trees, outcome
+from tests.lop.search.test_loop import make_trees, outcome
 from tests.ray_jobs.evaluators import Logged
 
 

@@ -6,9 +6,9 @@ import time
 import zlib
 from pathlib import Path
 
-from lop.allocation import Allocation
-from lop.evaluation import Evaluation
-from tests.lop.test_tree import score
+from lop.search.evaluation import Evaluation
+from lop.space.allocation import Allocation
+from tests.lop.search.test_tree import score
 
 
 class Logged:

@@ -15,14 +15,14 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from lop.allocation import Allocation
-from lop.evaluation import Evaluation
-from lop.ledger import Ledger, read_ledger
-from lop.racing import Candidate
-from lop.search import InProcess, run_search
-from lop.storage import Location
+from lop.search.evaluation import Evaluation
+from lop.search.ledger import Ledger, read_ledger
+from lop.search.loop import InProcess, run_search
+from lop.search.racing import Candidate
+from lop.space.allocation import Allocation
+from lop.storage.location import Location
 from ray_jobs.fleet import Fleet
-from tests.lop.test_search import make_trees, outcome
+from tests.lop.search.test_loop import make_trees, outcome
 from tests.ray_jobs.evaluators import ERRORS, SECONDS, CalmlyTroubled, Logged, Troubled
 from tests.ray_jobs.waiting import wait_for
 

@@ -16,15 +16,15 @@ from typing import Any, cast
 
 import pytest
 
-from lop.allocation import Allocation
 from lop.errors import LopError
-from lop.evaluation import Evaluation
-from lop.ledger import Ledger, read_ledger
-from lop.racing import Candidate, Racer
-from lop.search import InProcess, run_search
+from lop.search.evaluation import Evaluation
+from lop.search.ledger import Ledger, read_ledger
+from lop.search.loop import InProcess, run_search
+from lop.search.racing import Candidate, Racer
+from lop.space.allocation import Allocation
 from ray_jobs.fleet import Fleet
-from tests.lop.test_search import make_trees, outcome
-from tests.lop.test_tree import score
+from tests.lop.search.test_loop import make_trees, outcome
+from tests.lop.search.test_tree import score
 from tests.ray_jobs.waiting import wait_for
 
 Outcome = tuple[list[object], list[tuple[Allocation, Evaluation]]]

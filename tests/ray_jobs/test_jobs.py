@@ -18,11 +18,11 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 from ray.util.state import list_nodes
 
-from lop.config import find_config, load_config
-from lop.ledger import read_ledger
-from lop.models import assets
-from lop.run import Run
-from lop.stages import search_stage
+from lop.model.find import assets
+from lop.run.config import find_config, load_config
+from lop.run.run import Run
+from lop.search.ledger import read_ledger
+from lop.stages.stages import search_stage
 from tests.ray_jobs.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ import yaml
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from lop.storage import Location
+from lop.storage.location import Location
 
 ROOT = Path(__file__).parents[2]
 

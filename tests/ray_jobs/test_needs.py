@@ -14,17 +14,17 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from lop.config import Config, TrainSettings, find_config, load_config
 from lop.errors import LopError
-from lop.models import assets
-from lop.run import Run
-from lop.workers import map_on_workers, on_worker
+from lop.model.find import assets
+from lop.run.config import Config, TrainSettings, find_config, load_config
+from lop.run.run import Run
+from lop.stages.workers import map_on_workers, on_worker
 from ray_jobs import needs
 from ray_jobs.fleet import Fleet
 from ray_jobs.needs import Needs
 from ray_jobs.search import evaluator_fleet
 from ray_jobs.train import tune_fits
-from tests.lop.test_search import make_trees
+from tests.lop.search.test_loop import make_trees
 from tests.ray_jobs.test_train import TRAINING, VALIDATION
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lop.config import Config, find_config, load_config
 from lop.errors import LopError
-from lop.workers import map_on_workers
+from lop.run.config import Config, find_config, load_config
+from lop.stages.workers import map_on_workers
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ITEMS = list(range(7))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lop.config import Config, find_config, load_config
-from lop.ledger import read_ledger
-from lop.run import Run
-from lop.stages import calibrate_stage, search_stage
+from lop.run.config import Config, find_config, load_config
+from lop.run.run import Run
+from lop.search.ledger import read_ledger
+from lop.stages.stages import calibrate_stage, search_stage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SETTINGS = [

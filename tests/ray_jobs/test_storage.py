@@ -7,18 +7,18 @@ import pandas
 import pytest
 
 import lop
-from lop.allocation import Allocation
-from lop.checkpoint import verify
+from lop.checkpoint.export import verify
 from lop.cli import main
-from lop.config import find_config, load_config
-from lop.demo import _prune_all
-from lop.evaluation import Evaluation
-from lop.files import write_json
-from lop.ledger import Ledger
-from lop.mirror import local_run
-from lop.models import assets
-from lop.run import Run
-from lop.storage import Location
+from lop.model.find import assets
+from lop.run.config import find_config, load_config
+from lop.run.run import Run
+from lop.search.evaluation import Evaluation
+from lop.search.ledger import Ledger
+from lop.space.allocation import Allocation
+from lop.stages.demo import _prune_all
+from lop.storage.files import write_json
+from lop.storage.location import Location
+from lop.storage.mirror import local_run
 
 FEW = [
     *("--set", "search.targets={first: 0.4, last: 0.5, step: 0.1}"),

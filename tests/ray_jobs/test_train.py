@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lop.config import TrainSettings
-from lop.training import Pair, fit, split_pairs
+from lop.predictor.training import Pair, fit, split_pairs
+from lop.run.config import TrainSettings
 from ray_jobs.train import tune_fits
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

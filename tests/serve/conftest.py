@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from lop.predictors import load_predictor
+from lop.predictor.predictor import load_predictor
 from serve.api import build_api
 from serve.app import open_store
 from serve.catalogue import ServedModel, load_catalogue, open_run

@@ -20,12 +20,13 @@ import pytest
 import torch
 
 import lop
-from lop.checkpoint import verify
+from lop.checkpoint.export import verify
 from lop.cli import main
-from lop.fingerprint import fingerprint_file
-from lop.intervals import Interval
-from lop.models import assets, fingerprint_model
-from lop.size import model_size, read_tensors
+from lop.model.find import assets, fingerprint_model
+from lop.model.tensors import model_size
+from lop.report.intervals import Interval
+from lop.storage.fingerprint import fingerprint_file
+from lop.storage.headers import read_tensors
 from serve import schemas
 from serve.catalogue import ServedModel, load_catalogue
 from serve.jobs import Job
@@ -298,7 +299,7 @@ def test_a_checkpoint_is_hashed_once_and_within_the_limit(
         hashed += 1
 
     with monkeypatch.context() as patch:
-        patch.setattr("lop.checkpoint.check_hashes", count)
+        patch.setattr("lop.checkpoint.export.check_hashes", count)
         service = start()
         last = service.finish(service.make({"ratio": 0.1}).json["id"])
     assert hashed == 0

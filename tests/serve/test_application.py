@@ -20,7 +20,7 @@ from ray.serve import Application
 from ray.serve.schema import DeploymentSchema, ServeDeploySchema
 
 import lop
-from lop.checkpoint import verify
+from lop.checkpoint.export import verify
 from lop.cli import main
 from serve.app import ApiDeployment, PredictorDeployment, PrunerDeployment
 from serve.settings import ServiceSettings

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
-from lop.config import load_config, save_config
-from lop.models import assets
-from lop.stages import predictor_for
+from lop.model.find import assets
+from lop.run.config import load_config, save_config
+from lop.stages.stages import predictor_for
 from serve.app import PredictorDeployment
 from serve.catalogue import load_catalogue, open_run
 from serve.settings import ServiceSettings

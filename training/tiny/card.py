@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lop.adapter import load_model
-from lop.allocation import Allocation, Space, dense, uniform
-from lop.elastic import ElasticModel
-from lop.encoding import encode
-from lop.evaluator import Evaluator
-from lop.importance import importance, order
-from lop.samples import Sample, load_sample_sets
-from lop.size import model_size, read_tensors
-from lop.statistics import calibrate
+from lop.model.adapter import load_model
+from lop.model.elastic import ElasticModel
+from lop.model.encoding import encode
+from lop.model.importance import importance, order
+from lop.model.samples import Sample, load_sample_sets
+from lop.model.statistics import calibrate
+from lop.model.tensors import model_size
+from lop.search.evaluator import Evaluator
+from lop.space.allocation import Allocation, Space, dense, uniform
+from lop.storage.headers import read_tensors
 
 _RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 _ALONE = 0.75

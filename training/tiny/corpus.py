@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from lop.samples import FORMS, prompt_text
+from lop.model.samples import FORMS, prompt_text
 from training.tiny import vision
 from training.tiny.architecture import TEMPLATE
 from training.tiny.images import Picture

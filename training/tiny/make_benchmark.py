@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lop.benchmark import FOLDER, NEGATIVES, Question
-from lop.samples import LETTERS, Sample, load_samples
+from lop.model.samples import LETTERS, Sample, load_samples
+from lop.report.benchmark import FOLDER, NEGATIVES, Question
 from training.tiny.facts import countries
 from training.tiny.images import Picture, decode, products, shapes
 from training.tiny.questions import KINDS, MANY_RIGHT, WORDINGS, ask, is_negated, values_of

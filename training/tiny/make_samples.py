@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lop.samples import FORMS, Sample, SampleSets
+from lop.model.samples import FORMS, Sample, SampleSets
 from training.tiny.images import Picture, decode, products, shapes
 from training.tiny.questions import KINDS, MANY_RIGHT, WORDINGS, ask
 from training.tiny.vision import flag_pictures, training_pools

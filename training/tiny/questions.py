@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lop.samples import LETTERS, Sample
+from lop.model.samples import LETTERS, Sample
 from training.tiny.facts import Country, countries
 from training.tiny.images import PRODUCTS, Picture
 

@@ -1,0 +1,106 @@
+"""What a pruned checkpoint looks like on disk: true widths (`hf`), or padded to one width (`padded`)."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from lop.checkpoint.shards import Cut
+from lop.errors import LopError
+from lop.model.sources import MODEL_CLASS, MODELING
+from lop.model.tensors import ffn_layer, ffn_part
+from lop.storage.headers import TensorInfo
+
+Recovery = Literal["none", "bias", "refit"]
+RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
+Format = Literal["hf", "padded"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+# Of a config as the first Qwen2.5-VL checkpoints have it, flat: what is not the language backbone's.
+_NOT_TEXT = {"architectures", "auto_map", "model_type", "transformers_version", "vision_config"}
+
+
+def check_format(format: Format, recovery: Recovery) -> None:
+    """Looks before anything is done for nothing.
+
+    Raises:
+        LopError: the format has no place for what the recovery adds.
+    """
+    if format == "padded" and recovery == "bias":
+        raise LopError("format 'padded' has no place for a bias: choose recovery 'refit' or 'none', or format 'hf'")
+
+
+def cut_tensors(
+    tensors: Mapping[str, TensorInfo],
+    order: np.ndarray,
+    widths: Sequence[int],
+    *,
+    format: Format,
+    recovered: Mapping[str, TensorInfo],
+) -> list[tuple[str, Cut]]:
+    """What to write of each tensor of a dense checkpoint.
+
+    Args:
+        tensors: the dense checkpoint's.
+        order: [L, F] neurons of each layer, the most important first.
+        widths: [L] neurons kept.
+        recovered: tensors that take the place of those cut from the dense checkpoint, of any part, with the neurons
+            kept in their order (`down_proj` weights [H, k], `gate_proj` and `up_proj` [k, H]), or that come on top
+            (biases), by the checkpoint's names.
+
+    Raises:
+        LopError: a recovered tensor has another shape than the one that it replaces would be cut to.
+    """
+    cuts = [(name, _cut(name, info, recovered.get(name), order, widths, format)) for name, info in tensors.items()]
+    return cuts + [(name, Cut(info, info.shape)) for name, info in recovered.items() if name not in tensors]
+
+
+def _cut(
+    name: str, info: TensorInfo, recovered: TensorInfo | None, order: np.ndarray, widths: Sequence[int], format: Format
+) -> Cut:
+    part = ffn_part(name)
+    kept = None if part is None else order[ffn_layer(name), : widths[ffn_layer(name)]]
+
+    def shape(width: int) -> tuple[int, ...]:
+        return (info.shape[0], width) if part == "down_proj" else (width, *info.shape[1:])
+
+    expected = info.shape if kept is None else shape(len(kept))
+    if recovered and recovered.shape != expected:
+        raise LopError(f"recovered tensor {name} is {list(recovered.shape)}, and must be {list(expected)}")
+    source = recovered or info
+    if kept is None:
+        return Cut(source, expected)
+    chosen = np.arange(len(kept)) if recovered else kept
+    full = shape(max(widths)) if format == "padded" else expected
+    return Cut(source, full, columns=chosen) if part == "down_proj" else Cut(source, full, rows=chosen)
+
+
+def pruned_config(dense: Mapping[str, Any], widths: Sequence[int], *, format: Format, bias: bool) -> dict[str, Any]:
+    """The config of a pruned checkpoint: the dense one's, whatever transformers wrote it, with the widths.
+
+    `padded` sets `intermediate_size`. `hf` sets `text_config.per_layer_config` (transformers' schema of layers that
+    differ) and `auto_map`. A flat config keeps its keys beside the `text_config` that it gets: transformers before
+    4.52 reads the former, later ones the latter.
+
+    Args:
+        dense: what stands in the dense checkpoint's `config.json`.
+        widths: [L] neurons kept.
+        bias: whether the layers' `down_proj` have one.
+    """
+    config = copy.deepcopy(dict(dense))
+    if format == "padded":
+        config.get("text_config", config)["intermediate_size"] = max(widths)
+        return config
+    if "text_config" not in config:
+        flat = {key: value for key, value in config.items() if key not in _NOT_TEXT and not key.endswith("_token_id")}
+        ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+        config["text_config"] = {**flat, **ends, "model_type": f"{config['model_type']}_text"}
+    digits = len(str(len(widths) - 1))
+    config["text_config"]["per_layer_config"] = {
+        str(layer).zfill(digits): {"intermediate_size": int(width)} for layer, width in enumerate(widths)
+    }
+    if bias:
+        config["text_config"]["down_proj_bias"] = True
+    config["architectures"] = [MODEL_CLASS]
+    config["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.removesuffix('.py')}.{MODEL_CLASS}"}
+    return config

@@ -1,0 +1,135 @@
+"""`lop inspect`: what a checkpoint is, from its headers, its config and its manifest; and whether it is undamaged."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Group
+from rich.table import Table
+
+from lop.checkpoint.export import check_hashes, read_manifest
+from lop.console import PlainConsole
+from lop.errors import LopError
+from lop.model.sources import MANIFEST, check_checkpoint
+from lop.model.tensors import down_projections
+from lop.storage.files import read_as
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is.
+
+    Attributes:
+        format: `dense`, `hf` or `padded`; a pruned checkpoint without a manifest (as `save_pretrained` leaves) is `hf`.
+        widths: [L] neurons that each layer keeps.
+        stored: [L] neurons that each layer has on disk; more than it keeps if padded.
+        neurons: of a layer of the dense model; of the widest layer if nothing tells.
+        parameters, bytes: of all tensors.
+        manifest: what the export wrote down (source, target, recovery, fingerprints), without its hashes.
+        checked: files that were held against their SHA-256 in the manifest; None without a manifest.
+        damage: the first fault found, in one line; empty if there is none.
+    """
+
+    path: str
+    format: str
+    widths: tuple[int, ...]
+    stored: tuple[int, ...]
+    neurons: int
+    parameters: int
+    bytes: int
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    checked: int | None = None
+    damage: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Share of the dense model's FFN neurons that are not there."""
+        return 1 - sum(self.widths) / (len(self.widths) * self.neurons)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "ratio": self.ratio, "verified": None if self.checked is None else not self.damage}
+
+
+def inspect(folder: Path) -> Inspection:
+    """Looks at a checkpoint, dense or pruned, and reads it whole if there are hashes to check.
+
+    Raises:
+        LopError: the folder holds no Qwen2.5-VL checkpoint, or one whose headers are damaged.
+    """
+    has_manifest = (folder / MANIFEST).exists()
+    manifest = read_manifest(folder) if has_manifest else {}
+    hashes = manifest.pop("sha256", {})
+    damage = _damage(folder, hashes)
+    try:
+        tensors = check_checkpoint(folder)
+    except LopError as error:
+        # What is wrong with a file that is not what was written says less than that.
+        raise LopError(damage or str(error)) from None
+    text = read_as(folder / "config.json", _text_config)
+    stored = tuple(info.shape[1] for _, info in down_projections(tensors))
+    pruned = "per_layer_config" in text
+    kind = manifest.get("format", "hf" if pruned else "dense")
+    return Inspection(
+        path=str(folder),
+        format=kind,
+        widths=tuple(manifest.get("widths", stored)),
+        stored=stored,
+        neurons=manifest.get("neurons", text.get("intermediate_size", max(stored))),
+        parameters=sum(info.parameters for info in tensors.values()),
+        bytes=sum(info.bytes for info in tensors.values()),
+        manifest=manifest,
+        checked=len(hashes) if has_manifest else None,
+        damage=damage,
+    )
+
+
+def print_inspection(found: Inspection) -> None:
+    """Shows it on the terminal, the widths as a bar chart."""
+    facts = Table.grid(padding=(0, 2))
+    manifest = found.manifest
+    rows = {
+        "format": found.format,
+        "source": manifest.get("source"),
+        "target": f"{manifest['target']:.4f}" if "target" in manifest else None,
+        "pruned": f"{found.ratio:.2%} of {len(found.widths)} layers of {found.neurons} neurons",
+        "recovery": manifest.get("recovery"),
+        "importance": manifest.get("importance"),
+        "parameters": f"{found.parameters:,}",
+        "bytes": f"{found.bytes:,}",
+        "padding": f"{manifest['padding_bytes']:,} bytes of zeros" if manifest.get("padding_bytes") else None,
+        "made from": ", ".join(f"{name} {value}" for name, value in manifest.get("fingerprints", {}).items()) or None,
+        "hashes": _verdict(found),
+    }
+    for name, value in rows.items():
+        if value is not None:
+            facts.add_row(name, value)
+    chart = Table.grid(padding=(0, 2))
+    for layer, width in enumerate(found.widths):
+        chart.add_row(
+            f"layer {layer}", f"{width}", Bar(found.neurons, 0, width, width=40), f"{width / found.neurons:.1%}"
+        )
+    PlainConsole().print(Group(facts, "", chart))
+
+
+def _text_config(config: Any) -> dict[str, Any]:
+    text = dict(config.get("text_config", config))
+    return {**text, "intermediate_size": int(text["intermediate_size"])} if "intermediate_size" in text else text
+
+
+def _damage(folder: Path, hashes: Mapping[str, str]) -> str:
+    try:
+        check_hashes(folder, hashes)
+    except LopError as error:
+        return str(error)
+    return ""
+
+
+def _verdict(found: Inspection) -> str:
+    if found.damage:
+        return "DAMAGED"
+    if found.checked is None:
+        return f"none: there is no {MANIFEST}"
+    return f"all {found.checked} files are as they were written"

@@ -1,0 +1,190 @@
+"""Recovery without training: what is left of each FFN is made to say what the whole FFN said.
+
+`bias` adds the pruned neurons' mean contribution, as FLAP does (An et al. 2023). `refit` solves for new `down_proj`
+weights by ridge least squares on the calibration samples, layer by layer, each layer seeing the refitted ones before
+it. It needs no bias, so every format and every loader carries it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lop.checkpoint.forecast import tell_refit
+from lop.checkpoint.formats import Recovery
+from lop.model.backbone import ROWS, Backbone, Layer
+from lop.model.elastic import ElasticFfn, ElasticModel
+from lop.model.encoding import Encoded, encode
+from lop.model.image_settings import ImageSettings
+from lop.model.samples import Sample
+from lop.model.sources import check_checkpoint
+from lop.model.streamed import StreamedModel
+from lop.model.tensors import down_projections
+from lop.space.allocation import Allocation
+from lop.storage.files import disk_errors
+from lop.storage.headers import TensorInfo, read_header
+
+RIDGE = 0.01
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def recover_elastic(
+    elastic: ElasticModel, allocation: Allocation, recovery: Recovery, *, means: np.ndarray, calibration: Encoded
+) -> None:
+    """Gives an elastic model the allocation's widths, and what recovery makes of the layers with these.
+
+    Args:
+        means: [L, F] `E[h]` in the dense model's numbering, for `bias`.
+        calibration: for `refit`.
+    """
+    elastic.prune(allocation, means if recovery == "bias" else None)
+    if recovery == "refit":
+        for _ in refit(elastic.backbone, elastic.backbone.layers, calibration, allocation.widths):
+            pass
+
+
+def recover_checkpoint(
+    checkpoint: Path,
+    allocation: Allocation,
+    recovery: Recovery,
+    folder: Path,
+    *,
+    order: np.ndarray,
+    means: np.ndarray,
+    samples: Sequence[Sample],
+    batch_tokens: int,
+    images: ImageSettings | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, TensorInfo]:
+    """Writes the tensors that recovery changes or adds, for `lop.checkpoint.export.export`, one layer at a time.
+
+    `refit` holds two decoder layers in memory, the one at hand and the next, beside the vision tower and the
+    embeddings; `bias` one matrix.
+
+    Args:
+        checkpoint: the dense checkpoint.
+        folder: where the files go; they are needed until the export is done.
+        order: [L, F] neurons of each layer, the most important first.
+        means: [L, F] `E[h]` in the dense model's numbering, for `bias`.
+        samples: the calibration samples, for `refit`.
+        batch_tokens, images: as in `lop.model.encoding.encode`.
+        progress: called with the layers done and their number.
+
+    Returns:
+        By the checkpoint's own names, where each tensor is; empty for `none`.
+
+    Raises:
+        LopError: the checkpoint is damaged or no dense Qwen2.5-VL.
+    """
+    if recovery == "none":
+        return {}
+    down = down_projections(check_checkpoint(checkpoint, dense=True))
+    if recovery == "bias":
+        new = _biases(down, allocation, order, means)
+        names = [name.removesuffix("weight") + "bias" for name, _ in down]
+    else:
+        streamed = StreamedModel(checkpoint, device=device, dtype=dtype)
+        tell_refit(streamed.model, samples, allocation.widths, max_pixels=None if images is None else images.max_pixels)
+        encoded = encode(streamed.model, samples, batch_tokens=batch_tokens, images=images)
+        new = refit(streamed.model.lean_backbone(), streamed.layers(order), encoded, allocation.widths)
+        names = [name for name, _ in down]
+    progress(0, len(down))
+    found: dict[str, TensorInfo] = {}
+    for layer, (name, (_, info), tensor) in enumerate(zip(names, down, new), start=1):
+        file = folder / f"{layer:05d}.safetensors"
+        with disk_errors(file):
+            save_file({name: tensor.to("cpu", getattr(torch, _DTYPES[info.dtype])).contiguous()}, file)
+        found |= read_header(file)
+        progress(layer, len(down))
+    return found
+
+
+def _biases(
+    down: Sequence[tuple[str, TensorInfo]], allocation: Allocation, order: np.ndarray, means: np.ndarray
+) -> Iterator[Tensor]:
+    """Each layer's `W_down[:, pruned] · E[h_pruned]`, [H]."""
+    for (name, info), width, row, mean in zip(down, allocation.widths, order, means, strict=True):
+        with safe_open(info.file, framework="pt") as file:
+            yield file.get_tensor(name)[:, row[width:]].double() @ torch.from_numpy(mean[row[width:]])
+
+
+@torch.inference_mode()
+def refit(
+    backbone: Backbone, layers: Iterable[Layer], encoded: Encoded, widths: Sequence[int], *, ridge: float = RIDGE
+) -> Iterator[Tensor]:
+    """Refits one layer after the other, so that each layer's output is again the dense model's.
+
+    For a calibration token let `h` be the kept neurons' activations in the pruned model, whose earlier layers are
+    refitted already, `r` the residual stream that the FFN adds to, and `t` what it should add: the dense model's output
+    of this layer less `r`. The new weights `W + Δ` minimise `Σ ‖(W + Δ)·h − t‖² + λ‖Δ‖²` over the tokens:
+
+        Δ = (T − W·G)·(G + λI)⁻¹,   G = Σ h·hᵀ,   T = Σ t·hᵀ,   λ = ridge · mean(diag G).
+
+    The target makes up for what the earlier layers still get wrong, too. The ridge pulls towards the weights that are
+    there, so an activation that calibration never saw keeps them.
+
+    Args:
+        backbone: its own layers are not used, and may be on the meta device.
+        layers: the decoder layers with an `ElasticFfn` each; only the one at hand needs to be in memory.
+        widths: [L] neurons kept.
+
+    Yields:
+        Each layer's weights [H, k], in the dense weights' dtype; the layer has them already. Memory: three hidden
+        states for each calibration token, in the host's; on the device one batch, and G, [k, k] in float64, twice.
+    """
+    device = backbone.norm.device
+    dense = [batch.embeddings for batch in encoded.batches]
+    pruned = list(dense)
+    for layer, width in zip(layers, widths, strict=True):
+        ffn = cast(ElasticFfn, layer.ffn)
+        normal = _NormalEquations(ffn.down[:, :width])
+        for index, batch in enumerate(encoded.batches):
+            rotation = batch.rotation.to(device)
+            ffn.width, ffn.refitted, ffn.bias = ffn.neurons, None, None
+            wanted = backbone.attend(layer, dense[index].to(device), rotation, batch.groups)
+            wanted = backbone.feed_forward(layer, wanted)
+            ffn.width = width
+            residual = backbone.attend(layer, pruned[index].to(device), rotation, batch.groups)
+            for x, output in zip(residual.split(ROWS), wanted.split(ROWS)):
+                normal.add(ffn.hidden(backbone.ffn_input(layer, x)), output.float() - x.float())
+            dense[index], pruned[index] = wanted.to("cpu"), residual.to("cpu")
+        ffn.refitted = normal.solve(ridge)
+        for index, residual in enumerate(pruned):
+            pruned[index] = backbone.feed_forward(layer, residual.to(device)).to("cpu")
+        yield ffn.refitted
+
+
+class _NormalEquations:
+    """Sums over tokens, and the weights W + Δ that follow from them; see `refit`.
+
+    Args:
+        weight: W, [H, k].
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+        self._target = torch.zeros_like(weight, dtype=torch.float64)
+
+    def add(self, hidden: Tensor, wanted: Tensor) -> None:
+        """Adds tokens' activations h [N, k] and what they should add to the residual stream, t [N, H]."""
+        hidden = hidden.float()
+        # Products in float32, which every GPU is fast at; sums over batches in float64.
+        self._gram += hidden.T @ hidden
+        self._target += wanted.T @ hidden
+
+    def solve(self, ridge: float) -> Tensor:
+        """The weights [H, k], in W's dtype; changes the sums."""
+        gram, weight = self._gram, self._weight.double()
+        self._target -= weight @ gram
+        # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.
+        gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        change = torch.cholesky_solve(self._target.T, torch.linalg.cholesky(gram)).T
+        return (weight + change).to(self._weight.dtype)

@@ -1,0 +1,4 @@
+"""Every other way to prune.
+
+May import `space`, `model` and `search`.
+"""

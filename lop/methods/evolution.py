@@ -1,0 +1,94 @@
+"""The evolutionary rival: EvoPress (Sieberling et al., 2024) over the same allocations, with the exact budget."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lop.space.allocation import Allocation, Space
+
+_MOST_MOVES = 3
+
+# What an allocation is worth: more is better, later entries break ties.
+Worth = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One round of a generation's selection: how many survive, judged on which share of the samples."""
+
+    survivors: int
+    share: float
+
+
+# A generation costs 16/16 + 4/4 + 1 evaluations on all samples: growing samples for fewer candidates.
+OFFSPRING = 16
+ROUNDS = (Selection(survivors=4, share=1 / 16), Selection(survivors=1, share=1 / 4), Selection(survivors=1, share=1))
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far an evolution is: evaluations spent, in units of all samples, and the best allocation with its worth."""
+
+    spent: float
+    best: Allocation
+    worth: Worth
+
+
+def mutate(allocation: Allocation, space: Space, random: np.random.Generator, *, step: int) -> Allocation:
+    """A neighbour of the same budget: up to three times, one layer gives `step` neurons to another.
+
+    The number of moves is the lesser of two uniform draws, as EvoPress has it. A move that a layer's limits forbid is
+    drawn again; an allocation that allows none is returned as it is.
+    """
+    widths = list(allocation.widths)
+    most = space.max_width(allocation.budget)
+    for _ in range(min(random.integers(1, _MOST_MOVES + 1, 2))):
+        givers = [layer for layer, width in enumerate(widths) if width - step >= space.min_width]
+        takers = [layer for layer, width in enumerate(widths) if width + step <= most]
+        pairs = [(giver, taker) for giver in givers for taker in takers if giver != taker]
+        if pairs:
+            giver, taker = pairs[random.integers(len(pairs))]
+            widths[giver] -= step
+            widths[taker] += step
+    return Allocation(tuple(widths))
+
+
+def evolve(
+    start: Allocation,
+    space: Space,
+    worth: Callable[[Allocation, float], Worth],
+    *,
+    evaluations: float,
+    seed: Sequence[int],
+    step: int,
+    offspring: int = OFFSPRING,
+    rounds: Sequence[Selection] = ROUNDS,
+) -> Iterator[Step]:
+    """(1 + λ) evolution with paired ± moves; yields the state after the start and after each generation.
+
+    Each generation makes λ children of the best allocation and selects among them in rounds, on more samples for fewer
+    of them. The last survivor takes its parent's place if it is worth at least as much on all samples.
+
+    Args:
+        worth: of an allocation on the first share of the samples.
+        evaluations: to spend, in units of all samples; a generation that would exceed it is not begun.
+        step: neurons that a move takes from one layer and gives to another; a multiple of the granularity.
+    """
+    random = np.random.default_rng(list(seed))
+    best, best_worth = start, worth(start, 1.0)
+    spent = 1.0
+    yield Step(spent, best, best_worth)
+    sizes = [offspring, *(selection.survivors for selection in rounds)]
+    cost = sum(size * selection.share for size, selection in zip(sizes, rounds))
+    while spent + cost <= evaluations + 1e-9:
+        candidates = [mutate(best, space, random, step=step) for _ in range(offspring)]
+        worths: list[Worth] = []
+        for selection in rounds:
+            worths = [worth(candidate, selection.share) for candidate in candidates]
+            ranked = sorted(range(len(worths)), key=worths.__getitem__, reverse=True)[: selection.survivors]
+            candidates, worths = [candidates[i] for i in ranked], [worths[i] for i in ranked]
+        spent += cost
+        if worths[0] >= best_worth:
+            best, best_worth = candidates[0], worths[0]
+        yield Step(spent, best, best_worth)

@@ -1,0 +1,212 @@
+"""Where a Qwen2.5-VL keeps the parts that LOP touches; the one place that knows the model family's names."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lop.errors import LopError, first_line
+from lop.model.backbone import Backbone, Layer
+from lop.model.sources import check_checkpoint
+from lop.storage.files import read_json
+
+
+class Ffn(Protocol):
+    """A gated feed-forward network: `down(silu(gate(x)) * up(x))`."""
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+
+
+@dataclass(frozen=True)
+class QwenVL:
+    """A loaded model with its processor, seen through the few names that LOP needs."""
+
+    model: Any
+    processor: Any
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The language model without its head: `inputs_embeds` [B, T, H] to hidden states [B, T, H]."""
+        return cast(nn.Module, self.model.model.language_model)
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower, as transformers built it."""
+        return self.model.model.visual
+
+    @property
+    def head(self) -> nn.Module:
+        """Hidden states [N, H] to logits [N, V]."""
+        return cast(nn.Module, self.model.lm_head)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, first to last; each holds its FFN as `mlp`."""
+        return list(cast(Any, self.backbone).layers)
+
+    @property
+    def ffns(self) -> list[Ffn]:
+        """Each layer's FFN, first to last."""
+        return [cast(Ffn, layer.mlp) for layer in self.layers]
+
+    def lean_backbone(self) -> Backbone:
+        """The language model as `lop.model.backbone` runs it: the same norms, FFNs and head, a copy of the projections.
+
+        Raises:
+            LopError: it is not built as Qwen2.5-VL is.
+        """
+        config = self.model.config.text_config
+        if config.hidden_act != "silu":
+            raise LopError(f"the model's activation is {config.hidden_act!r}: Qwen2.5-VL has 'silu'")
+        return Backbone(
+            layers=tuple(map(self.lean_layer, range(len(self.layers)))),
+            norm=cast(Any, self.backbone).norm.weight,
+            head=cast(Any, self.head).weight,
+            heads=config.num_attention_heads,
+            key_heads=config.num_key_value_heads,
+            epsilon=config.rms_norm_eps,
+        )
+
+    def lean_layer(self, index: int) -> Layer:
+        """One layer of `lean_backbone`."""
+        config = self.model.config.text_config
+        return _lean_layer(self.layers[index], config.num_attention_heads, config.num_key_value_heads)
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.device, self.model.device)
+
+    def image_features(self, pixels: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+        """Each image's embeddings [tokens, H], from the vision tower."""
+        features = self.model.model.get_image_features(pixels, grid, return_dict=True)
+        return cast(tuple[Tensor, ...], features.pooler_output)
+
+    def token_embeddings(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., H] of token ids [...]."""
+        return cast(Tensor, self.model.get_input_embeddings()(ids))
+
+    def positions(self, ids: Tensor, token_types: Tensor, grid: Tensor | None) -> Tensor:
+        """M-RoPE positions [3, T] of one sequence [T], with the grid of its image if it has one."""
+        positions, _ = self.model.model.get_rope_index(ids[None], token_types[None], image_grid_thw=grid)
+        return cast(Tensor, positions[:, 0])
+
+    def rotation(self, positions: Tensor) -> Tensor:
+        """M-RoPE's factors [T, D/2], complex, of positions [3, T]."""
+        exact = torch.empty(0, device=positions.device)  # Only tells the dtype of the answer.
+        cosine, sine = cast(Any, self.backbone).rotary_emb(exact, positions[:, None])
+        half = cosine.shape[-1] // 2
+        return torch.complex(cosine[0, :, :half], sine[0, :, :half])
+
+
+def _lean_layer(layer: Any, heads: int, key_heads: int) -> Layer:
+    attention = layer.self_attn
+    # transformers rotates the first half of a head against the second; `Layer` has the two halves interleaved.
+    size = attention.q_proj.weight.shape[0] // heads
+    pairs = torch.arange(size).view(2, -1).T.flatten()
+    rotated = ((attention.q_proj, heads), (attention.k_proj, key_heads))
+
+    def interleaved(name: str) -> list[Tensor]:
+        return [getattr(part, name).unflatten(0, (count, size))[:, pairs].flatten(0, 1) for part, count in rotated]
+
+    return Layer(
+        attention_norm=layer.input_layernorm.weight,
+        qkv=torch.cat([*interleaved("weight"), attention.v_proj.weight]),
+        qkv_bias=torch.cat([*interleaved("bias"), attention.v_proj.bias]),
+        out=attention.o_proj.weight,
+        ffn_norm=layer.post_attention_layernorm.weight,
+        ffn=layer.mlp,
+    )
+
+
+def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> QwenVL:
+    """Loads a checkpoint with its processor; see `open_model`.
+
+    Raises:
+        LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one, or no processor.
+    """
+    processor = load_processor(path)  # First, as it is the sooner found missing.
+    return QwenVL(open_model(path, device=device, dtype=dtype), processor)
+
+
+def load_processor(path: Path) -> Any:
+    """A checkpoint's tokenizer, image processor and chat template.
+
+    Raises:
+        LopError: one of them is missing or damaged.
+    """
+    from transformers import AutoProcessor
+
+    # Without a vocabulary transformers makes do with an empty one.
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise LopError(f"{path} has no tokenizer: copy the model's own tokenizer.json and tokenizer_config.json there")
+    with told_in_one_line(path):
+        processor = AutoProcessor.from_pretrained(path)
+        image_token = read_json(path / "config.json").get("image_token_id", processor.image_token_id)
+    if processor.image_token_id != image_token:
+        raise LopError(
+            f"{path}: the tokenizer's image token is {processor.image_token_id}, the model's {image_token}: "
+            "copy the model's own tokenizer there"
+        )
+    if not processor.chat_template:
+        raise LopError(
+            f"{path} has no chat template: copy the model's own chat_template.jinja or chat_template.json there"
+        )
+    return processor
+
+
+def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
+    """Loads a checkpoint, dense or pruned by LOP, ready for inference.
+
+    Args:
+        device: `auto` (the first GPU if there is one), or what torch calls it.
+        dtype: `auto` (bfloat16 on a GPU, float32 on a CPU), or what torch calls it.
+
+    Raises:
+        LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one.
+    """
+    from transformers.utils import logging
+
+    from lop.model.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration as Model
+
+    logging.disable_progress_bar()
+    check_checkpoint(path)
+    place, kind = place_and_dtype(device, dtype)
+    with told_in_one_line(path):
+        model, loading = Model.from_pretrained(path, dtype=kind, output_loading_info=True)
+        if loading["missing_keys"]:
+            raise ValueError(f"it lacks {min(loading['missing_keys'])}")
+        return model.to(place).eval().requires_grad_(False)
+
+
+def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """What `auto` stands for: the first GPU and bfloat16 if there is one, else the CPU and float32.
+
+    Raises:
+        LopError: torch knows no such device, or this machine has none.
+    """
+    try:
+        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError) as error:  # The latter where torch was built without GPUs.
+        raise LopError(f"device {device!r} is not to be had: {first_line(error)}; name auto, cpu or cuda:0") from None
+    return place, getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype)
+
+
+@contextmanager
+def told_in_one_line(path: Path) -> Iterator[None]:
+    """Turns what loaders raise for a folder that is no such checkpoint into one clear line.
+
+    Raises:
+        LopError: the block failed.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise LopError(f"{path} cannot be loaded as a Qwen2.5-VL checkpoint: {first_line(error)}") from error

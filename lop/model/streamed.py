@@ -1,0 +1,80 @@
+"""A model that never is in memory as a whole: its decoder layers are read from the checkpoint one at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from lop.model.adapter import Ffn, QwenVL, load_processor, place_and_dtype, told_in_one_line
+from lop.model.backbone import Layer
+from lop.model.elastic import ElasticFfn
+from lop.storage.headers import read_tensors
+
+
+class StreamedModel:
+    """A dense checkpoint with its vision tower and embeddings in memory, and its decoder layers on disk.
+
+    Args:
+        path: the checkpoint's folder.
+        device, dtype: as in `lop.model.adapter.open_model`.
+
+    Raises:
+        LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one, or no processor.
+    """
+
+    def __init__(self, path: Path, *, device: str = "auto", dtype: str = "auto") -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+        self._path = path
+        self._device, self._dtype = place_and_dtype(device, dtype)
+        tensors = read_tensors(path)
+        self._stored = {_parameter(name): (info.file, name) for name, info in tensors.items()}
+        with told_in_one_line(path):
+            # Buffers are computed, not stored, and small.
+            with init_empty_weights(include_buffers=False):
+                network = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(path))
+            self._network: Any = network.eval().requires_grad_(False)
+            self.model = QwenVL(network, load_processor(path))
+            for part in ("visual", "language_model.embed_tokens", "language_model.norm", "language_model.rotary_emb"):
+                self._fill(f"model.{part}")
+
+    def layers(self, order: np.ndarray) -> Iterator[Layer]:
+        """Each decoder layer with an `ElasticFfn` in the order [L, F]; it is not kept when the next one is asked for.
+
+        Raises:
+            LopError: a tensor is missing or damaged.
+        """
+        for index, layer in enumerate(self.model.layers):
+            with told_in_one_line(self._path):
+                self._fill(f"model.language_model.layers.{index}")
+            dense, elastic = layer.mlp, ElasticFfn.replacing(cast(Ffn, layer.mlp))
+            elastic.sort(torch.from_numpy(order[index]))
+            layer.mlp = elastic
+            yield self.model.lean_layer(index)
+            layer.mlp = dense
+            layer.to("meta")
+
+    def _fill(self, prefix: str) -> None:
+        """Reads a module's parameters."""
+        from accelerate.utils import set_module_tensor_to_device
+
+        module = self._network.get_submodule(prefix)
+        for name, _ in list(module.named_parameters()):
+            file, stored = self._stored[f"{prefix}.{name}"]
+            with safe_open(file, framework="pt") as opened:
+                # A copy, as sorting changes it in place and the file is mapped.
+                value = opened.get_tensor(stored).clone()
+            set_module_tensor_to_device(module, name, self._device, value=value, dtype=self._dtype)
+        module.to(self._device)
+
+
+def _parameter(name: str) -> str:
+    """A tensor's name in a checkpoint as transformers 5 names the parameter; there are two older schemes."""
+    name = name.removeprefix("model.")
+    if name.startswith("lm_head."):
+        return name
+    return f"model.{name}" if name.startswith(("visual.", "language_model.")) else f"model.language_model.{name}"

@@ -1,0 +1,61 @@
+"""The FFN tensors of a checkpoint's language backbone, and what the whole of it comes to."""
+
+import re
+from collections.abc import Mapping
+
+from lop.errors import LopError
+from lop.space.size import ModelSize
+from lop.storage.headers import TensorInfo
+
+FFN_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
+
+
+def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
+    """Sums up a dense checkpoint.
+
+    Raises:
+        LopError: its decoder layers have no FFN weights, or not all of one width and of as many bytes a number.
+    """
+    down = down_projections(tensors)
+    widths = {info.shape[1] for _, info in down}
+    if not widths:
+        raise LopError("the checkpoint has no decoder layers with gate_proj, up_proj and down_proj")
+    if len(widths) > 1:
+        raise LopError(f"the checkpoint is pruned already: its FFN widths differ ({min(widths)} to {max(widths)})")
+    if len({info.item_bytes for name, info in tensors.items() if ffn_part(name)}) > 1:
+        raise LopError("the checkpoint's FFN weights are of several types: store them all in one")
+    _, first = down[0]
+    return ModelSize(
+        layers=len(down),
+        neurons=first.shape[1],
+        parameters=sum(info.parameters for info in tensors.values()),
+        bytes=sum(info.bytes for info in tensors.values()),
+        neuron_parameters=3 * first.shape[0],
+        neuron_bytes=3 * first.shape[0] * first.item_bytes,
+    )
+
+
+def ffn_part(name: str) -> str | None:
+    """Which FFN matrix of the language backbone a tensor is, if any; the vision tower's are not."""
+    found = FFN_WEIGHT.search(name)
+    return found.group(2) if found and "visual" not in name else None
+
+
+def down_projections(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
+    """The layers' `down_proj` weights [H, neurons] with their names, first layer to last.
+
+    Raises:
+        LopError: one of them is no matrix.
+    """
+    down = [(name, info) for name, info in tensors.items() if ffn_part(name) == "down_proj"]
+    for name, info in down:
+        if len(info.shape) != 2:
+            raise LopError(f"{info.file} is damaged: {name} is no matrix, its shape is {info.shape}")
+    return sorted(down, key=lambda item: ffn_layer(item[0]))
+
+
+def ffn_layer(name: str) -> int:
+    """The decoder layer that an FFN tensor belongs to."""
+    found = FFN_WEIGHT.search(name)
+    assert found
+    return int(found.group(1))

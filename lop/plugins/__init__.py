@@ -1,0 +1,4 @@
+"""What other tools load: vLLM, lmms-eval, task files.
+
+May import `model` and `storage`.
+"""

@@ -1,0 +1,106 @@
+"""The predictors of LOP (4.3 and A.1): from a target ratio to each layer's pruning ratio.
+
+Nothing here needs torch: an answer takes milliseconds, and so should the way to it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from lop.errors import LopError
+from lop.predictor.inference import DIMENSION, ENCODER_LAYERS, HEADS, predict
+from lop.space.allocation import Allocation, Space, project
+from lop.space.size import ModelSize
+from lop.storage.files import atomic_folder, read_json, write_json
+from lop.storage.fingerprint import fingerprint
+
+_NETWORK = {"dimension": DIMENSION, "heads": HEADS, "encoder_layers": ENCODER_LAYERS}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained network with all that turns a target into an allocation: no model is needed.
+
+    Attributes:
+        architecture: a name of `lop.predictor.inference.NETWORKS`.
+        weights: the network's parameters by name.
+        space: the allocations of the model that it was trained for.
+        size: the dense model's numbers.
+        fingerprints: what the predictor was made from.
+    """
+
+    architecture: str
+    weights: Mapping[str, np.ndarray]
+    space: Space
+    size: ModelSize
+    fingerprints: Mapping[str, str]
+
+    def ratios(self, target: float) -> np.ndarray:
+        """[L] the network's pruning ratios for a target in [0, 1], before they are projected onto the budget.
+
+        Raises:
+            LopError: the weights are of another network.
+        """
+        return predict(self.architecture, self.weights, self.space.layers, target).astype(np.float64)
+
+    def allocate(self, budget: int) -> Allocation:
+        """The allocation of exactly `budget` neurons nearest to what the network predicts.
+
+        Raises:
+            LopError: the budget is not one of the space's.
+        """
+        return project(self.ratios(self.space.ratio(budget)), self.space, budget)
+
+    def save(self, folder: Path) -> None:
+        """Writes `predictor.json` and `weights.safetensors` into a folder, in the place of an older predictor."""
+        data = save({name: np.ascontiguousarray(array) for name, array in self.weights.items()})
+        about = {
+            "architecture": self.architecture,
+            "network": _NETWORK,
+            "space": asdict(self.space),
+            "size": asdict(self.size),
+            "fingerprints": dict(self.fingerprints),
+            "weights": hashlib.sha256(data).hexdigest(),
+        }
+        with atomic_folder(folder, replace=True) as temporary:
+            (temporary / "weights.safetensors").write_bytes(data)
+            write_json(temporary / "predictor.json", {**about, "fingerprint": fingerprint(about)})
+
+
+def load_predictor(folder: Path) -> Predictor:
+    """Reads what `Predictor.save` wrote.
+
+    Raises:
+        LopError: a file is missing, damaged (a single flipped byte is found) or of a network that is not built here.
+    """
+    if not folder.is_dir():
+        raise LopError(f"{folder} is missing: run `lop train` first")
+    about: dict[str, Any] = read_json(folder / "predictor.json")
+    try:
+        if about.pop("fingerprint") != fingerprint(about):
+            raise LopError(f"{folder} is damaged: predictor.json is not what was written (its fingerprint differs)")
+        data = (folder / "weights.safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != about["weights"]:
+            raise LopError(f"{folder} is damaged: weights.safetensors is not what was written (SHA-256 differs)")
+        if about["network"] != _NETWORK:
+            raise LopError(f"{folder} holds a network of {about['network']}, here it is {_NETWORK}: train it again")
+        predictor = Predictor(
+            architecture=about["architecture"],
+            weights=load(data),
+            space=Space(**about["space"]),
+            size=ModelSize(**about["size"]),
+            fingerprints=about["fingerprints"],
+        )
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
+        raise LopError(f"{folder} is damaged: {' '.join(str(error).split())}") from None
+    try:
+        predictor.ratios(0.5)  # Weights that do not fit the network are found here, not at the first prediction.
+    except LopError as error:
+        raise LopError(f"{folder} is damaged: {error}") from None
+    return predictor

@@ -1,0 +1,4 @@
+"""What was measured, told: benchmark, intervals, comparison, tables, plots.
+
+May import all rooms but `stages`.
+"""

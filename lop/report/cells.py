@@ -1,0 +1,106 @@
+"""Cells of a table: a way to prune at a target, scored on the benchmark once and kept."""
+
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lop.model.adapter import load_model
+from lop.model.elastic import ElasticModel
+from lop.model.encoding import encode
+from lop.model.find import find_model
+from lop.model.importance import importance, order
+from lop.model.samples import Sample, fingerprint_samples
+from lop.model.statistics import NeuronStatistics
+from lop.run.config import Config
+from lop.run.run import Run
+from lop.search.evaluator import Evaluator
+from lop.space.allocation import Allocation
+from lop.stages.workers import map_on_workers
+from lop.storage.files import read_as, write_json
+from lop.storage.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What to prune: the neurons that an importance ranks last, down to these widths; with FLAP's bias or without."""
+
+    importance: str
+    widths: tuple[int, ...]
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a cell's model writes.
+
+    Attributes:
+        hits: [n] bool, which of the samples it answers exactly.
+        sort_seconds: to rank and permute all layers' neurons by the importance; once for a model.
+        prune_seconds: to take the widths, and to compute the bias; for each target.
+    """
+
+    hits: np.ndarray
+    sort_seconds: float
+    prune_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        packed = base64.b64encode(np.packbits(self.hits).tobytes()).decode()
+        return {"hits": packed, "sort_seconds": self.sort_seconds, "prune_seconds": self.prune_seconds}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], count: int) -> "Scored":
+        """The inverse of `as_dict` for `count` samples."""
+        bits = np.frombuffer(base64.b64decode(data["hits"]), np.uint8)
+        return cls(np.unpackbits(bits, count=count).astype(bool), data["sort_seconds"], data["prune_seconds"])
+
+
+class CellWorker:
+    """Holds the model and encoded samples, and scores cells on them."""
+
+    def __init__(self, config: Config, statistics: NeuronStatistics, samples: Sequence[Sample]) -> None:
+        torch.set_num_threads(config.threads)
+        model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
+        encoded = encode(model, samples, batch_tokens=config.batch_tokens, images=config.images)
+        self._statistics = statistics
+        ranked = order(importance(config.importance, statistics))
+        self._elastic = ElasticModel(model, ranked, compiled=config.compile)
+        self._evaluator = Evaluator(self._elastic, encoded)
+
+    def __call__(self, cell: Cell) -> Scored:
+        """Scores one cell."""
+        start = time.perf_counter()
+        self._elastic.sort(order(importance(cell.importance, self._statistics)))
+        sorted_at = time.perf_counter()
+        self._elastic.prune(Allocation(cell.widths), self._statistics.mean if cell.bias else None)
+        pruned_at = time.perf_counter()
+        hits = self._evaluator.scores().correct
+        self._elastic.restore()
+        return Scored(hits, sorted_at - start, pruned_at - sorted_at)
+
+
+def score_cells(
+    run: Run, cells: Sequence[Cell], samples: Sequence[Sample], *, progress: bool = True
+) -> dict[Cell, Scored]:
+    """Scores every cell once; what an earlier call has scored is read from the run's folder.
+
+    Raises:
+        LopError: the statistics are missing, or belong to another model.
+    """
+    made_from = [run.evaluation_fingerprints, fingerprint_samples(samples)]
+    files = {cell: run.folder / "cells" / f"{fingerprint([made_from, asdict(cell)])}.json" for cell in cells}
+    waiting = [cell for cell in files if not files[cell].exists()]
+    # Cells of one importance stand together: sorting is what a change of it costs.
+    waiting.sort(key=lambda cell: cell.importance)
+    results = map_on_workers(partial(CellWorker, run.config, run.statistics, samples), waiting, run.config)
+    for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
+        write_json(files[cell], scored.as_dict())
+        run.keep(files[cell])
+    return {cell: read_as(path, partial(Scored.from_dict, count=len(samples))) for cell, path in files.items()}

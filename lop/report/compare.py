@@ -1,0 +1,314 @@
+"""LOP against the baselines on the test samples: same neurons, same budgets, accuracies with intervals, seconds."""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lop.checkpoint.formats import Recovery
+from lop.checkpoint.recovery import recover_elastic
+from lop.errors import LopError
+from lop.methods.baselines import BASELINES, Baseline
+from lop.model.adapter import QwenVL, load_model
+from lop.model.elastic import ElasticModel
+from lop.model.encoding import Encoded, encode
+from lop.model.importance import importance, order
+from lop.model.samples import FORMS, Sample, check_answers, fingerprint_samples
+from lop.model.statistics import NeuronStatistics, calibrate
+from lop.report.intervals import Interval, paired_bootstrap, wilson
+from lop.run.prediction import open_predictor
+from lop.run.run import Run
+from lop.search.evaluator import Evaluator
+from lop.space.allocation import Allocation, dense
+from lop.stages.stages import read_search
+from lop.storage.fingerprint import fingerprint, fingerprint_file
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+LOP_METHODS = ("lop-search", "lop-predictor")
+METHODS = ("dense", *BASELINES, *LOP_METHODS)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one target on the test samples of one form; `low` and `high` are Wilson's 95% interval."""
+
+    method: str
+    target: float
+    form: str
+    correct: int
+    total: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Average:
+    """One method at one target: the mean over forms, with the paired difference to the best baseline there."""
+
+    method: str
+    target: float
+    widths: tuple[int, ...]
+    accuracy: Interval
+    best_baseline: str
+    difference: Interval
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """One method's allocation at one target with a recovery.
+
+    Attributes:
+        accuracy: the mean over forms.
+        differences: to each recovery that stands before it in the config, paired on the same questions.
+    """
+
+    method: str
+    target: float
+    recovery: Recovery
+    accuracy: Interval
+    differences: Mapping[Recovery, Interval]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a method spends: `calibrate` once for a model, `allocate` and `apply` for each target (medians).
+
+    For `lop-search` allocate is the search's time for one target; `lop-predictor` has that search, and the training,
+    behind it once for all targets.
+    """
+
+    method: str
+    calibrate: float
+    allocate: float
+    apply: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All of `lop compare`'s results, with the fingerprints of what they were made from."""
+
+    fingerprints: Mapping[str, str]
+    rows: tuple[Row, ...]
+    averages: tuple[Average, ...]
+    recoveries: tuple[Recovered, ...]
+    seconds: tuple[Seconds, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        names = ("rows", "seconds", "averages", "recoveries")
+        lists = {name: [asdict(value) for value in getattr(self, name)] for name in names}
+        return {"fingerprints": dict(self.fingerprints), **lists}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
+        """The inverse of `as_dict`."""
+
+        def average(values: dict[str, Any]) -> Average:
+            intervals = {name: Interval(**values[name]) for name in ("accuracy", "difference")}
+            return Average(**{**values, **intervals, "widths": tuple(values["widths"])})
+
+        def recovered(values: dict[str, Any]) -> Recovered:
+            differences = {name: Interval(**value) for name, value in values["differences"].items()}
+            return Recovered(**{**values, "accuracy": Interval(**values["accuracy"]), "differences": differences})
+
+        return cls(
+            fingerprints=data["fingerprints"],
+            rows=tuple(Row(**row) for row in data["rows"]),
+            averages=tuple(average(values) for values in data["averages"]),
+            recoveries=tuple(map(recovered, data["recoveries"])),
+            seconds=tuple(Seconds(**values) for values in data["seconds"]),
+        )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a method would do at a target, and the seconds that choosing took."""
+
+    allocation: Allocation
+    scores: np.ndarray
+    recovery: Recovery
+    seconds: float
+
+
+def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
+    """Evaluates every method at every target of the config, and with every recovery at those meant for it.
+
+    Raises:
+        LopError: the search or the training has not been run, or a target was not searched.
+    """
+    config = run.config
+    # What is compared is right answers: prose has none.
+    check_answers(run.samples.test, "the comparison counts right answers in the test samples")
+    questions = tuple(sample for sample in run.samples.test if not sample.is_prose)
+    torch.set_num_threads(config.threads)
+    model = load_model(run.model_folder, device=config.device, dtype=config.dtype)
+    calibrate_seconds, calibration = _time_calibration(run, model)
+    encoded = encode(model, questions, batch_tokens=config.batch_tokens, images=config.images)
+    elastic = ElasticModel(model, run.order, compiled=config.compile)
+    evaluator = Evaluator(elastic, encoded)
+
+    recover = partial(recover_elastic, elastic, means=run.statistics.mean, calibration=calibration)
+    choose = _choosers(run)
+    hits = {("dense", 0.0): evaluator.scores().correct}
+    widths = {("dense", 0.0): dense(run.space).widths}
+    allocate: dict[str, list[float]] = {name: [] for name in choose}
+    apply: dict[str, list[float]] = {name: [] for name in choose}
+    recovered: dict[tuple[str, float, Recovery], np.ndarray] = {}
+    known: dict[tuple[bytes, Allocation, Recovery], np.ndarray] = {}
+
+    def scored(rows: np.ndarray, allocation: Allocation, recovery: Recovery) -> np.ndarray:
+        # LOP's search and predictor often choose the same.
+        key = (rows.tobytes(), allocation, recovery)
+        if key not in known:
+            recover(allocation, recovery)
+            known[key] = evaluator.scores().correct
+        return known[key]
+
+    targets, recoveries = config.compare.targets, config.compare.recoveries
+    recovery_targets = config.compare.recovery_targets if recoveries else ()
+    pairs = [(name, target) for target in dict.fromkeys((*targets, *recovery_targets)) for name in choose]
+    for name, target in tqdm(pairs, desc="compare", unit="method", disable=not progress):
+        choice = choose[name](run.space.budget(target))
+        rows = order(choice.scores)
+        start = time.perf_counter()
+        elastic.sort(rows)
+        if target in targets:
+            recover(choice.allocation, choice.recovery)
+            apply[name].append(time.perf_counter() - start)
+            allocate[name].append(choice.seconds)
+            hits[name, target] = scored(rows, choice.allocation, choice.recovery)
+            widths[name, target] = choice.allocation.widths
+        if target in recovery_targets:
+            for recovery in recoveries:
+                recovered[name, target, recovery] = scored(rows, choice.allocation, recovery)
+        elastic.restore()
+    return Comparison(
+        fingerprints=comparison_fingerprints(run),
+        rows=tuple(row for (name, target), correct in hits.items() for row in _rows(questions, name, target, correct)),
+        averages=tuple(_averages(questions, hits, widths)),
+        recoveries=tuple(_recoveries(questions, recovered)),
+        seconds=tuple(
+            Seconds(
+                name,
+                0.0 if name == "magnitude" else calibrate_seconds,
+                statistics.median(allocate[name]),
+                statistics.median(apply[name]),
+            )
+            for name in choose
+        ),
+    )
+
+
+def comparison_fingerprints(run: Run) -> dict[str, str]:
+    """What a comparison depends on."""
+    return {
+        **run.evaluation_fingerprints,
+        "space": fingerprint(asdict(run.space)),
+        "test samples": fingerprint_samples(run.samples.test),
+        "search": fingerprint_file(run.search_file),
+        "predictor": fingerprint_file(run.predictor_folder / "predictor.json"),
+        "targets": fingerprint(run.config.compare.model_dump(mode="json")),
+    }
+
+
+def _time_calibration(run: Run, model: QwenVL) -> tuple[float, Encoded]:
+    start = time.perf_counter()
+    encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens, images=run.config.images)
+    calibrate(model, encoded)
+    return time.perf_counter() - start, encoded
+
+
+def _choosers(run: Run) -> dict[str, Callable[[int], _Choice]]:
+    """For each method, what it does with a budget."""
+    found = {run.space.budget(result.target): result for result in read_search(run)}
+    search_seconds = run.seconds().get("search", 0.0) / len(found)
+    predictor = open_predictor(run, run.predictor_folder)
+    scores = importance(run.config.importance, run.statistics)
+
+    def searched(budget: int) -> _Choice:
+        if budget not in found:
+            raise LopError(
+                f"the search has no target {run.space.ratio(budget):.4g}: "
+                "name those that it has in compare.targets and compare.recovery_targets"
+            )
+        return _Choice(found[budget].best, scores, "none", search_seconds)
+
+    def predicted(budget: int) -> _Choice:
+        predictor.allocate(budget)  # The first call pays for set-up that later ones do not.
+        seconds, allocation = _timed(lambda: predictor.allocate(budget))
+        return _Choice(allocation, scores, "none", seconds)
+
+    baselines = {name: _baseline_chooser(run, baseline) for name, baseline in BASELINES.items()}
+    return {**baselines, "lop-search": searched, "lop-predictor": predicted}
+
+
+def _baseline_chooser(run: Run, baseline: Baseline) -> Callable[[int], _Choice]:
+    collected: NeuronStatistics = run.statistics
+
+    def choose(budget: int) -> _Choice:
+        seconds, allocation = _timed(lambda: baseline.allocate(collected, run.space, budget))
+        return _Choice(allocation, baseline.score(collected), "bias" if baseline.bias else "none", seconds)
+
+    return choose
+
+
+def _rows(samples: Sequence[Sample], method: str, target: float, correct: np.ndarray) -> list[Row]:
+    forms = np.array([sample.form for sample in samples])
+    rows = []
+    for form in FORMS:
+        chosen = correct[forms == form]
+        if len(chosen):
+            share = wilson(int(chosen.sum()), len(chosen))
+            rows.append(Row(method, target, form, int(chosen.sum()), len(chosen), share.value, share.low, share.high))
+    return rows
+
+
+def _averages(
+    samples: Sequence[Sample],
+    hits: Mapping[tuple[str, float], np.ndarray],
+    widths: Mapping[tuple[str, float], tuple[int, ...]],
+) -> list[Average]:
+    interval = _bootstrap(samples)
+    accuracies = {key: interval(correct) for key, correct in hits.items()}
+    averages = []
+    for (method, target), correct in hits.items():
+        rivals = [name for name in BASELINES if (name, target) in hits] or [method]
+        best = max(rivals, key=lambda name: accuracies[name, target].value)
+        difference = interval(correct.astype(np.int64) - hits[best, target].astype(np.int64))
+        averages.append(Average(method, target, widths[method, target], accuracies[method, target], best, difference))
+    return averages
+
+
+def _recoveries(
+    samples: Sequence[Sample], hits: Mapping[tuple[str, float, Recovery], np.ndarray]
+) -> Iterator[Recovered]:
+    interval = _bootstrap(samples)
+    earlier: dict[tuple[str, float], dict[Recovery, np.ndarray]] = {}
+    for (method, target, recovery), correct in hits.items():
+        others = earlier.setdefault((method, target), {})
+        number = correct.astype(np.int64)
+        differences = {other: interval(number - value) for other, value in others.items()}
+        others[recovery] = number
+        yield Recovered(method, target, recovery, interval(correct), differences)
+
+
+def _bootstrap(samples: Sequence[Sample]) -> Callable[[np.ndarray], Interval]:
+    """The mean over forms of a value for each sample [n], with its interval over images."""
+    forms = np.unique([sample.form for sample in samples], return_inverse=True)[1]
+    images = np.unique([sample.image_key for sample in samples], return_inverse=True)[1]
+    return lambda values: paired_bootstrap(values.astype(np.float64), forms, images)
+
+
+def _timed(action: Callable[[], T]) -> tuple[float, T]:
+    start = time.perf_counter()
+    value = action()
+    return time.perf_counter() - start, value

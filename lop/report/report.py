@@ -1,0 +1,184 @@
+"""What `lop compare` and `lop demo` leave for people: a table, plots, and the same numbers as JSON."""
+
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from lop.console import PlainConsole
+from lop.errors import LopError
+from lop.model.samples import FORMS
+from lop.report.compare import METHODS, Average, Comparison, Recovered, Seconds, compare_stage, comparison_fingerprints
+from lop.report.intervals import Interval
+from lop.report.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
+from lop.run.run import Run
+from lop.stages.stages import read_search
+from lop.stages.workers import on_worker
+from lop.storage.files import atomic_file, read_as, read_json, write_json
+
+_FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
+
+
+def write_report(run: Run) -> Path:
+    """Compares, and writes `results.json`, the plots and `report.md` into the run's folder; prints the table.
+
+    Raises:
+        LopError: an earlier stage has not been run.
+    """
+    found = read_search(run)
+    if not run.predictor_folder.exists():
+        raise LopError(f"{run.predictor_folder} is missing: run `lop train` first")
+    run.check_writable()
+    results = run.folder / "results.json"
+    fingerprints = comparison_fingerprints(run)
+    if results.exists() and read_as(results, itemgetter("fingerprints")) == fingerprints:
+        comparison = read_as(results, Comparison.from_dict)
+    else:
+        comparison = on_worker(compare_stage, run)
+        write_json(results, comparison.as_dict())
+    ratios = np.array([result.best.ratios(run.space) for result in found])
+    plot_accuracy(comparison.averages, run.folder / "accuracy.png")
+    plot_allocations(found, ratios, run.folder / "allocations.png")
+    plot_search(found, run.config.search.reward, run.folder / "search.png")
+    if any(result.depths for result in found):  # Searches of earlier versions did not tell.
+        plot_trees(found, run.folder / "trees.png")
+    with atomic_file(run.report_file) as temporary:
+        temporary.write_text(_markdown(run, comparison), encoding="utf-8")
+    print_table(comparison)
+    return run.report_file
+
+
+def print_table(comparison: Comparison) -> None:
+    """The comparison as a table on the terminal."""
+    table = Table(title="Accuracy on the test samples (mean over forms, 95% interval)")
+    targets = sorted({average.target for average in comparison.averages if average.method != "dense"})
+    table.add_column("method")
+    for target in targets:
+        table.add_column(f"{target:.0%} pruned", justify="right")
+    by_key = {(average.method, average.target): average for average in comparison.averages}
+    dense = by_key["dense", 0.0]
+    table.add_row("dense", *[_percent(dense)] * len(targets))
+    for method in METHODS[1:]:
+        table.add_row(method, *(_percent(by_key[method, target]) for target in targets))
+    PlainConsole().print(table)
+
+
+def _markdown(run: Run, comparison: Comparison) -> str:
+    config, search = run.config, run.config.search
+    predictors = read_json(run.folder / "predictors.json")
+    targets = search.targets.ratios
+    seconds = run.seconds()
+    parts = [
+        f"# LOP on `{config.model}`",
+        f"{run.space.layers} layers of {run.space.neurons} FFN neurons, widths in steps of {run.space.granularity}; "
+        f"{len(run.samples.calibration)} calibration, {len(run.samples.reward)} reward and "
+        f"{len(run.samples.test)} test samples, which share no image. The search: {len(targets)} targets from "
+        f"{targets[0]:.1%} to {targets[-1]:.1%}, {search.simulations} simulations and at most {search.evaluations} "
+        f"evaluated allocations each (the paper: 300 and 200), roots: {', '.join(search.roots) or 'none'}.",
+        "## Accuracy on the test samples",
+        "Mean over the forms of question, with the 95% interval of a bootstrap over images. The last column is the "
+        "difference to the best baseline at that target, in points, paired on the same questions.",
+        _average_table(comparison),
+        "![Accuracy by target](accuracy.png)",
+        "### By form of question",
+        "Share of exact answers, with Wilson's 95% interval.",
+        _form_table(comparison),
+        *_recovery_parts(comparison),
+        "## Seconds",
+        "`calibrate` is spent once for a model, `allocate` and `apply` for each target (medians). What `lop-search` "
+        "allocates is its own search for one target; `lop-predictor` has the search and the training behind it, once "
+        "for all targets.",
+        _seconds_table(comparison.seconds),
+        "Once for all targets, in this run: "
+        + ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
+        + ".",
+        "## Predictors",
+        f"Trained on what the search found best by {search.reward.replace('_', ' ')} at "
+        f"{len(predictors['training_targets'])} targets; validated at "
+        f"{', '.join(f'{target:.1%}' for target in predictors['validation_targets'])}, which training did not see. "
+        f"Chosen by the mean reward at all targets: **{predictors['chosen']}**.",
+        _predictor_table(predictors),
+        "## Search",
+        "![Best reward by evaluation](search.png)",
+        "![Allocations by layer](allocations.png)",
+        *(["![Nodes and visits by depth](trees.png)"] if (run.folder / "trees.png").exists() else []),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _average_table(comparison: Comparison) -> str:
+    rows = [
+        [
+            average.method,
+            f"{average.target:.0%}",
+            _percent(average),
+            "" if average.method == "dense" else f"{_points(average.difference)} against {average.best_baseline}",
+        ]
+        for average in comparison.averages
+    ]
+    return _table(["method", "pruned", "accuracy (%)", "against the best baseline"], rows)
+
+
+def _form_table(comparison: Comparison) -> str:
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for row in comparison.rows:
+        text = f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
+        cells.setdefault((row.method, row.target), {})[row.form] = text
+    rows = [
+        [method, f"{target:.0%}", *(forms.get(form, "") for form in FORMS)] for (method, target), forms in cells.items()
+    ]
+    return _table(["method", "pruned", *(_FORM_NAMES[form] for form in FORMS)], rows)
+
+
+def _recovery_parts(comparison: Comparison) -> list[str]:
+    """How each recovery does on every method's allocation: what is due to the allocation, and what to the recovery."""
+    if not comparison.recoveries:
+        return []
+    kinds = list(dict.fromkeys(result.recovery for result in comparison.recoveries))
+    columns = [*kinds, *(f"{kind} − {other}" for at, kind in enumerate(kinds) for other in kinds[:at])]
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for result in comparison.recoveries:
+        row = cells.setdefault((result.method, result.target), {})
+        row[result.recovery] = _percent(result)
+        row |= {f"{result.recovery} − {other}": _points(value) for other, value in result.differences.items()}
+    rows = [
+        [method, f"{target:.0%}", *(row[column] for column in columns)]
+        for (method, target), row in sorted(cells.items(), key=lambda item: (item[0][1], METHODS.index(item[0][0])))
+    ]
+    return [
+        "## Recovery",
+        "The same allocations and neurons with each recovery, LOP's and the baselines' alike: accuracy in percent, and "
+        "differences in points, paired on the same questions. `bias` adds the pruned neurons' mean contribution, "
+        "`refit` solves for new `down_proj` weights on the calibration samples. The tables above have each method as "
+        "it was published (FLAP with bias, the others without recovery).",
+        _table(["method", "pruned", *columns], rows),
+    ]
+
+
+def _seconds_table(seconds: tuple[Seconds, ...]) -> str:
+    rows = [[s.method, f"{s.calibrate:.3f}", f"{s.allocate:.6f}", f"{s.apply:.4f}"] for s in seconds]
+    return _table(["method", "calibrate", "allocate", "apply"], rows)
+
+
+def _predictor_table(predictors: dict[str, Any]) -> str:
+    rows = [
+        [p["architecture"], f"{p['parameters']:,}", f"{p['validation_error']:.5f}", f"{p['reward']:.4f}"]
+        for p in predictors["architectures"]
+    ]
+    return _table(["architecture", "parameters", "validation MSE", "mean reward"], rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _points(difference: Interval) -> str:
+    return f"{100 * difference.value:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+
+
+def _percent(result: Average | Recovered) -> str:
+    value = result.accuracy
+    return f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"

@@ -1,0 +1,291 @@
+"""The settings of a run: YAML files from `configs/`, validated on load, with `--set key=value` on top."""
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lop.checkpoint.formats import Recovery
+from lop.errors import LopError
+from lop.model.find import settled
+from lop.model.image_settings import ImageSettings
+from lop.search.tree import TreeOptions
+from lop.storage.files import atomic_file
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Importance = Literal["activation", "contribution", "magnitude", "wanda", "flap", "fluctuation"]
+# `sensitivity` is found by the search itself; the last two must have been run by `lop rivals` for its targets.
+Root = Literal[
+    "uniform", "magnitude", "wanda", "flap", "flap-ifv-al-am", "owl", "alphapruning",
+    "sensitivity", "random", "evolution",
+]  # fmt: skip
+Rival = Literal["random", "sensitivity", "evolution", "mcts-noroots"]
+
+
+_Item = TypeVar("_Item")
+_MOST_TARGETS = 1000
+
+
+def _distinct(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("it names one of them twice")
+    return values
+
+
+# A list in which nothing stands twice; `Several` of them are at least one.
+Distinct = Annotated[tuple[_Item, ...], AfterValidator(_distinct)]
+Several = Annotated[tuple[_Item, ...], Field(min_length=1), AfterValidator(_distinct)]
+
+
+# What pydantic says in words of its own.
+_WORDS = {"too_short": "it is empty: name one at least", "extra_forbidden": "there is no such setting"}
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Targets(_Settings):
+    """Target ratios from `first` to `last` in equal steps."""
+
+    first: Ratio
+    last: Ratio
+    step: Annotated[float, Field(gt=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Targets":
+        if self.last < self.first:
+            raise ValueError(f"last ({self.last}) must not be below first ({self.first})")
+        if (self.last - self.first) / self.step > _MOST_TARGETS:
+            raise ValueError(f"step {self.step} makes more than {_MOST_TARGETS} targets")
+        return self
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The targets, rounded to six decimals so that they print as they were meant."""
+        count = round((self.last - self.first) / self.step)
+        return tuple(round(self.first + index * self.step, 6) for index in range(count + 1))
+
+
+class RacingSettings(_Settings):
+    """Whether and how candidates race: `lop.search.racing`. `rank`: against the how-manieth best of their target."""
+
+    rounds: Annotated[int, Field(ge=2)] = 16
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.9
+    rank: Positive = 1
+
+
+class SearchSettings(_Settings):
+    """The UCB trees; see `lop.search.tree.TreeOptions` for what each number does.
+
+    The reward decides (the paper's is accuracy), and the tie-breaker tells allocations of equal reward apart; see
+    `lop.search.evaluation.Evaluation`.
+    `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
+    """
+
+    targets: Targets
+    simulations: Positive = 300
+    evaluations: Positive = 200
+    exploration: Annotated[float, Field(ge=0)] = 0.02
+    step: Annotated[float, Field(gt=0, le=1)] = 0.3
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.8
+    children: Positive = 6
+    depth: Positive = 12
+    window: Positive = 2
+    roots: Distinct[Root] = ("uniform", "magnitude", "wanda", "flap", "sensitivity")
+    sensitivity_levels: Positive = 20
+    reward: Literal["accuracy", "log_probability", "margin", "divergence"] = "log_probability"
+    tie_breaker: Literal["log_probability", "margin", "divergence"] = "log_probability"
+    racing: RacingSettings | None = None
+
+    @model_validator(mode="after")
+    def _races_for_accuracy(self) -> "SearchSettings":
+        if self.racing and self.reward != "accuracy":
+            raise ValueError(
+                f"racing compares accuracies, and the reward is {self.reward}: set it to accuracy, or do not race"
+            )
+        return self
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether evaluations are compared with the dense model's distributions."""
+        return "divergence" in (self.reward, self.tie_breaker) or "sensitivity" in self.roots
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether evaluations are told apart by what is right or wrong, which prose never is."""
+        return bool({"accuracy", "margin"} & {self.reward, self.tie_breaker})
+
+    def tree_options(self) -> TreeOptions:
+        """What a tree needs of these settings."""
+        return TreeOptions(
+            simulations=self.simulations,
+            evaluations=self.evaluations,
+            exploration=self.exploration,
+            step=self.step,
+            decay=self.decay,
+            children=self.children,
+            depth=self.depth,
+            window=self.window,
+            rival=self.racing.rank if self.racing else 0,
+        )
+
+
+class TrainSettings(_Settings):
+    """How predictors are trained (LOP 4.3).
+
+    The paper's 64 epochs are too few for as few pairs as a search of 27 targets leaves, three batches an epoch; the
+    epoch with the least validation error is kept.
+    """
+
+    architectures: Several[Literal["mlp", "lstm", "transformer"]] = ("mlp", "lstm", "transformer")
+    batch: Positive = 40
+    epochs: Positive = 256
+    learning_rates: Several[Annotated[float, Field(gt=0)]] = (1e-3,)
+    best_per_target: Positive = 5
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+class CompareSettings(_Settings):
+    """What `lop compare` reports: every method as published at `targets`, and with each recovery at others.
+
+    All of these targets must have been searched. Without `recoveries` there is no table of them.
+    """
+
+    targets: Several[Ratio] = (0.2, 0.3, 0.5)
+    recovery_targets: Several[Ratio] = (0.5, 0.6)
+    recoveries: Distinct[Recovery] = ("none", "bias", "refit")
+
+
+class TablesSettings(_Settings):
+    """What `lop compare` makes of the benchmark: the paper's tables and figures.
+
+    `baselines` are names of `lop.methods.baselines`; None means all. `rivals` search as long as LOP does; they are run
+    by `lop rivals`, and by `lop compare` where they have not been. `limit` takes only so many groups of questions of
+    each part of a task.
+    """
+
+    targets: Several[Ratio] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    baselines: Several[str] | None = None
+    rivals: Distinct[Rival] = ("random", "sensitivity", "evolution", "mcts-noroots")
+    seeds: Positive = 1
+    limit: Positive | None = None
+
+
+class Config(_Settings):
+    """All settings of a run.
+
+    `threads` are torch's on a CPU: sums come out alike on every machine and in every worker only if it is the same.
+    `workers` is the most that the search asks the cluster for; an evaluation that takes more than `evaluation_seconds`
+    is tried on another one. `cache_bytes` is what each worker may spend on the dense model's states; see
+    `lop.search.evaluator.Evaluator`. `compile` has the FFNs' activations fused by torch.compile.
+    """
+
+    model: str
+    samples: str = "tiny"
+    seed: Annotated[int, Field(ge=0)] = 0
+    granularity: Positive = 128
+    max_ratio: Ratio = 0.95
+    max_width_ratio: Annotated[float, Field(ge=1)] | None = None
+    importance: Importance = "activation"
+    recovery: Recovery = "refit"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_tokens: Positive = 8192
+    images: ImageSettings = ImageSettings()
+    cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    compile: bool = False
+    workers: Annotated[int, Field(ge=0)] = 0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    evaluation_seconds: Annotated[float, Field(gt=0)] = 1800
+    search: SearchSettings
+    train: TrainSettings = TrainSettings()
+    compare: CompareSettings = CompareSettings()
+    tables: TablesSettings = TablesSettings()
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Config:
+    """Reads a YAML file and applies `a.b=value` overrides, then keyword values that are not None.
+
+    A local folder of `model` or `samples` becomes absolute: a run keeps its config, and is gone on with from elsewhere.
+
+    Raises:
+        LopError: the file is missing or not YAML, or a key is unknown or of the wrong type; one line that names it.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LopError(f"config {path} is missing") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LopError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise LopError(f"config {path} is not a mapping of settings")
+    for override in overrides:
+        _apply(data, override)
+    data |= {key: value for key, value in values.items() if value is not None}
+    config = parse_config(data, str(path))
+    return config.model_copy(update={name: settled(getattr(config, name)) for name in ("model", "samples")})
+
+
+def parse_config(data: dict[str, Any], where: str) -> Config:
+    """Validates settings.
+
+    Raises:
+        LopError: a key is unknown, missing or of the wrong type.
+    """
+    try:
+        # JSON mode, strict: lists become tuples, and nothing else changes its type.
+        return Config.model_validate_json(_json(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        # A group's own check names the values that it is about.
+        plain = first["type"] in ("missing", "json_invalid", *_WORDS) or isinstance(first["input"], dict)
+        got = "" if plain else f", not {first['input']!r}"
+        what = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+        raise LopError(f"{where}: {key}: {what}{got}") from None
+
+
+def _json(data: Any) -> str:
+    try:
+        return json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise LopError(f"a setting is not a number, text or list: {error}") from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the whole config as YAML."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def find_config(name: str) -> Path:
+    """The path of a config: a file's path, or the name of one that comes along, such as `tiny` or `demo`."""
+    package = Path(str(files("lop")))
+    # Beside the package in a checkout, inside it once installed from a wheel.
+    for folder in (package.parent / "configs", package / "configs"):
+        if (shipped := folder / f"{name}.yaml").is_file():
+            return shipped
+    return Path(name)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise LopError(f"--set {override!r}: write key=value, for instance search.simulations=50")
+    *parents, last = key.split(".")
+    place = data
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise LopError(f"--set {override!r}: {parent} is not a group of settings")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise LopError(f"--set {override!r}: {text!r} is not a YAML value") from None

@@ -1,0 +1,47 @@
+"""Which predictor answers for a model: a run's own, or the one that ships. Like the answer itself, without torch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from lop.errors import LopError
+from lop.predictor.predictor import Predictor, load_predictor
+from lop.run.config import Config
+from lop.run.run import Run, shipped_run
+from lop.space.allocation import Space
+from lop.storage.fingerprint import check_fingerprints
+
+
+def predictor_for(run: Run | None, config: Config) -> Predictor:
+    """The run's predictor, or the one that ships for the model.
+
+    Raises:
+        LopError: there is none, it is damaged, or it was made with another model.
+    """
+    owner = run or what_ships(config)
+    return open_predictor(owner, owner.predictor_folder)
+
+
+def open_predictor(run: Run, folder: Path) -> Predictor:
+    """A predictor that the run has trained, with the widths that the run's config allows now.
+
+    Raises:
+        LopError: it is missing or damaged, was made with another model, or its model has no such widths.
+    """
+    predictor = load_predictor(folder)
+    check_fingerprints(str(folder), predictor.fingerprints, {"model": run.model_fingerprint})
+    config, trained = run.config, predictor.space
+    bound = trained.max_width_ratio if config.max_width_ratio is None else config.max_width_ratio
+    space = Space(trained.layers, trained.neurons, config.granularity, config.max_ratio, bound)
+    return replace(predictor, space=space)
+
+
+def what_ships(config: Config) -> Run:
+    """The run that comes with the package for the config's model.
+
+    Raises:
+        LopError: none does.
+    """
+    run = shipped_run(config)
+    if run is None:
+        raise LopError(f"nothing ships for model {config.model!r}: name the --run folder of its search")
+    return run

@@ -1,0 +1,229 @@
+"""A run: one model with its samples and settings, and the folder that holds what the stages make of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lop.model.find import EMBEDDED, assets, find_model, find_samples, fingerprint_model
+from lop.model.image_settings import ImageSettings
+from lop.model.samples import Sample, SampleSets, fingerprint_samples, load_sample_sets
+from lop.model.sources import check_checkpoint
+from lop.model.tensors import model_size
+from lop.run.config import Config
+from lop.space.allocation import Space
+from lop.space.size import ModelSize
+from lop.storage.destination import check_writable
+from lop.storage.files import read_as, write_json
+from lop.storage.fingerprint import check_fingerprints
+from lop.storage.headers import read_tensors
+from lop.storage.location import Location
+
+# With torch behind them: a prediction takes less time than that import, and needs neither.
+if TYPE_CHECKING:
+    from lop.model.statistics import NeuronStatistics
+
+# Of a run, the folder of the runs that repeat it with other seeds.
+SEEDS = "seeds"
+# What stages write, folders with a slash behind.
+_MADE = (
+    "config.yaml", "statistics.safetensors", "search.json", "seconds.json", "status.json", "predictors.json",
+    "results.json", "report.md", "tables.json", "tables.md", "ledger/", "predictors/", "predictor/", "rivals/",
+    "cells/", "seeds/", "checkpoints/", "tune/",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that the stages share; each property is read when first asked for.
+
+    Attributes:
+        config: the settings.
+        folder: where the stages' files are.
+        origin: the storage that `folder` is a copy of, if it is one (`lop.storage.mirror`).
+    """
+
+    config: Config
+    folder: Path
+    origin: Location | None = None
+
+    @property
+    def location(self) -> Location:
+        """Where the files are that others read while a stage runs."""
+        return self.origin or Location.parse(self.folder)
+
+    def with_seed(self, seed: int) -> "Run":
+        """The run of the same settings with another seed, in a folder of this one."""
+        name = f"{SEEDS}/{seed}"
+        config = self.config.model_copy(update={"seed": seed})
+        return Run(config, self.folder / name, self.origin and self.origin / name)
+
+    def keep(self, file: Path) -> None:
+        """Puts a file of the folder where it lasts, at once: a stage of hours may be killed before it ends.
+
+        Raises:
+            OSError: the storage cannot be reached.
+        """
+        if self.origin is not None:
+            self.origin.write(file.relative_to(self.folder).as_posix(), file.read_bytes())
+
+    @property
+    def checkpoints(self) -> Location:
+        """Where checkpoints are written, as they are too large to be copied."""
+        return self.location / "checkpoints"
+
+    @property
+    def statistics_file(self) -> Path:
+        return self.folder / "statistics.safetensors"
+
+    @property
+    def spectra_file(self) -> Path:
+        return self.folder / "spectra.json"
+
+    @property
+    def ledger(self) -> Location:
+        return self.location / "ledger"
+
+    @property
+    def search_file(self) -> Path:
+        return self.folder / "search.json"
+
+    @property
+    def predictors_folder(self) -> Path:
+        return self.folder / "predictors"
+
+    @property
+    def predictor_folder(self) -> Path:
+        return self.folder / "predictor"
+
+    @property
+    def report_file(self) -> Path:
+        return self.folder / "report.md"
+
+    @cached_property
+    def model_folder(self) -> Path:
+        """The dense checkpoint.
+
+        Raises:
+            LopError: there is no such model, or it is none that LOP can prune.
+        """
+        folder = find_model(self.config.model)
+        check_checkpoint(folder, dense=True)
+        return folder
+
+    @cached_property
+    def size(self) -> ModelSize:
+        """The dense checkpoint's numbers.
+
+        Raises:
+            LopError: it is damaged.
+        """
+        return model_size(read_tensors(self.model_folder))
+
+    @cached_property
+    def space(self) -> Space:
+        """The allocations that the config allows for the model.
+
+        Raises:
+            LopError: the granularity does not divide the model's FFN.
+        """
+        config = self.config
+        return Space(self.size.layers, self.size.neurons, config.granularity, config.max_ratio, config.max_width_ratio)
+
+    @cached_property
+    def samples(self) -> SampleSets:
+        """The three disjoint sets of samples.
+
+        Raises:
+            LopError: they are missing, damaged or not disjoint.
+        """
+        return load_sample_sets(find_samples(self.config.samples))
+
+    @cached_property
+    def model_fingerprint(self) -> str:
+        return fingerprint_model(self.model_folder)
+
+    @cached_property
+    def calibration_fingerprints(self) -> dict[str, str]:
+        """What the statistics depend on."""
+        return {"model": self.model_fingerprint, "calibration samples": self._fingerprint(self.samples.calibration)}
+
+    @cached_property
+    def statistics(self) -> "NeuronStatistics":
+        """What `lop calibrate` wrote.
+
+        Raises:
+            LopError: it is missing or damaged, or belongs to another model or other samples.
+        """
+        from lop.model.statistics import load_statistics
+
+        statistics, found = load_statistics(self.statistics_file)
+        check_fingerprints(str(self.statistics_file), found, self.calibration_fingerprints)
+        return statistics
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """[L, F] neurons of each layer by the config's importance, the most important first."""
+        from lop.model.importance import importance, order
+
+        return order(importance(self.config.importance, self.statistics))
+
+    @property
+    def arithmetic(self) -> str:
+        """What rounding depends on."""
+        config = self.config
+        found = f"{config.device} {config.dtype}, {config.threads} threads, {config.batch_tokens} tokens"
+        if config.images.batch_patches != ImageSettings().batch_patches:
+            found += f", {config.images.batch_patches} patches"
+        return f"{found}, compiled" if config.compile else found
+
+    @cached_property
+    def evaluation_fingerprints(self) -> dict[str, str]:
+        """What an allocation's reward depends on."""
+        config = self.config
+        arithmetic = self.arithmetic
+        if races := config.search.racing:
+            arithmetic += f", {races.rounds} rounds of seed {config.seed}, confidence {races.confidence}"
+        return {
+            **self.calibration_fingerprints,
+            "reward samples": self._fingerprint(self.samples.reward),
+            "importance": config.importance,
+            "arithmetic": arithmetic,
+        }
+
+    @cached_property
+    def ledger_fingerprints(self) -> dict[str, str]:
+        """What a recorded evaluation depends on, and `shape`: the model's layers and neurons of each, as `LxF`."""
+        found = {**self.evaluation_fingerprints, "shape": f"{self.space.layers}x{self.space.neurons}"}
+        if self.config.search.needs_divergence:
+            found["set of measures"] = "with divergence"  # Which others lack.
+        return found
+
+    def check_writable(self) -> None:
+        """Looks before there is work to lose whether what stages make can be written.
+
+        Raises:
+            LopError: the folder cannot be written, or something is in the way of a file of the run.
+        """
+        check_writable(self.location, *_MADE)
+
+    def _fingerprint(self, samples: Sequence[Sample]) -> str:
+        return fingerprint_samples(samples, max_pixels=self.config.images.max_pixels)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each stage has taken so far, interrupted runs included."""
+        path = self.folder / "seconds.json"
+        return read_as(path, dict) if path.exists() else {}
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Adds to the time that a stage has taken."""
+        spent = self.seconds()
+        write_json(self.folder / "seconds.json", {**spent, stage: spent.get(stage, 0) + seconds})
+
+
+def shipped_run(config: Config) -> Run | None:
+    """The run that comes with the package for the config's model, if there is one."""
+    return Run(config, assets() / "run") if config.model == EMBEDDED else None

@@ -1,0 +1,65 @@
+"""What scoring an allocation comes to: the value that trees learn from and ledgers keep."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lop.search.racing import Rival
+
+# Nats, of a failed evaluation, by any finer reward: finite, because a tree averages.
+_WORST = 24.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One allocation's result on the reward samples.
+
+    Attributes:
+        accuracy: share of the questions, which prose is not, answered exactly; 0 if there are none. Where a race was
+            given up: estimated, as the rival's plus the mean difference to it on the questions scored.
+        log_probability: mean of `Scores.log_probability` over the samples scored.
+        error: why the allocation could not be evaluated; empty where it was.
+        margin: mean of `Scores.margin` over the questions scored; None if there are none.
+        divergence: mean of `Scores.divergence` over the samples scored, if it was asked for.
+        hits: what later candidates race against; see `lop.search.racing.pack`.
+        rival: the widths of the allocation that this one raced against.
+        scored: the samples scored before the race was given up; None if that was all.
+    """
+
+    accuracy: float
+    log_probability: float
+    error: str = ""
+    margin: float | None = None
+    divergence: float | None = None
+    hits: str | None = None
+    rival: tuple[int, ...] | None = None
+    scored: int | None = None
+
+    @classmethod
+    def failed(cls, error: str, rival: Rival | None = None) -> "Evaluation":
+        """What stands for an allocation that cannot be evaluated: the worst result.
+
+        No answer right, and each as improbable as two tokens guessed among 150,000.
+        """
+        return cls(0.0, -_WORST, error=error, rival=None if rival is None else rival.allocation.widths)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all samples were scored."""
+        return self.scored is None
+
+    def worth(self, name: str) -> float:
+        """The value of `accuracy` or of one of the finer rewards, as a number of which more is better."""
+        value = getattr(self, name)
+        if value is None:
+            return -_WORST  # It failed.
+        return float(-value if name == "divergence" else value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values: those that are there."""
+        return {name: value for name, value in vars(self).items() if value not in (None, "")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
+        """The inverse of `as_dict`, read from JSON."""
+        rival = values.get("rival")
+        return cls(**{**values, "rival": None if rival is None else tuple(rival)})

@@ -1,0 +1,164 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lop.errors import LopError
+from lop.run.config import find_config, load_config
+from lop.search.evaluation import Evaluation
+from lop.search.ledger import Ledger, read_ledger
+from lop.search.loop import InProcess, run_search
+from lop.search.racing import Candidate, Racing, Rival, chance, gives_up, pack, sample_rounds, unpack
+from lop.search.tree import SearchTree, TreeOptions
+from lop.space.allocation import Allocation, Space, uniform
+
+SPACE = Space(5, 64, 4, 0.9)
+SAMPLES = 240
+RACING = Racing(rounds=8, confidence=0.95)
+ROUNDS = sample_rounds(SAMPLES, RACING.rounds, seed=4)
+OPTIONS = TreeOptions(
+    simulations=70, evaluations=50, exploration=0.05, step=0.4, decay=0.9, children=4, depth=6, window=3, rival=1
+)
+bits = st.lists(st.booleans(), min_size=1, max_size=60).map(np.array)
+
+
+def test_rounds_are_a_partition_that_only_the_seed_changes() -> None:
+    assert sorted(np.concatenate(ROUNDS)) == list(range(SAMPLES))
+    assert {len(part) for part in ROUNDS} == {SAMPLES // RACING.rounds}
+    again = sample_rounds(SAMPLES, RACING.rounds, seed=4)
+    assert all((a == b).all() for a, b in zip(ROUNDS, again))
+    assert not (np.concatenate(sample_rounds(SAMPLES, 8, seed=5)) == np.concatenate(ROUNDS)).all()
+    assert len(sample_rounds(3, 8, seed=0)) == 3
+
+
+@given(bits)
+def test_hits_come_back_from_text(hits: np.ndarray) -> None:
+    assert (unpack(pack(hits), len(hits)) == hits).all()
+
+
+@given(st.data())
+@settings(deadline=None)
+def test_chance_agrees_with_a_naive_sum(data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, 12))
+    rival, correct, seen = (
+        np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size))) for _ in range(3)
+    )
+    correct = correct & seen
+
+    def predicted(trials: int, successes: int, failures: int) -> list[float]:
+        a, b = successes + 0.5, failures + 0.5
+
+        def beta(x: float, y: float) -> float:
+            return math.gamma(x) * math.gamma(y) / math.gamma(x + y)
+
+        return [math.comb(trials, k) * beta(k + a, trials - k + b) / beta(a, b) for k in range(trials + 1)]
+
+    wins, losses = (correct & ~rival).sum(), (seen & ~correct & rival).sum()
+    gained = predicted((~seen & ~rival).sum(), wins, (seen & ~rival).sum() - wins)
+    lost = predicted((~seen & rival).sum(), losses, (seen & rival).sum() - losses)
+    expected = sum(
+        more * less for g, more in enumerate(gained) for f, less in enumerate(lost) if wins + g >= losses + f
+    )
+    assert chance(correct, seen, rival) == pytest.approx(expected, abs=1e-9)
+
+
+def test_what_is_certain_is_given_up_and_what_is_open_is_not() -> None:
+    rival = np.ones(100, dtype=bool)
+    seen = np.arange(100) < 20
+    one_less = seen & (np.arange(100) > 0)
+    assert chance(one_less, seen, rival) == 0  # The rival has no miss left that it could make good with.
+    assert gives_up(RACING, one_less, seen, rival)
+    assert not gives_up(RACING, seen, seen, rival)
+
+
+class Simulated:
+    """An allocation answers a sample if what it keeps of the first layers, with noise of the sample's, suffices."""
+
+    def __init__(self) -> None:
+        self.scored = 0
+        random = np.random.default_rng(2)
+        self._hardness = random.uniform(0.2, 0.75, SAMPLES)
+        self._taste = random.normal(0, 0.25, (SAMPLES, SPACE.layers))
+
+    def evaluate(self, allocation: Allocation) -> Evaluation:
+        return self._evaluate(allocation, None)
+
+    def race(self, allocation: Allocation, rival: Rival) -> Evaluation:
+        return self._evaluate(allocation, rival)
+
+    def _evaluate(self, allocation: Allocation, rival: Rival | None) -> Evaluation:
+        kept = np.array(allocation.widths) / SPACE.neurons
+        power = (np.linspace(1, 0.2, SPACE.layers) / 3 + self._taste) @ kept
+        correct, seen = np.zeros(SAMPLES, dtype=bool), np.zeros(SAMPLES, dtype=bool)
+        for part in ROUNDS:
+            seen[part] = True
+            correct[part] = power[part] > self._hardness[part]
+            if rival and not seen.all() and gives_up(RACING, correct, seen, unpack(rival.hits, SAMPLES)):
+                break
+        self.scored += int(seen.sum())
+        return Evaluation(
+            accuracy=float(correct[seen].mean()),
+            log_probability=float(power[seen].mean()),
+            hits=pack(correct),
+            rival=rival.allocation.widths if rival else None,
+            scored=None if seen.all() else int(seen.sum()),
+        )
+
+
+def searched(path: Path, options: TreeOptions, seed: int = 0) -> tuple[SearchTree, int]:
+    simulated = Simulated()
+    tree = SearchTree(
+        SPACE, [uniform(SPACE, SPACE.budget(0.5))], options, seed=(seed,), reward=lambda result: result.accuracy
+    )
+    with Ledger(path, {}) as ledger:
+        run_search({0.5: tree}, InProcess(simulated), ledger)
+    return tree, simulated.scored
+
+
+def test_races_score_fewer_samples_and_the_best_was_scored_in_full(tmp_path: Path) -> None:
+    raced, scored = searched(tmp_path / "raced", OPTIONS)
+    assert scored < 0.6 * SAMPLES * len(raced.results)
+    assert raced.best[1].is_complete
+    given_up = [result for result in raced.results.values() if not result.is_complete]
+    assert len(given_up) > len(raced.results) / 3
+    assert all(result.rival in {allocation.widths for allocation in raced.results} for result in given_up)
+
+
+def test_a_raced_search_is_replayed_from_its_ledger(tmp_path: Path) -> None:
+    first, scored = searched(tmp_path / "ledger", OPTIONS)
+    before = list(read_ledger(tmp_path / "ledger"))
+    second, again = searched(tmp_path / "ledger", OPTIONS)
+    assert scored > 0
+    assert again == 0
+    assert list(first.results.items()) == list(second.results.items())
+    assert list(read_ledger(tmp_path / "ledger")) == before
+
+
+def test_another_rival_is_another_evaluation(tmp_path: Path) -> None:
+    even, other = uniform(SPACE, SPACE.budget(0.5)), uniform(SPACE, SPACE.budget(0.4))
+    rival = Rival(other, pack(np.ones(SAMPLES, dtype=bool)))
+    raced = Candidate(even, rival).evaluate(Simulated())
+    whole = Candidate(even).evaluate(Simulated())
+    with Ledger(tmp_path / "ledger", {}) as ledger:
+        ledger.append(even, raced)
+        ledger.flush()
+        assert ledger.get(even) is None
+        ledger.append(even, whole)
+    with Ledger(tmp_path / "ledger", {}) as ledger:
+        assert ledger.get(even) == whole
+        assert ledger.get(even, rival) == raced
+        assert ledger.get(even, Rival(even, rival.hits)) is None
+    assert list(read_ledger(tmp_path / "ledger")) == [(even, raced), (even, whole)]
+
+
+def test_racing_for_anything_but_accuracy_is_refused() -> None:
+    tiny = find_config("tiny")
+    assert load_config(tiny, ["search.racing={}", "search.reward=accuracy"]).search.tree_options().rival == 1
+    assert load_config(tiny).search.tree_options().rival == 0
+    with pytest.raises(LopError, match="racing compares accuracies, and the reward is margin"):
+        load_config(tiny, ["search.racing={}", "search.reward=margin"])
+    with pytest.raises(LopError, match=r"search\.racing\.rounds"):
+        load_config(tiny, ["search.racing.rounds=1", "search.reward=accuracy"])

@@ -30,6 +30,8 @@ def find_model(name: str) -> Path:
         return assets() / "model"
     path = expanded(name)
     if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise LopError(f"model folder {name} has no config.json: name a folder that holds a checkpoint")
         check_fetched(path)
         return path
     if _is_path(name):

@@ -84,7 +84,8 @@ def test_without_lmms_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
 def test_verdicts_of_lmms_eval_are_those_of_the_tasks() -> None:
     from lop.plugins.tasks import doc_to_text, process_pope
 
-    doc = {"question": "Q?", "options": ["a", "b"], "group": "g", "part": "random", "answer": "yes"}
-    assert doc_to_text(doc) == "Q?\nA. a\nB. b"
+    choice = {"question": "Q?", "options": ["a", "b"], "form": "choice", "answer": "A"}
+    assert doc_to_text(choice) == "Q?\nA. a\nB. b"
+    doc = {"question": "Q?", "options": [], "form": "yes_no", "group": "g", "part": "random", "answer": "yes"}
     (verdict,) = set(process_pope(doc, ["yes"]).values())
     assert json.dumps([verdict.group, verdict.is_right]) == '["g", true]'

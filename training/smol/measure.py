@@ -21,6 +21,7 @@ from lop.samples import LETTERS, Sample, load_samples, prompt_of
 from training.smol.make_samples import ASSETS, SETS
 
 _BATCH = 32
+_DOCUMENT_START = "<|endoftext|>"  # As LOP begins prose without a context.
 
 
 def main() -> None:
@@ -67,7 +68,7 @@ def _words(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> str:
 
 
 def _prose(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> str:
-    scored = _score(model, tokenizer, [(s.question or tokenizer.bos_token, s.answer) for s in samples])
+    scored = _score(model, tokenizer, [(s.question or _DOCUMENT_START, s.answer) for s in samples])
     tokens = [value for log, _ in scored for value in log]
     return f"{len(tokens)} tokens, {-np.mean(tokens):.3f} nats a token"
 

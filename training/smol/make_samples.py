@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lop.samples import LETTERS, PROSE, Sample, SampleSets, load_sample_sets
+from lop.model.samples import LETTERS, PROSE, Sample, SampleSets, load_sample_sets
 from training.smol.knowledge import Fact, facts
 from training.smol.prose import Passage, passages
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lop.samples import LETTERS, Sample, load_samples, prompt_of
+from lop.model.samples import LETTERS, Sample, load_samples, prompt_of
 from training.smol.make_samples import ASSETS, SETS
 
 _BATCH = 32

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lop.samples import LETTERS, SampleSets, load_sample_sets
+from lop.model.samples import LETTERS, SampleSets, load_sample_sets
 
 ASSETS = Path(__file__).parents[2] / "lop" / "assets"
 SOURCES = (

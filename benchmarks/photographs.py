@@ -33,7 +33,8 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
 from lop.model.find import assets
-from lop.predictor.predictor import Predictor, build
+from lop.predictor.networks import build
+from lop.predictor.predictor import Predictor
 from lop.run.config import load_config
 from lop.run.run import Run
 from lop.storage.files import write_json
@@ -301,7 +302,7 @@ def make_config(folder: Path, options: argparse.Namespace) -> Path:
 def make_predictor(config: Path, folder: Path) -> None:
     """Puts an untrained network into the run: `prune` needs a predictor, and its memory does not depend on which."""
     run = Run(load_config(config), folder)
-    weights = build("mlp", run.space.layers).state_dict()
+    weights = {name: tensor.numpy() for name, tensor in build("mlp", run.space.layers).state_dict().items()}
     Predictor("mlp", weights, run.space, run.size, {"model": run.model_fingerprint}).save(run.predictor_folder)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lop.model.samples import LETTERS, Sample, load_samples, prompt_of
+from lop.model.samples import LETTERS, Sample, load_samples, prompt_text
 from training.smol.make_samples import ASSETS, SETS
 
 _BATCH = 32
@@ -49,7 +49,7 @@ def _choices(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> str:
     right = np.array([LETTERS.index(sample.answer) for sample in samples])
     plain = [(_chat(sample.question), option) for sample in samples for option in sample.options]
     listed = [
-        (_chat(prompt_of(sample.question, sample.options)), letter)
+        (_chat(prompt_text(sample)), letter)
         for sample in samples
         for letter, _ in zip(LETTERS, sample.options)
     ]

@@ -1,0 +1,280 @@
+"""Trains `smol`'s eyes: first the merger alone on words' embeddings, then all that is trained through the language model.
+
+    python -m training.smol.train --work WORK [--steps N]
+
+Seeded; interrupted, the same command goes on from the last checkpoint in WORK. On a GPU if there is one.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lop.samples import FORMS, Sample, prompt_text
+from lop.smol import smol_assets
+from training.smol.eyes import Eyes, load_backbone, save_eyes
+from training.tiny.backbone import hidden_states
+from training.tiny.corpus import Corpus
+from training.tiny.images import Picture
+from training.tiny.questions import KINDS, MANY_RIGHT, ask
+
+_IMAGE_TOKENS = 4
+_PREFIX = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * _IMAGE_TOKENS + "<|vision_end|>"
+# The share of each form at the start and at the end.
+_FORMS = {"word": (0.8, 0.3), "yes_no": (0.15, 0.35), "choice": (0.05, 0.35)}
+_SAVE_SECONDS = 240
+
+
+def main() -> None:
+    """Parses the command line and runs both stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where checkpoints and caches are kept")
+    parser.add_argument("--out", type=Path, default=smol_assets() / "eyes.safetensors")
+    parser.add_argument("--align-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1500, help="steps of `--images` times `--questions` questions")
+    parser.add_argument("--images", type=int, default=6)
+    parser.add_argument("--questions", type=int, default=4, help="about each image")
+    parser.add_argument("--rank", type=int, default=16, help="of the changes of the attention's projections")
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    corpus = Corpus(**torch.load(options.work / "seen.pt", weights_only=False))
+    tokenizer = AutoTokenizer.from_pretrained(smol_assets() / "model")
+    backbone: Any = load_backbone(options.rank)
+    eyes = Eyes(backbone.embed_tokens.weight, options.seed)
+    align(eyes, backbone, tokenizer, corpus, options)
+    train(eyes, backbone, tokenizer, corpus, options)
+    save_eyes(eyes, backbone, options.out)
+
+
+def described(tokenizer: PreTrainedTokenizerFast, picture: Picture) -> list[int]:
+    """Four tokens that say what is to be seen: its words, over and over."""
+    words = [value for _, value in picture.labels]
+    if picture.source != "easy-vqa":
+        words.append("flag" if picture.source == "flags" else "product")
+    ids = tokenizer("".join(f" {word}" for word in words), add_special_tokens=False)["input_ids"]
+    return (ids * _IMAGE_TOKENS)[:_IMAGE_TOKENS]
+
+
+def align(
+    eyes: Eyes,
+    backbone: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    options: argparse.Namespace,
+    *,
+    batch: int = 192,
+    rate: float = 1e-3,
+) -> None:
+    """Teaches the merger to write what is seen as the embeddings of the words that describe it; takes minutes."""
+    done = options.work / "aligned.pt"
+    if done.exists():
+        eyes.load_state_dict(torch.load(done, weights_only=True))
+        return
+    table = backbone.embed_tokens.weight.float()
+    wanted = torch.tensor([described(tokenizer, picture) for picture in corpus.pictures])
+    used, wanted = wanted.unique(return_inverse=True)
+    words = table[used]
+    length = words.norm(dim=1).mean()
+    directions = F.normalize(words, dim=1)
+    optimiser = torch.optim.AdamW(eyes.merger.mlp.parameters(), lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=options.align_steps, pct_start=0.1)
+    random = np.random.default_rng(options.seed)
+    draw = _groups(corpus)
+    start = time.time()
+    for step in range(1, options.align_steps + 1):
+        groups = draw(random, batch, (0.3, 0.3, 0.4))
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = eyes.see(corpus.draw(groups, random)).float()
+        logits = 20 * F.normalize(seen, dim=-1) @ directions.T
+        target = wanted[groups]
+        naming = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        loss = naming + (seen - words[target]).square().sum(-1).mean() / length**2
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step % 25 == 0:
+            hit = (logits.argmax(-1) == target).float().mean()
+            print(f"align {step}/{options.align_steps} {time.time() - start:.0f}s loss {loss:.3f} {hit:.3f}", flush=True)
+    _store(eyes.state_dict(), done)
+
+
+def _groups(corpus: Corpus) -> Any:
+    """A function that draws groups of images, by shares of the sources in the order of `KINDS`."""
+    members = [
+        np.array([i for i, picture in enumerate(corpus.pictures) if picture.source == source]) for source in KINDS
+    ]
+
+    def draw(random: np.random.Generator, count: int, shares: Sequence[float]) -> Tensor:
+        sources = random.choice(len(members), count, p=np.array(shares) / sum(shares))
+        return torch.tensor([int(random.choice(members[source])) for source in sources])
+
+    return draw
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A batch of questions.
+
+    Attributes:
+        ids: [b, K, S], the questions as they follow the image, with their answers and the end of turn, padded.
+        answers: [b, K, S] bool, where the answers and the ends of turn are.
+        names: [b][K], kind and form.
+    """
+
+    ids: Tensor
+    answers: Tensor
+    names: list[list[str]]
+
+
+def ask_about(
+    tokenizer: PreTrainedTokenizerFast,
+    pictures: Sequence[Picture],
+    form: str,
+    count: int,
+    random: np.random.Generator,
+) -> Asked:
+    """Random questions of one form, `count` about each picture."""
+    samples: list[list[Sample]] = []
+    for picture in pictures:
+        kinds = KINDS[picture.source]
+        # What is seen before what is known of it.
+        weights = np.array([4.0 if index == 0 and picture.source != "easy-vqa" else 1.0 for index in range(len(kinds))])
+        mine: list[Sample] = []
+        while len(mine) < count:
+            kind = str(random.choice(kinds, p=weights / weights.sum()))
+            sample = ask(picture, kind, form, random)
+            if sample is not None:
+                mine.append(sample)
+        samples.append(mine)
+    flat = [sample for mine in samples for sample in mine]
+    texts = [f"{prompt_text(s)}<|im_end|>\n<|im_start|>assistant\n" for s in flat]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ends = tokenizer([s.answer for s in flat], add_special_tokens=False)["input_ids"]
+    ends = [[*end, tokenizer.eos_token_id] for end in ends]
+    longest = max(len(prompt) + len(end) for prompt, end in zip(prompts, ends))
+    longest = -(-longest // 4) * 4  # Few distinct lengths: matrix kernels are prepared once for each shape.
+    ids = torch.full((len(flat), longest), tokenizer.pad_token_id)
+    answers = torch.zeros(len(flat), longest, dtype=torch.bool)
+    for row, (prompt, end) in enumerate(zip(prompts, ends)):
+        ids[row, : len(prompt) + len(end)] = torch.tensor([*prompt, *end])
+        answers[row, len(prompt) : len(prompt) + len(end)] = True
+    shape = (len(pictures), count, longest)
+    return Asked(ids.view(shape), answers.view(shape), [[f"{s.form}.{s.kind}" for s in mine] for mine in samples])
+
+
+def train(
+    eyes: Eyes,
+    backbone: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    options: argparse.Namespace,
+) -> None:
+    """Trains the eyes and the low-rank changes on answers; the rate falls over the last half."""
+    changes = [p for name, p in backbone.named_parameters() if p.requires_grad and name.endswith((".a", ".b"))]
+    trained = [*(p for p in eyes.parameters() if p.requires_grad), *changes]
+    optimiser = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0, betas=(0.9, 0.98))
+    random = np.random.default_rng(options.seed)
+    checkpoint = options.work / "trained.pt"
+    step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=False)
+        eyes.load_state_dict(state["eyes"])
+        for parameter, value in zip(changes, state["changes"], strict=True):
+            parameter.data = value
+        optimiser.load_state_dict(state["optimiser"])
+        random.bit_generator.state = state["random"]
+        step = state["step"]
+    draw = _groups(corpus)
+    prefix = torch.tensor(tokenizer(_PREFIX, add_special_tokens=False)["input_ids"])
+    hits: dict[str, list[float]] = {}
+    first, start, saved = step, time.time(), time.time()
+    while step < options.steps:
+        progress = step / options.steps
+        chosen = draw(random, options.images, (0.3, 0.3, 0.4))
+        # All of one form, and so of similar length.
+        form = str(random.choice(list(_FORMS), p=[early + (late - early) * progress for early, late in _FORMS.values()]))
+        asked = ask_about(tokenizer, [corpus.pictures[i] for i in chosen], form, options.questions, random)
+        loss, right = _loss(eyes, backbone, prefix, corpus.draw(chosen, random), asked)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = options.rate * min(1.0, (step + 1) / 30, 2 * (1 - progress) + 0.02)
+        optimiser.step()
+        step += 1
+        for names, row in zip(asked.names, right.tolist()):
+            for name, hit in zip(names, row):
+                hits.setdefault(name, []).append(hit)
+        if step % 10 == 0:
+            pace = (time.time() - start) / (step - first)
+            print(f"train {step}/{options.steps} {pace:.2f}s/step loss {loss.item():.3f} {_shown(hits)}", flush=True)
+        if step == options.steps or time.time() - saved > _SAVE_SECONDS:
+            state = {
+                "eyes": eyes.state_dict(),
+                "changes": [p.data for p in changes],
+                "optimiser": optimiser.state_dict(),
+                "random": random.bit_generator.state,
+                "step": step,
+            }
+            _store(state, checkpoint)
+            save_eyes(eyes, backbone, options.work / "eyes.safetensors")
+            saved = time.time()
+
+
+def _loss(eyes: Eyes, backbone: Any, prefix: Tensor, seen: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
+    """The mean loss of the answers' tokens, and whether each answer [b, K] is exactly right."""
+    b, k, s = asked.ids.shape
+    table = backbone.embed_tokens.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        image = eyes.see(seen).float()
+    first = int((prefix >= len(table) - len(eyes.tokens)).float().argmax())
+    vision_start, vision_end = eyes.tokens[2], eyes.tokens[3]
+    parts = [table[prefix[:first]].float(), vision_start[None], image[0], vision_end[None]]
+    before = torch.cat([torch.cat([*parts[:2], one, parts[3]])[None] for one in image])
+    questions = F.embedding(asked.ids, table).float()
+    states = hidden_states(backbone, before, questions, _places(first + 1, before.shape[1], s))
+    row, question, column = asked.answers.nonzero(as_tuple=True)
+    right = asked.ids[row, question, column]
+    logits = F.linear(states[row, question, column - 1].bfloat16(), table).float()
+    missed = (logits.detach().argmax(1) != right).float()
+    misses = torch.zeros(b, k).index_put_((row, question), missed, accumulate=True)
+    return F.cross_entropy(logits, right), (misses == 0).float()
+
+
+def _places(first: int, before: int, after: int) -> Tensor:
+    """[3, before + after], M-RoPE: the four image tokens take the places of two."""
+    places = torch.arange(before + after).repeat(3, 1)
+    places[:, first : first + _IMAGE_TOKENS] = first + torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]])
+    places[:, first + _IMAGE_TOKENS :] -= 2
+    return places
+
+
+def _shown(hits: dict[str, list[float]]) -> str:
+    """The share of right answers, over the last 200 of each kind and form."""
+    for values in hits.values():
+        del values[:-200]
+    whole = " ".join(
+        f"{form} {np.mean([h for name, values in hits.items() if name.startswith(form) for h in values] or [0]):.2f}"
+        for form in FORMS
+    )
+    return f"[{whole}] " + " ".join(f"{name} {np.mean(values):.2f}" for name, values in sorted(hits.items()))
+
+
+def _store(state: Any, path: Path) -> None:
+    torch.save(state, path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lop.config import RECOVERIES, Config, find_config, load_config
 from lop.errors import LopError
 from lop.formats import FORMATS
-from lop.models import EMBEDDED
+from lop.models import EMBEDDED, SHIPPED
 from lop.size import Target, describe, parse_count
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], None]
+_SHIPPED = " or ".join(map(repr, SHIPPED))
 _SERVED_HELP = "a run to serve, again for each; without any, what ships for the embedded model"
 
 
@@ -115,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_common(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--model", help=f"'{EMBEDDED}' (embedded), a local checkpoint folder or a hub id")
+    stage.add_argument("--model", help=f"{_SHIPPED}, a local checkpoint folder or a hub id")
     stage.add_argument("--config", metavar="YAML", help="a settings file, or the name of one in configs/")
     stage.add_argument("--run", metavar="DIR", help="the folder that holds the run, or its URI (s3://…)")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
@@ -131,7 +132,7 @@ def _add_max_width(stage: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--model", required=True, help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id")
+    stage.add_argument("--model", required=True, help=f"{_SHIPPED}, a local checkpoint, dense or pruned, or a hub id")
     stage.add_argument("--tasks", default="embedded", metavar="NAMES", help="embedded, real, or lmms-eval's names")
     stage.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences generated together")
     stage.add_argument("--device", default="auto", help="auto, cpu, cuda:0 …")
@@ -170,8 +171,8 @@ def _config(options: argparse.Namespace) -> Config:
     elif own is not None and own.is_file() and not options.default_config:
         path = own
     else:
-        is_embedded = options.model in (None, EMBEDDED)
-        path = find_config(options.default_config or (EMBEDDED if is_embedded else "qwen2_5_vl_7b"))
+        model = options.model or EMBEDDED
+        path = find_config(options.default_config or (model if model in SHIPPED else "qwen2_5_vl_7b"))
     seeds = getattr(options, "seeds", None)
     overrides = [*options.set, *([] if seeds is None else [f"tables.seeds={seeds}"])]
     named = {name: getattr(options, name, None) for name in ("model", "workers", "recovery", "max_width_ratio")}

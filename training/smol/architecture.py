@@ -21,7 +21,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from lop.smol import find_source, smol_assets
+from lop.models import assets
+from lop.smol import NAME, find_source
 from training.tiny.architecture import MERGE, PATCH, PIXELS, TEMPLATE
 
 # As Qwen2.5-VL names them, in the order of the rows that they add to the embedding.
@@ -109,7 +110,7 @@ def make_config(source: Path, tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLC
 def main() -> None:
     """Writes the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=smol_assets() / "model")
+    parser.add_argument("--out", type=Path, default=assets(NAME) / "model")
     options = parser.parse_args()
     source = find_source()
     tokenizer = make_tokenizer(source)

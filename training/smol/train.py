@@ -7,7 +7,7 @@ Seeded; interrupted, the same command goes on from the last checkpoint in WORK. 
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,25 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lop.samples import FORMS, Sample, prompt_text
-from lop.smol import smol_assets
-from training.smol.eyes import Eyes, load_backbone, save_eyes
-from training.tiny.backbone import hidden_states
+from lop.models import assets
+from lop.smol import NAME
+from training.smol.backbone import Backbone
+from training.smol.eyes import Eyes, save_eyes
 from training.tiny.corpus import Corpus
 from training.tiny.images import Picture
-from training.tiny.questions import KINDS, MANY_RIGHT, ask
+from training.tiny.questions import ask
 
 _IMAGE_TOKENS = 4
 _PREFIX = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * _IMAGE_TOKENS + "<|vision_end|>"
 # The share of each form at the start and at the end.
-_FORMS = {"word": (0.8, 0.3), "yes_no": (0.15, 0.35), "choice": (0.05, 0.35)}
+_FORMS = {"word": (0.8, 0.4), "yes_no": (0.15, 0.3), "choice": (0.05, 0.3)}
+_SOURCES = {"easy-vqa": 0.2, "fashion-mnist": 0.25, "flags": 0.55}
+# What is asked of each source's images, and how often. Of what is known of a country, only what SmolLM2 may know.
+_KINDS: dict[str, dict[str, float]] = {
+    "easy-vqa": {"colour": 1, "shape": 1},
+    "fashion-mnist": {"product": 3, "worn": 1},
+    "flags": {"country": 6, "capital": 1, "continent": 1, "language": 1, "demonym": 1, "currency": 1},
+}
 _SAVE_SECONDS = 240
 
 
@@ -37,20 +45,21 @@ def main() -> None:
     """Parses the command line and runs both stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and caches are kept")
-    parser.add_argument("--out", type=Path, default=smol_assets() / "eyes.safetensors")
+    parser.add_argument("--out", type=Path, default=assets(NAME) / "eyes.safetensors")
     parser.add_argument("--align-steps", type=int, default=500)
     parser.add_argument("--steps", type=int, default=1500, help="steps of `--images` times `--questions` questions")
-    parser.add_argument("--images", type=int, default=6)
-    parser.add_argument("--questions", type=int, default=4, help="about each image")
-    parser.add_argument("--rank", type=int, default=16, help="of the changes of the attention's projections")
+    parser.add_argument("--images", type=int, default=14)
+    parser.add_argument("--questions", type=int, default=1, help="about each image")
+    parser.add_argument("--rank", type=int, default=24, help="of the changes of the attention's projections")
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(**torch.load(options.work / "seen.pt", weights_only=False))
-    tokenizer = AutoTokenizer.from_pretrained(smol_assets() / "model")
-    backbone: Any = load_backbone(options.rank)
-    eyes = Eyes(backbone.embed_tokens.weight, options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(assets(NAME) / "model")
+    torch.manual_seed(options.seed)
+    backbone = Backbone(options.rank)
+    eyes = Eyes(backbone.table)
     align(eyes, backbone, tokenizer, corpus, options)
     train(eyes, backbone, tokenizer, corpus, options)
     save_eyes(eyes, backbone, options.out)
@@ -67,7 +76,7 @@ def described(tokenizer: PreTrainedTokenizerFast, picture: Picture) -> list[int]
 
 def align(
     eyes: Eyes,
-    backbone: Any,
+    backbone: Backbone,
     tokenizer: PreTrainedTokenizerFast,
     corpus: Corpus,
     options: argparse.Namespace,
@@ -80,7 +89,7 @@ def align(
     if done.exists():
         eyes.load_state_dict(torch.load(done, weights_only=True))
         return
-    table = backbone.embed_tokens.weight.float()
+    table = backbone.table.float()
     wanted = torch.tensor([described(tokenizer, picture) for picture in corpus.pictures])
     used, wanted = wanted.unique(return_inverse=True)
     words = table[used]
@@ -92,7 +101,7 @@ def align(
     draw = _groups(corpus)
     start = time.time()
     for step in range(1, options.align_steps + 1):
-        groups = draw(random, batch, (0.3, 0.3, 0.4))
+        groups = draw(random, batch, list(_SOURCES.values()))
         with torch.autocast("cpu", torch.bfloat16):
             seen = eyes.see(corpus.draw(groups, random)).float()
         logits = 20 * F.normalize(seen, dim=-1) @ directions.T
@@ -110,9 +119,9 @@ def align(
 
 
 def _groups(corpus: Corpus) -> Any:
-    """A function that draws groups of images, by shares of the sources in the order of `KINDS`."""
+    """A function that draws groups of images, by shares of the sources in the order of `_SOURCES`."""
     members = [
-        np.array([i for i, picture in enumerate(corpus.pictures) if picture.source == source]) for source in KINDS
+        np.array([i for i, picture in enumerate(corpus.pictures) if picture.source == source]) for source in _SOURCES
     ]
 
     def draw(random: np.random.Generator, count: int, shares: Sequence[float]) -> Tensor:
@@ -147,12 +156,10 @@ def ask_about(
     """Random questions of one form, `count` about each picture."""
     samples: list[list[Sample]] = []
     for picture in pictures:
-        kinds = KINDS[picture.source]
-        # What is seen before what is known of it.
-        weights = np.array([4.0 if index == 0 and picture.source != "easy-vqa" else 1.0 for index in range(len(kinds))])
+        weights = _KINDS[picture.source]
         mine: list[Sample] = []
         while len(mine) < count:
-            kind = str(random.choice(kinds, p=weights / weights.sum()))
+            kind = str(random.choice(list(weights), p=np.array(list(weights.values())) / sum(weights.values())))
             sample = ask(picture, kind, form, random)
             if sample is not None:
                 mine.append(sample)
@@ -175,14 +182,13 @@ def ask_about(
 
 def train(
     eyes: Eyes,
-    backbone: Any,
+    backbone: Backbone,
     tokenizer: PreTrainedTokenizerFast,
     corpus: Corpus,
     options: argparse.Namespace,
 ) -> None:
     """Trains the eyes and the low-rank changes on answers; the rate falls over the last half."""
-    changes = [p for name, p in backbone.named_parameters() if p.requires_grad and name.endswith((".a", ".b"))]
-    trained = [*(p for p in eyes.parameters() if p.requires_grad), *changes]
+    trained = [p for part in (eyes, backbone) for p in part.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0, betas=(0.9, 0.98))
     random = np.random.default_rng(options.seed)
     checkpoint = options.work / "trained.pt"
@@ -190,8 +196,7 @@ def train(
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
         eyes.load_state_dict(state["eyes"])
-        for parameter, value in zip(changes, state["changes"], strict=True):
-            parameter.data = value
+        backbone.load_state_dict(state["changes"])
         optimiser.load_state_dict(state["optimiser"])
         random.bit_generator.state = state["random"]
         step = state["step"]
@@ -201,7 +206,7 @@ def train(
     first, start, saved = step, time.time(), time.time()
     while step < options.steps:
         progress = step / options.steps
-        chosen = draw(random, options.images, (0.3, 0.3, 0.4))
+        chosen = draw(random, options.images, list(_SOURCES.values()))
         # All of one form, and so of similar length.
         form = str(random.choice(list(_FORMS), p=[early + (late - early) * progress for early, late in _FORMS.values()]))
         asked = ask_about(tokenizer, [corpus.pictures[i] for i in chosen], form, options.questions, random)
@@ -222,7 +227,7 @@ def train(
         if step == options.steps or time.time() - saved > _SAVE_SECONDS:
             state = {
                 "eyes": eyes.state_dict(),
-                "changes": [p.data for p in changes],
+                "changes": backbone.state_dict(),
                 "optimiser": optimiser.state_dict(),
                 "random": random.bit_generator.state,
                 "step": step,
@@ -232,18 +237,18 @@ def train(
             saved = time.time()
 
 
-def _loss(eyes: Eyes, backbone: Any, prefix: Tensor, seen: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
+def _loss(eyes: Eyes, backbone: Backbone, prefix: Tensor, seen: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
     """The mean loss of the answers' tokens, and whether each answer [b, K] is exactly right."""
     b, k, s = asked.ids.shape
-    table = backbone.embed_tokens.weight
+    table = backbone.table
     with torch.autocast("cpu", torch.bfloat16):
         image = eyes.see(seen).float()
-    first = int((prefix >= len(table) - len(eyes.tokens)).float().argmax())
+    first = int((prefix >= len(table)).float().argmax())
     vision_start, vision_end = eyes.tokens[2], eyes.tokens[3]
     parts = [table[prefix[:first]].float(), vision_start[None], image[0], vision_end[None]]
     before = torch.cat([torch.cat([*parts[:2], one, parts[3]])[None] for one in image])
     questions = F.embedding(asked.ids, table).float()
-    states = hidden_states(backbone, before, questions, _places(first + 1, before.shape[1], s))
+    states = backbone(before, questions, _places(first + 1, before.shape[1], s))
     row, question, column = asked.answers.nonzero(as_tuple=True)
     right = asked.ids[row, question, column]
     logits = F.linear(states[row, question, column - 1].bfloat16(), table).float()

@@ -36,6 +36,11 @@ class QwenVL:
         return cast(nn.Module, self.model.model.language_model)
 
     @property
+    def tower(self) -> Any:
+        """The vision tower, as transformers built it."""
+        return self.model.model.visual
+
+    @property
     def head(self) -> nn.Module:
         """Hidden states [N, H] to logits [N, V]."""
         return cast(nn.Module, self.model.lm_head)
@@ -86,8 +91,8 @@ class QwenVL:
         """Embeddings [..., H] of token ids [...]."""
         return cast(Tensor, self.model.get_input_embeddings()(ids))
 
-    def positions(self, ids: Tensor, token_types: Tensor, grid: Tensor) -> Tensor:
-        """M-RoPE positions [3, T] of one sequence [T]."""
+    def positions(self, ids: Tensor, token_types: Tensor, grid: Tensor | None) -> Tensor:
+        """M-RoPE positions [3, T] of one sequence [T], with the grid of its image if it has one."""
         positions, _ = self.model.model.get_rope_index(ids[None], token_types[None], image_grid_thw=grid)
         return cast(Tensor, positions[:, 0])
 

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
+# Tokens that an FFN sees at once: a photograph alone can be 15,000, each with 18,944 neurons in a 7B.
+ROWS = 4096
+
 
 @dataclass(frozen=True)
 class Group:
@@ -96,7 +99,9 @@ class Backbone:
 
     def feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
         """The states [N, H] after a layer's FFN, in the memory of what `attend` gave, x [N, H]."""
-        return x.add_(layer.ffn(self.ffn_input(layer, x)))
+        for part in x.split(ROWS):
+            part.add_(layer.ffn(self.ffn_input(layer, part)))
+        return x
 
     def answers(self, x: Tensor, rotation: Tensor, groups: Sequence[Group], tails: Tensor, *, first: int = 0) -> Tensor:
         """The normed states [M, H] at the groups' tails after the last layer, which is computed there only.

@@ -68,7 +68,7 @@ class CellWorker:
     def __init__(self, config: Config, statistics: NeuronStatistics, samples: Sequence[Sample]) -> None:
         torch.set_num_threads(config.threads)
         model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
-        encoded = encode(model, samples, batch_tokens=config.batch_tokens)
+        encoded = encode(model, samples, batch_tokens=config.batch_tokens, images=config.images)
         self._statistics = statistics
         self._elastic = ElasticModel(model, order(importance(config.importance, statistics)))
         self._evaluator = Evaluator(self._elastic, encoded)

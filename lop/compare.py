@@ -149,7 +149,7 @@ def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
     torch.set_num_threads(config.threads)
     model = load_model(run.model_folder, device=config.device, dtype=config.dtype)
     calibrate_seconds, calibration = _time_calibration(run, model)
-    encoded = encode(model, run.samples.test, batch_tokens=config.batch_tokens)
+    encoded = encode(model, run.samples.test, batch_tokens=config.batch_tokens, images=config.images)
     elastic = ElasticModel(model, run.order)
     evaluator = Evaluator(elastic, encoded)
 
@@ -218,7 +218,7 @@ def comparison_fingerprints(run: Run) -> dict[str, str]:
 
 def _time_calibration(run: Run, model: QwenVL) -> tuple[float, Encoded]:
     start = time.perf_counter()
-    encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens)
+    encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens, images=run.config.images)
     calibrate(model, encoded)
     return time.perf_counter() - start, encoded
 

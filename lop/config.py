@@ -150,6 +150,18 @@ class TablesSettings(_Settings):
     limit: Positive | None = None
 
 
+class ImageSettings(_Settings):
+    """How images are read.
+
+    `batch_patches` is the most patches that a step of the vision tower sees at once; it bounds memory and changes
+    results by rounding alone. `max_pixels` is the most pixels that are left of a photograph; None leaves it to the
+    checkpoint's processor (Qwen2.5-VL's: 12,845,056, of which each 784 are a token).
+    """
+
+    batch_patches: Positive = 8192
+    max_pixels: Positive | None = None
+
+
 class Config(_Settings):
     """All settings of a run.
 
@@ -170,6 +182,7 @@ class Config(_Settings):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_tokens: Positive = 8192
+    images: ImageSettings = ImageSettings()
     cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
     compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 0

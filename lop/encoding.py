@@ -1,8 +1,10 @@
 """Samples turned, once, into everything that a candidate's evaluation needs and pruning does not change."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 
 from lop.adapter import QwenVL
 from lop.backbone import Group
+from lop.config import ImageSettings
 from lop.samples import Sample, decode_image, prompt_text
+from lop.vision import check_pixels, image_tower, patches_of
 
 _CHUNK = 32
 
@@ -59,10 +63,20 @@ class Encoded:
     Attributes:
         rounds: batches that are scored together; one round unless the samples are raced.
         count: the number of samples.
+        prose: the indices of the samples that are prose: their tokens have log-probabilities, and none is right or
+            wrong.
     """
 
     rounds: tuple[tuple[Batch, ...], ...]
     count: int
+    prose: tuple[int, ...] = ()
+
+    @property
+    def asked(self) -> np.ndarray:
+        """[count] bool, which samples are questions, with a right answer: all but prose."""
+        asked = np.ones(self.count, dtype=bool)
+        asked[list(self.prose)] = False
+        return asked
 
     @property
     def batches(self) -> tuple[Batch, ...]:
@@ -83,20 +97,37 @@ class _Sequence:
 
 @torch.inference_mode()
 def encode(
-    model: QwenVL, samples: Sequence[Sample], *, batch_tokens: int, rounds: Sequence[np.ndarray] | None = None
+    model: QwenVL,
+    samples: Sequence[Sample],
+    *,
+    batch_tokens: int,
+    rounds: Sequence[np.ndarray] | None = None,
+    images: ImageSettings | None = None,
 ) -> Encoded:
     """Runs processor, vision tower and embeddings once, and packs the sequences by length, in host memory.
 
     The answer's tokens and the end of turn follow the prompt, so one pass tells whether greedy generation would
-    write exactly the answer. The last token is only predicted, never read.
+    write exactly the answer. The last token is only predicted, never read. Prose is read as it stands, without the chat
+    template and an end of turn.
+
+    Memory: the sequences' embeddings, in the host's; of pixels and the tower's states never more than
+    `images.batch_patches` or one image need, on the device.
 
     Args:
         batch_tokens: the most tokens of one batch (at least one sequence is always taken).
         rounds: the samples of each round, which partition them; one round of all samples by default.
+        images: how images are read; as the processor says by default.
+
+    Raises:
+        LopError: the processor cannot make images as small as `images.max_pixels`.
     """
-    sequences = list(_sequences(model, samples))
+    sequences: list[_Sequence | None] = list(_sequences(model, samples, images or ImageSettings()))
     parts = [np.arange(len(samples))] if rounds is None else rounds
-    return Encoded(tuple(tuple(_batches(sequences, part.tolist(), batch_tokens)) for part in parts), len(samples))
+    return Encoded(
+        tuple(tuple(_batches(sequences, part.tolist(), batch_tokens)) for part in parts),
+        len(samples),
+        tuple(index for index, sample in enumerate(samples) if sample.is_prose),
+    )
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -120,47 +151,54 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield previous
 
 
-def _batches(sequences: Sequence[_Sequence], chosen: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
+def _batches(sequences: list[_Sequence | None], chosen: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
+    """Takes the chosen sequences out of the list as they are packed: no more than one batch is there twice."""
+    lengths = {index: sequence.length for index in chosen if (sequence := sequences[index])}
     waiting: list[int] = []
     tokens = 0
-    for index in sorted(chosen, key=lambda index: sequences[index].length):
-        if waiting and tokens + sequences[index].length > batch_tokens:
+    for index in sorted(chosen, key=lambda index: lengths[index]):
+        if waiting and tokens + lengths[index] > batch_tokens:
             yield _pack(sequences, waiting)
             waiting, tokens = [], 0
         waiting.append(index)
-        tokens += sequences[index].length
+        tokens += lengths[index]
     yield _pack(sequences, waiting)
 
 
-def _sequences(model: QwenVL, samples: Sequence[Sample]) -> Iterator[_Sequence]:
-    tokenizer = model.processor.tokenizer
-    features: dict[str, Tensor] = {}
-    for start in range(0, len(samples), _CHUNK):
-        chunk = samples[start : start + _CHUNK]
-        inputs = model.processor(
-            text=[chat_text(model, prompt_text(sample)) for sample in chunk],
-            images=[decode_image(sample.image) for sample in chunk],
-            padding=True,
-            padding_side="right",
-            return_tensors="pt",
-        ).to(model.device)
-        patches = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist())
-        new = {sample.image_key: index for index, sample in enumerate(chunk) if sample.image_key not in features}
+def _sequences(model: QwenVL, samples: Sequence[Sample], images: ImageSettings) -> Iterator[_Sequence]:
+    check_pixels(model, images.max_pixels)
+    uses = Counter(sample.image_key for sample in samples if sample.image)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}  # Each image's grid and features, until its last question.
+    for chunk in _chunks(model, samples, images):
+        new = {sample.image_key: sample.image for sample in chunk if sample.image and sample.image_key not in seen}
         if new:
-            pixels = torch.cat([patches[index] for index in new.values()])
-            found = model.image_features(pixels, inputs["image_grid_thw"][list(new.values())])
-            features |= dict(zip(new, found))
-        for index, sample in enumerate(chunk):
-            real = inputs["attention_mask"][index].bool()
-            answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-            yield _sequence(
-                model,
-                ids=inputs["input_ids"][index][real],
-                types=inputs["mm_token_type_ids"][index][real],
-                grid=inputs["image_grid_thw"][index : index + 1],
-                answer=torch.tensor(answer, device=model.device),
-                features=features[sample.image_key],
-            )
+            found = image_tower(model, [decode_image(image) for image in new.values()], images)
+            seen |= dict(zip(new, found))
+        for sample in chunk:
+            grid, features = seen.get(sample.image_key, (None, None))
+            yield _sequence(model, sample, grid, features)
+            uses[sample.image_key] -= 1
+            if not uses[sample.image_key]:
+                seen.pop(sample.image_key, None)
+
+
+def _chunks(model: QwenVL, samples: Sequence[Sample], images: ImageSettings) -> Iterator[list[Sample]]:
+    """The samples in order, so many at a time as go through the tower together."""
+    chunk: list[Sample] = []
+    keys: set[str] = set()
+    patches = 0
+    for sample in samples:
+        more = (
+            patches_of(model, sample.image, images.max_pixels) if sample.image and sample.image_key not in keys else 0
+        )
+        if chunk and (len(chunk) == _CHUNK or patches + more > images.batch_patches):
+            yield chunk
+            chunk, keys, patches = [], set(), 0
+        chunk.append(sample)
+        keys.add(sample.image_key)
+        patches += more
+    if chunk:
+        yield chunk
 
 
 def chat_text(model: QwenVL, prompt: str, *, images: int = 1) -> str:
@@ -170,20 +208,43 @@ def chat_text(model: QwenVL, prompt: str, *, images: int = 1) -> str:
     return str(model.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _sequence(
-    model: QwenVL, *, ids: Tensor, types: Tensor, grid: Tensor, answer: Tensor, features: Tensor
-) -> _Sequence:
-    ids = torch.cat([ids, answer[:-1]])
-    types = torch.cat([types, torch.zeros_like(answer[:-1], dtype=types.dtype)])
-    embeddings = model.token_embeddings(ids)
-    embeddings[types == 1] = features.to(embeddings.dtype)
-    rotation = model.rotation(model.positions(ids, types, grid))
-    return _Sequence(embeddings.cpu(), rotation.cpu(), answer.cpu())
+def _sequence(model: QwenVL, sample: Sample, grid: Tensor | None, features: Tensor | None) -> _Sequence:
+    """A sample's prompt with its answer, but for the last token, in host memory.
+
+    Args:
+        grid: [1, 3], the image's patches in time, height and width; None without an image.
+        features: [tokens, H], the image's embeddings.
+    """
+    tokenizer = model.processor.tokenizer
+    answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
+    if sample.is_prose:
+        prompt = tokenizer(sample.question, add_special_tokens=False)["input_ids"] or [_document_start(tokenizer)]
+    else:
+        text = chat_text(model, prompt_text(sample), images=int(features is not None))
+        if features is not None:
+            text = text.replace(model.processor.image_token, model.processor.image_token * len(features))
+        prompt = tokenizer(text)["input_ids"]
+        answer = [*answer, tokenizer.eos_token_id]
+    ids = torch.tensor([*prompt, *answer[:-1]], device=model.device)
+    is_image = ids == model.processor.image_token_id
+    embeddings = model.token_embeddings(ids).cpu()
+    if features is not None:
+        embeddings[is_image.cpu()] = features.to(embeddings.dtype)
+    rotation = model.rotation(model.positions(ids, is_image.int(), grid))
+    return _Sequence(embeddings, rotation.cpu(), torch.tensor(answer))
 
 
-def _pack(sequences: Sequence[_Sequence], chosen: Sequence[int]) -> Batch:
-    """One batch of sequences that are sorted by length."""
-    packed = [sequences[index] for index in chosen]
+def _document_start(tokenizer: Any) -> int:
+    """The token that prose without a context follows: the first token, too, must be predicted from something."""
+    tokens = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next(token for token in tokens if token is not None)
+
+
+def _pack(sequences: list[_Sequence | None], chosen: Sequence[int]) -> Batch:
+    """One batch of sequences that are sorted by length; they are taken out of the list."""
+    packed = [sequence for index in chosen if (sequence := sequences[index])]
+    for index in chosen:
+        sequences[index] = None
     groups = []
     for length, members in groupby(packed, key=lambda sequence: sequence.length):
         answers = [len(member.answer) for member in members]

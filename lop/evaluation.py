@@ -14,11 +14,11 @@ class Evaluation:
     """One allocation's result on the reward samples.
 
     Attributes:
-        accuracy: share of samples answered exactly. Where a race was given up: estimated, as the rival's plus the mean
-            difference to it on the samples scored.
-        log_probability: mean over the samples scored of the right answer's log-probability, in nats.
+        accuracy: share of the questions, which prose is not, answered exactly; 0 if there are none. Where a race was
+            given up: estimated, as the rival's plus the mean difference to it on the questions scored.
+        log_probability: mean of `Scores.log_probability` over the samples scored.
         error: why the allocation could not be evaluated; empty where it was.
-        margin: mean of `Scores.margin` over the samples scored.
+        margin: mean of `Scores.margin` over the questions scored; None if there are none.
         divergence: mean of `Scores.divergence` over the samples scored, if it was asked for.
         hits: what later candidates race against; see `lop.racing.pack`.
         rival: the widths of the allocation that this one raced against.

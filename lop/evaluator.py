@@ -19,8 +19,11 @@ from lop.racing import Racing, Rival, gives_up, pack, unpack
 class Scores:
     """What a model said to each sample.
 
+    Of prose, log-probability and divergence are means over its tokens, not sums: a long passage weighs as much as a
+    question.
+
     Attributes:
-        correct: [n] bool, whether greedy generation writes exactly the answer.
+        correct: [n] bool, whether greedy generation writes exactly the answer; of prose, every token of it.
         log_probability: [n] float64, of the answer, summed over its tokens, in nats.
         margin: [n] float64, by which the answer's tokens are likelier than the likeliest others: the least
             difference of log-probabilities over its tokens, in nats; not below zero where `correct`.
@@ -32,6 +35,10 @@ class Scores:
     log_probability: np.ndarray
     margin: np.ndarray
     divergence: np.ndarray
+
+
+# Tokens whose logits are in memory together: 0.6 GiB of float32 with Qwen2.5-VL's vocabulary.
+_LOGITS = 1024
 
 
 class Evaluator:
@@ -74,13 +81,14 @@ class Evaluator:
         start = self._start(allocation)
         states = self._dense_states[start] if start else None
         distributions = self._dense_distributions if self._divergence else None
-        tally = _Tally(self._encoded.count)
+        tally = _Tally(self._encoded)
         with self._elastic.pruned(allocation):
             for batches in self._rounds():
                 for index, batch in batches:
                     x = batch.embeddings if states is None else states[index].to(self._device)
-                    dense = None if distributions is None else distributions[index].to(self._device)
-                    tally.add(batch, self._logits(batch, x, start), dense)
+                    dense = None if distributions is None else distributions[index]
+                    for part, logits in self._logits(batch, x, start):
+                        tally.add(batch, part, logits, None if dense is None else dense[part].to(self._device))
                 if self._loses(tally, rival):
                     break
         return self._evaluation(tally, rival)
@@ -88,10 +96,11 @@ class Evaluator:
     @torch.inference_mode()
     def scores(self) -> Scores:
         """Scores each sample with the widths, and biases, that the model has now."""
-        tally = _Tally(self._encoded.count)
+        tally = _Tally(self._encoded)
         for batches in self._rounds():
             for _, batch in batches:
-                tally.add(batch, self._logits(batch, batch.embeddings, 0), None)
+                for part, logits in self._logits(batch, batch.embeddings, 0):
+                    tally.add(batch, part, logits, None)
         return tally.scores()
 
     def _rounds(self) -> Iterator[Iterator[tuple[int, Batch]]]:
@@ -101,10 +110,16 @@ class Evaluator:
             yield enumerate(on_device(batches, self._device), first)
             first += len(batches)
 
-    def _logits(self, batch: Batch, x: Tensor, start: int) -> Tensor:
-        """[A, V] where the answers' tokens are predicted, from the states before layer `start`."""
+    def _logits(self, batch: Batch, x: Tensor, start: int) -> Iterator[tuple[slice, Tensor]]:
+        """Logits [n, V] where the answers' tokens are predicted, for one part of the A tokens after the other.
+
+        From the states x [N, H] before layer `start`. Of prose every token has logits: all at once, with a vocabulary
+        of 152,000, would be gigabytes.
+        """
         tails = self._backbone.answers(x, batch.rotation, batch.groups, batch.tails, first=start)
-        return self._backbone.logits(tails[batch.places]).float()
+        for first in range(0, len(batch.places), _LOGITS):
+            part = slice(first, first + _LOGITS)
+            yield part, self._backbone.logits(tails[batch.places[part]]).float()
 
     def _start(self, allocation: Allocation) -> int:
         """The last layer up to which the allocation is dense and before which the dense states are kept, or 0."""
@@ -128,26 +143,31 @@ class Evaluator:
     def _dense_distributions(self) -> list[Tensor]:
         """The log-probabilities [A, V] of each batch's answer tokens, in host memory and float32."""
         return [
-            self._logits(batch, batch.embeddings, 0).log_softmax(1).cpu()
+            torch.cat([logits.log_softmax(1).cpu() for _, logits in self._logits(batch, batch.embeddings, 0)])
             for batch in on_device(self._encoded.batches, self._device)
         ]
 
     def _loses(self, tally: "_Tally", rival: Rival | None) -> bool:
         if self._racing is None or rival is None or tally.seen.all():
             return False
-        return gives_up(self._racing, tally.correct, tally.seen, unpack(rival.hits, self._encoded.count))
+        asked = self._encoded.asked
+        return gives_up(
+            self._racing, tally.correct[asked], tally.seen[asked], unpack(rival.hits, self._encoded.count)[asked]
+        )
 
     def _evaluation(self, tally: "_Tally", rival: Rival | None) -> Evaluation:
         scores, seen = tally.scores(), tally.seen
-        accuracy = float(scores.correct.mean())
-        if rival is not None and not seen.all():
+        asked = self._encoded.asked
+        answered = seen & asked
+        accuracy = float(scores.correct[asked].mean()) if asked.any() else 0.0
+        if rival is not None and not seen.all() and answered.any():
             hits = unpack(rival.hits, self._encoded.count)
-            gain = scores.correct[seen].mean() - hits[seen].mean()
-            accuracy = float(max(hits.mean() + gain, 0))
+            gain = scores.correct[answered].mean() - hits[answered].mean()
+            accuracy = float(max(hits[asked].mean() + gain, 0))
         return Evaluation(
             accuracy=accuracy,
             log_probability=float(scores.log_probability[seen].mean()),
-            margin=float(scores.margin[seen].mean()),
+            margin=float(scores.margin[answered].mean()) if answered.any() else None,
             divergence=float(scores.divergence[seen].mean()) if self._divergence else None,
             hits=None if self._racing is None else pack(scores.correct),
             rival=None if rival is None else rival.allocation.widths,
@@ -158,7 +178,10 @@ class Evaluator:
 class _Tally:
     """Adds up what batches say about samples."""
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, encoded: Encoded) -> None:
+        samples = encoded.count
+        self._prose = ~encoded.asked
+        self._tokens = np.zeros(samples, dtype=np.int64)
         self._missed = np.zeros(samples, dtype=np.int64)
         self._log_probability = np.zeros(samples)
         self._margin = np.full(samples, np.inf)
@@ -170,25 +193,27 @@ class _Tally:
         """[n] bool, whether all the answer's tokens are the likeliest."""
         return self.seen & (self._missed == 0)
 
-    def add(self, batch: Batch, logits: Tensor, dense: Tensor | None) -> None:
-        """Adds one batch's logits [A, V], and the dense log-probabilities [A, V] to compare with."""
-        owners = batch.samples.cpu().numpy()
+    def add(self, batch: Batch, part: slice, logits: Tensor, dense: Tensor | None) -> None:
+        """Adds logits [n, V] of a part of a batch's tokens, and the dense log-probabilities [n, V] to compare with."""
+        owners, tokens = batch.samples[part].cpu().numpy(), batch.tokens[part]
         self.seen[owners] = True
+        np.add.at(self._tokens, owners, 1)
         normaliser = logits.logsumexp(1)
-        right = logits.gather(1, batch.tokens[:, None])[:, 0]
+        right = logits.gather(1, tokens[:, None])[:, 0]
         if dense is not None:
             divergence = _divergence(dense, logits, normaliser)
             np.add.at(self._divergence, owners, divergence.double().cpu().numpy())
-        other, other_token = logits.scatter_(1, batch.tokens[:, None], -torch.inf).max(1)
+        other, other_token = logits.scatter_(1, tokens[:, None], -torch.inf).max(1)
         # Of equal logits greedy generation takes the first.
-        missed = (other > right) | ((other == right) & (other_token < batch.tokens))
+        missed = (other > right) | ((other == right) & (other_token < tokens))
         np.add.at(self._missed, owners, missed.cpu().numpy())
         np.add.at(self._log_probability, owners, (right - normaliser).double().cpu().numpy())
         np.minimum.at(self._margin, owners, (right - other).double().cpu().numpy())
 
     def scores(self) -> Scores:
         """What has been added."""
-        return Scores(self.correct, self._log_probability, self._margin, self._divergence)
+        tokens = np.where(self._prose & self.seen, self._tokens, 1)
+        return Scores(self.correct, self._log_probability / tokens, self._margin, self._divergence / tokens)
 
 
 def _divergence(dense: Tensor, logits: Tensor, normaliser: Tensor) -> Tensor:

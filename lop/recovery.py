@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lop.allocation import Allocation
-from lop.backbone import Backbone, Layer
-from lop.config import Recovery
+from lop.backbone import ROWS, Backbone, Layer
+from lop.config import ImageSettings, Recovery
 from lop.elastic import ElasticFfn, ElasticModel
-from lop.encoding import Batch, Encoded, encode, on_device
+from lop.encoding import Encoded, encode
 from lop.files import disk_errors
 from lop.samples import Sample
 from lop.size import TensorInfo, down_projections, read_header, read_tensors
@@ -54,6 +54,7 @@ def recover_checkpoint(
     means: np.ndarray,
     samples: Sequence[Sample],
     batch_tokens: int,
+    images: ImageSettings | None = None,
     device: str = "auto",
     dtype: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -69,6 +70,7 @@ def recover_checkpoint(
         order: [L, F] neurons of each layer, the most important first.
         means: [L, F] `E[h]` in the dense model's numbering, for `bias`.
         samples: the calibration samples, for `refit`.
+        batch_tokens, images: as in `lop.encoding.encode`.
         progress: called with the layers done and their number.
 
     Returns:
@@ -86,7 +88,7 @@ def recover_checkpoint(
         names = [name.removesuffix("weight") + "bias" for name, _ in down]
     else:
         streamed = StreamedModel(checkpoint, device=device, dtype=dtype)
-        encoded = encode(streamed.model, samples, batch_tokens=batch_tokens)
+        encoded = encode(streamed.model, samples, batch_tokens=batch_tokens, images=images)
         new = refit(streamed.model.lean_backbone(), streamed.layers(order), encoded, allocation.widths)
         names = [name for name, _ in down]
     found: dict[str, TensorInfo] = {}
@@ -130,40 +132,54 @@ def refit(
 
     Yields:
         Each layer's weights [H, k], in the dense weights' dtype; the layer has them already. Memory: three hidden
-        states for each calibration token, and G, [k, k] in float64, twice.
+        states for each calibration token, in the host's; on the device one batch, and G, [k, k] in float64, twice.
     """
-    batches = tuple(on_device(encoded.batches, backbone.norm.device))
-    dense = [batch.embeddings for batch in batches]
+    device = backbone.norm.device
+    dense = [batch.embeddings for batch in encoded.batches]
     pruned = list(dense)
     for layer, width in zip(layers, widths, strict=True):
         ffn = cast(ElasticFfn, layer.ffn)
-        ffn.width, ffn.refitted, ffn.bias = ffn.neurons, None, None
-        dense = [backbone.feed_forward(layer, x) for x in _attend(backbone, layer, dense, batches)]
-        ffn.width = width
-        residuals = _attend(backbone, layer, pruned, batches)
-        ffn.refitted = _solve(ffn, [backbone.ffn_input(layer, x) for x in residuals], residuals, dense, ridge)
-        pruned = [backbone.feed_forward(layer, x) for x in residuals]
+        normal = _NormalEquations(ffn.down[:, :width])
+        for index, batch in enumerate(encoded.batches):
+            rotation = batch.rotation.to(device)
+            ffn.width, ffn.refitted, ffn.bias = ffn.neurons, None, None
+            wanted = backbone.attend(layer, dense[index].to(device), rotation, batch.groups)
+            wanted = backbone.feed_forward(layer, wanted)
+            ffn.width = width
+            residual = backbone.attend(layer, pruned[index].to(device), rotation, batch.groups)
+            for x, output in zip(residual.split(ROWS), wanted.split(ROWS)):
+                normal.add(ffn.hidden(backbone.ffn_input(layer, x)), output.float() - x.float())
+            dense[index], pruned[index] = wanted.to("cpu"), residual.to("cpu")
+        ffn.refitted = normal.solve(ridge)
+        for index, residual in enumerate(pruned):
+            pruned[index] = backbone.feed_forward(layer, residual.to(device)).to("cpu")
         yield ffn.refitted
 
 
-def _attend(backbone: Backbone, layer: Layer, states: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
-    return [backbone.attend(layer, x, batch.rotation, batch.groups) for x, batch in zip(states, batches)]
+class _NormalEquations:
+    """Sums over tokens, and the weights W + Δ that follow from them; see `refit`.
 
+    Args:
+        weight: W, [H, k].
+    """
 
-def _solve(
-    ffn: ElasticFfn, inputs: Sequence[Tensor], residuals: Sequence[Tensor], outputs: Sequence[Tensor], ridge: float
-) -> Tensor:
-    """The weights [H, k] with which `residual + ffn(inputs)` is nearest to the outputs, all [N, H] by batch."""
-    weight = ffn.down[:, : ffn.width]
-    gram = torch.zeros(ffn.width, ffn.width, dtype=torch.float64, device=weight.device)
-    target = torch.zeros_like(weight, dtype=torch.float64)
-    for x, residual, output in zip(inputs, residuals, outputs):
-        hidden = ffn.hidden(x).float()
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+        self._gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+        self._target = torch.zeros_like(weight, dtype=torch.float64)
+
+    def add(self, hidden: Tensor, wanted: Tensor) -> None:
+        """Adds tokens' activations h [N, k] and what they should add to the residual stream, t [N, H]."""
+        hidden = hidden.float()
         # Products in float32, which every GPU is fast at; sums over batches in float64.
-        gram += hidden.T @ hidden
-        target += (output.float() - residual.float()).T @ hidden
-    target -= weight.double() @ gram
-    # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.
-    gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    change = torch.cholesky_solve(target.T, torch.linalg.cholesky(gram)).T
-    return (weight.double() + change).to(weight.dtype)
+        self._gram += hidden.T @ hidden
+        self._target += wanted.T @ hidden
+
+    def solve(self, ridge: float) -> Tensor:
+        """The weights [H, k], in W's dtype; changes the sums."""
+        gram, weight = self._gram, self._weight.double()
+        self._target -= weight @ gram
+        # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.
+        gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        change = torch.cholesky_solve(self._target.T, torch.linalg.cholesky(gram)).T
+        return (weight + change).to(self._weight.dtype)

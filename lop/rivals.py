@@ -153,7 +153,8 @@ class RivalWorker:
         shuffled = [samples[index] for index in np.random.default_rng(config.seed).permutation(len(samples))]
         counts = {selection.share: max(1, round(selection.share * len(samples))) for selection in ROUNDS}
         encoded = {
-            share: encode(model, shuffled[:count], batch_tokens=config.batch_tokens) for share, count in counts.items()
+            share: encode(model, shuffled[:count], batch_tokens=config.batch_tokens, images=config.images)
+            for share, count in counts.items()
         }
         elastic = ElasticModel(model, order)
         needed = config.search.needs_divergence

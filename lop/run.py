@@ -1,5 +1,6 @@
 """A run: one model with its samples and settings, and the folder that holds what the stages make of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -7,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from lop.allocation import Space
-from lop.config import Config
+from lop.config import Config, ImageSettings
 from lop.files import read_json, write_json
 from lop.fingerprint import check_fingerprints
 from lop.importance import importance, order
 from lop.models import SHIPPED, assets, find_model, find_samples, fingerprint_model
-from lop.samples import SampleSets, fingerprint_samples, load_sample_sets
+from lop.samples import Sample, SampleSets, fingerprint_samples, load_sample_sets
 from lop.size import ModelSize, model_size, read_tensors
 from lop.statistics import NeuronStatistics, load_statistics
 from lop.storage import Location
@@ -105,7 +106,7 @@ class Run:
     @cached_property
     def calibration_fingerprints(self) -> dict[str, str]:
         """What the statistics depend on."""
-        return {"model": self.model_fingerprint, "calibration samples": fingerprint_samples(self.samples.calibration)}
+        return {"model": self.model_fingerprint, "calibration samples": self._fingerprint(self.samples.calibration)}
 
     @cached_property
     def statistics(self) -> NeuronStatistics:
@@ -128,13 +129,15 @@ class Run:
         """What an allocation's reward depends on."""
         config = self.config
         arithmetic = [f"{config.device} {config.dtype}", f"{config.threads} threads", f"{config.batch_tokens} tokens"]
+        if config.images.batch_patches != ImageSettings().batch_patches:
+            arithmetic.append(f"{config.images.batch_patches} patches")
         if config.compile:
             arithmetic.append("compiled")
         if races := config.search.racing:
             arithmetic.append(f"{races.rounds} rounds of seed {config.seed}, confidence {races.confidence}")
         return {
             **self.calibration_fingerprints,
-            "reward samples": fingerprint_samples(self.samples.reward),
+            "reward samples": self._fingerprint(self.samples.reward),
             "importance": config.importance,
             "arithmetic": ", ".join(arithmetic),
         }
@@ -146,6 +149,9 @@ class Run:
         if self.config.search.needs_divergence:
             found["set of measures"] = "with divergence"  # Which others lack.
         return found
+
+    def _fingerprint(self, samples: Sequence[Sample]) -> str:
+        return fingerprint_samples(samples, max_pixels=self.config.images.max_pixels)
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each stage has taken so far, interrupted runs included."""

@@ -65,7 +65,7 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
     with _timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
         model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
-        encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens)
+        encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens, images=run.config.images)
         statistics = calibrate(model, encoded, progress=progress)
         statistics.save(run.statistics_file, run.calibration_fingerprints)
 
@@ -80,7 +80,7 @@ def build_evaluator(config: Config, order: np.ndarray, samples: Sequence[Sample]
     model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
     races = config.search.racing
     rounds = sample_rounds(len(samples), races.rounds, seed=config.seed) if races else None
-    encoded = encode(model, samples, batch_tokens=config.batch_tokens, rounds=rounds)
+    encoded = encode(model, samples, batch_tokens=config.batch_tokens, rounds=rounds, images=config.images)
     elastic = ElasticModel(model, order)
     if config.compile:
         elastic.compile()
@@ -290,6 +290,7 @@ def export_allocation(
             means=run.statistics.mean,
             samples=run.samples.calibration,
             batch_tokens=run.config.batch_tokens,
+            images=run.config.images,
             device=run.config.device,
             dtype=run.config.dtype,
             progress=on_layer,

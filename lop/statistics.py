@@ -1,6 +1,6 @@
 """What one pass over the calibration samples learns of every FFN neuron."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from lop.files import atomic_file, disk_errors
 
 _FIELDS = ("count", "mean", "moment", "down_l2", "down_l1")
 _EXPONENTS = "exponents"
+_COLUMNS = 2**24  # Numbers that are summed in float64 at once.
+# Of some tokens: how many, mean and centred second moment of each neuron.
+_Sums = tuple[int, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,9 @@ class NeuronStatistics:
         return self.moment + self.count * self.mean**2
 
     def merge(self, other: "NeuronStatistics") -> "NeuronStatistics":
-        """The statistics of both sets of tokens together (Chan, Golub & LeVeque 1983), of the same weights."""
-        count = self.count + other.count
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        moment = self.moment + other.moment + delta**2 * (self.count * other.count / count)
-        return NeuronStatistics(count, mean, moment, self.down_l2, self.down_l1, self.exponents)
+        """The statistics of both sets of tokens together, of the same weights."""
+        sums = _merge((self.count, self.mean, self.moment), (other.count, other.mean, other.moment))
+        return NeuronStatistics(*sums, self.down_l2, self.down_l1, self.exponents)
 
     def save(self, path: Path, fingerprints: Mapping[str, str]) -> None:
         """Writes a safetensors file whose metadata names what the statistics were made from."""
@@ -106,7 +106,7 @@ def calibrate(model: QwenVL, encoded: Encoded, *, progress: bool = False) -> Neu
         total=len(encoded.batches),
         disable=not progress,
     ):
-        sums: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0), np.empty(0))] * layers
+        sums: list[_Sums] = [(0, np.empty(0), np.empty(0))] * layers
         hooks = [
             ffn.down_proj.register_forward_pre_hook(_collector(sums, layer)) for layer, ffn in enumerate(model.ffns)
         ]
@@ -116,7 +116,7 @@ def calibrate(model: QwenVL, encoded: Encoded, *, progress: bool = False) -> Neu
         finally:
             for hook in hooks:
                 hook.remove()
-        mean, moment = (np.stack([pair[index] for pair in sums]) for index in range(2))
+        mean, moment = (np.stack([found[index] for found in sums]) for index in (1, 2))
         part = NeuronStatistics(len(batch), mean, moment, down_l2, down_l1, exponents)
         total = part if total is None else total.merge(part)
     assert total is not None
@@ -139,13 +139,30 @@ def tail_exponent(weight: Tensor) -> float:
     return 1 + half / max(float((spectrum[-half:] / spectrum[-half - 1]).log().sum()), 1e-12)
 
 
-def _collector(sums: list[tuple[np.ndarray, np.ndarray]], layer: int):  # type: ignore[no-untyped-def]
+def _merge(first: _Sums, second: _Sums) -> _Sums:
+    """Of both sets of tokens together (Chan, Golub & LeVeque 1983)."""
+    count = first[0] + second[0]
+    delta = second[1] - first[1]
+    mean = first[1] + delta * (second[0] / count)
+    return count, mean, first[2] + second[2] + delta**2 * (first[0] * second[0] / count)
+
+
+def _collector(sums: list[_Sums], layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def collect(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        hidden = inputs[0].double()
-        mean = hidden.mean(0)
-        sums[layer] = (mean.cpu().numpy(), (hidden - mean).square_().sum(0).cpu().numpy())
+        # In float64 no more of the neurons at once than fit into the memory that the FFN itself took.
+        parts = [_moments(part) for part in inputs[0].split(max(_COLUMNS // len(inputs[0]), 1), dim=1)]
+        mean, moment = (np.concatenate([part[index] for part in parts]) for index in range(2))
+        found = (len(inputs[0]), mean, moment)
+        sums[layer] = _merge(sums[layer], found) if sums[layer][0] else found
 
     return collect
+
+
+def _moments(hidden: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and centred second moment of each column of [N, F], in float64."""
+    hidden = hidden.double()
+    mean = hidden.mean(0)
+    return mean.cpu().numpy(), (hidden - mean).square_().sum(0).cpu().numpy()
 
 
 def _column_norms(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from lop.adapter import place_and_dtype
 from lop.allocation import Space
 from lop.config import Config, ImageSettings
 from lop.files import read_json, write_json
@@ -81,6 +83,19 @@ class Run:
         return model_size(read_tensors(self.model_folder))
 
     @cached_property
+    def settled(self) -> Config:
+        """The config with the dtype that a CPU like this one's takes for the model, where that is not float32.
+
+        It is what workers are given and what is recorded, so that all of them compute alike, on whatever CPU.
+        """
+        config = self.config
+        if config.dtype != "auto" or config.gpus_per_worker:
+            return config
+        place, dtype = place_and_dtype(config.device, config.dtype, self.model_folder)
+        is_settled = place.type == "cpu" and dtype == torch.bfloat16
+        return config.model_copy(update={"dtype": "bfloat16"}) if is_settled else config
+
+    @cached_property
     def space(self) -> Space:
         """The allocations that the config allows for the model.
 
@@ -127,7 +142,7 @@ class Run:
     @cached_property
     def evaluation_fingerprints(self) -> dict[str, str]:
         """What an allocation's reward depends on."""
-        config = self.config
+        config = self.settled
         arithmetic = [f"{config.device} {config.dtype}", f"{config.threads} threads", f"{config.batch_tokens} tokens"]
         if config.images.batch_patches != ImageSettings().batch_patches:
             arithmetic.append(f"{config.images.batch_patches} patches")

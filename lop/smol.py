@@ -107,6 +107,7 @@ def write_checkpoint(source: Path, assets: Path, folder: Path) -> None:
     weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in _assembled(backbone, trained)}
     with disk_errors(folder):
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # Others may read what stands in a shared cache; safetensors would not let them.
     for file in sorted((assets / "model").iterdir()):
         shutil.copyfile(file, folder / file.name)
 
@@ -118,7 +119,7 @@ def read_backbone(source: Path, text_config: Mapping[str, int]) -> Iterator[tupl
 
     heads = {"attn_q": text_config["num_attention_heads"], "attn_k": text_config["num_key_value_heads"]}
 
-    for tensor in tqdm(GGUFReader(source).tensors, desc=f"{NAME}: dequantise", unit="tensor"):
+    for tensor in tqdm(GGUFReader(source).tensors, desc=f"{NAME}: dequantise", unit="tensor", mininterval=1):
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name):
             layer, part = found.groups()

@@ -66,8 +66,10 @@ class Backbone(nn.Module):
         self.qkv = nn.ModuleList(LowRank(joint, hidden, rank) for _ in self.layers)
         self.out = nn.ModuleList(LowRank(hidden, hidden, rank) for _ in self.layers)
 
-    def forward(self, prefix: Tensor, questions: Tensor, positions: Tensor) -> Tensor:
-        """The final hidden states [b, K, S, H] of the questions, float32; see `training.tiny.backbone.hidden_states`.
+    def forward(self, prefix: Tensor, questions: Tensor, positions: Tensor, *, probed: int) -> tuple[Tensor, Tensor]:
+        """The questions' states after layer `probed`, and after all and the last norm, each [b, K, S, H], float32.
+
+        See `training.tiny.backbone.hidden_states`.
 
         Args:
             prefix: [b, P, H], embeddings of what stands before the questions.
@@ -85,21 +87,25 @@ class Backbone(nn.Module):
         past = torch.cat([torch.zeros(s, p), torch.full((s, s), infinite).triu(1)], 1).repeat(group, 1)
         first = torch.full((p, p), infinite).triu(1).repeat(group, 1)
         past, first = past.to(flat.device), first.to(flat.device)
-        for layer, qkv, out in zip(self.layers, self.qkv, self.out):
+        for index, (layer, qkv, out) in enumerate(zip(self.layers, self.qkv, self.out)):
             normal = normalise(flat, layer.attention_norm).bfloat16()
             joint = (F.linear(normal, layer.qkv) + qkv(normal)).view(len(flat), -1, self.size)
             queries, keys, values = joint.split([self.heads, heads, heads], 1)
             queries, keys = (x * cos + _half_turned(x) * sin for x in (queries, keys))
             ahead = [rows(x[:split], b, p, heads) for x in (queries, keys, values)]
             behind = [rows(x[split:], b * k, s, heads) for x in (queries, keys, values)]
-            seen_keys, seen_values = (torch.cat([x.repeat_interleave(k, 0), y], 2) for x, y in zip(ahead[1:], behind[1:]))
+            seen_keys, seen_values = (
+                torch.cat([x.repeat_interleave(k, 0), y], 2) for x, y in zip(ahead[1:], behind[1:])
+            )
             seen = attend(*ahead, first, self.size**-0.5)
             said = attend(behind[0], seen_keys, seen_values, past, self.size**-0.5)
             mixed = torch.cat([flatten_heads(seen, p), flatten_heads(said, s)])
             flat = flat + F.linear(mixed, layer.out) + out(mixed)
             opened, raised = F.linear(normalise(flat, layer.ffn_norm).bfloat16(), layer.gate_up).chunk(2, -1)
             flat = flat + F.linear(F.silu(opened) * raised, layer.down)
-        return normalise(flat[split:], self.norm).view(b, k, s, hidden)
+            if index == probed:
+                between = flat[split:].view(b, k, s, hidden)
+        return between, normalise(flat[split:], self.norm).view(b, k, s, hidden)
 
     def changes(self) -> Iterator[tuple[str, Tensor]]:
         """The trained tensors as the checkpoint names the projections that they change, with `.a` and `.b`."""

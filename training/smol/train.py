@@ -1,13 +1,13 @@
 """Trains `smol`'s eyes: first the merger alone on words' embeddings, then all that is trained through the language model.
 
-    python -m training.smol.train --work WORK [--steps N]
+    python -m training.smol.train --work WORK
 
 Seeded; interrupted, the same command goes on from the last checkpoint in WORK. On a GPU if there is one.
 """
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lop.samples import FORMS, Sample, prompt_text
 from lop.models import assets
+from lop.samples import FORMS, LETTERS, Sample, prompt_text
 from lop.smol import NAME
 from training.smol.backbone import Backbone
 from training.smol.eyes import Eyes, save_eyes
 from training.tiny.corpus import Corpus
 from training.tiny.images import Picture
-from training.tiny.questions import ask
+from training.tiny.questions import ask, is_negated, values_of
 
 _IMAGE_TOKENS = 4
 _PREFIX = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * _IMAGE_TOKENS + "<|vision_end|>"
-# The share of each form at the start and at the end.
-_FORMS = {"word": (0.8, 0.4), "yes_no": (0.15, 0.3), "choice": (0.05, 0.3)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training, with a rate that rises at once and falls over its second half.
+
+    Attributes:
+        steps: of a batch of one form each.
+        forms: the share of each form.
+    """
+
+    steps: int
+    forms: dict[str, float]
+
+
+STAGES = {
+    "words": Stage(1000, {"word": 0.75, "yes_no": 0.15, "choice": 0.1}),
+    "forms": Stage(2400, {"word": 0.2, "yes_no": 0.4, "choice": 0.4}),
+}
+# After this layer a probe tells, where a value has been read, whether it is what is seen; see `_loss`.
+_PROBED, _PROBING = 17, 0.5
 _SOURCES = {"easy-vqa": 0.2, "fashion-mnist": 0.25, "flags": 0.55}
 # What is asked of each source's images, and how often. Of what is known of a country, only what SmolLM2 may know.
 _KINDS: dict[str, dict[str, float]] = {
@@ -47,9 +66,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and caches are kept")
     parser.add_argument("--out", type=Path, default=assets(NAME) / "eyes.safetensors")
     parser.add_argument("--align-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=1500, help="steps of `--images` times `--questions` questions")
-    parser.add_argument("--images", type=int, default=14)
-    parser.add_argument("--questions", type=int, default=1, help="about each image")
+    parser.add_argument("--batch", type=int, default=14, help="questions of a step")
     parser.add_argument("--rank", type=int, default=24, help="of the changes of the attention's projections")
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -61,7 +78,11 @@ def main() -> None:
     backbone = Backbone(options.rank)
     eyes = Eyes(backbone.table)
     align(eyes, backbone, tokenizer, corpus, options)
-    train(eyes, backbone, tokenizer, corpus, options)
+    probe = nn.Linear(backbone.table.shape[1], 1)
+    for name, stage in STAGES.items():
+        train(
+            name, stage, nn.ModuleDict({"eyes": eyes, "backbone": backbone, "probe": probe}), tokenizer, corpus, options
+        )
     save_eyes(eyes, backbone, options.out)
 
 
@@ -114,7 +135,9 @@ def align(
         schedule.step()
         if step % 25 == 0:
             hit = (logits.argmax(-1) == target).float().mean()
-            print(f"align {step}/{options.align_steps} {time.time() - start:.0f}s loss {loss:.3f} {hit:.3f}", flush=True)
+            print(
+                f"align {step}/{options.align_steps} {time.time() - start:.0f}s loss {loss:.3f} {hit:.3f}", flush=True
+            )
     _store(eyes.state_dict(), done)
 
 
@@ -138,11 +161,13 @@ class Asked:
     Attributes:
         ids: [b, K, S], the questions as they follow the image, with their answers and the end of turn, padded.
         answers: [b, K, S] bool, where the answers and the ends of turn are.
+        truth: [b, K, S], where a value ends that the question or an option names: whether it is right; −1 elsewhere.
         names: [b][K], kind and form.
     """
 
     ids: Tensor
     answers: Tensor
+    truth: Tensor
     names: list[list[str]]
 
 
@@ -166,37 +191,57 @@ def ask_about(
         samples.append(mine)
     flat = [sample for mine in samples for sample in mine]
     texts = [f"{prompt_text(s)}<|im_end|>\n<|im_start|>assistant\n" for s in flat]
-    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    prompts = encoded["input_ids"]
     ends = tokenizer([s.answer for s in flat], add_special_tokens=False)["input_ids"]
     ends = [[*end, tokenizer.eos_token_id] for end in ends]
     longest = max(len(prompt) + len(end) for prompt, end in zip(prompts, ends))
     longest = -(-longest // 4) * 4  # Few distinct lengths: matrix kernels are prepared once for each shape.
     ids = torch.full((len(flat), longest), tokenizer.pad_token_id)
     answers = torch.zeros(len(flat), longest, dtype=torch.bool)
-    for row, (prompt, end) in enumerate(zip(prompts, ends)):
+    truth = torch.full((len(flat), longest), -1)
+    for row, (prompt, end, offsets) in enumerate(zip(prompts, ends, encoded["offset_mapping"])):
         ids[row, : len(prompt) + len(end)] = torch.tensor([*prompt, *end])
         answers[row, len(prompt) : len(prompt) + len(end)] = True
+        for last, is_right in _values(flat[row]):
+            truth[row, next(i for i, (_, stop) in enumerate(offsets) if stop >= last)] = is_right
     shape = (len(pictures), count, longest)
-    return Asked(ids.view(shape), answers.view(shape), [[f"{s.form}.{s.kind}" for s in mine] for mine in samples])
+    return Asked(
+        ids.view(shape),
+        answers.view(shape),
+        truth.view(shape),
+        [[f"{s.form}.{s.kind}" for s in mine] for mine in samples],
+    )
+
+
+def _values(sample: Sample) -> Iterator[tuple[int, bool]]:
+    """Where in the prompt each value ends that a question or its options name, and whether it is right."""
+    if sample.form == "yes_no":
+        value = max((value for value in values_of(sample.kind) if value in sample.question), key=len)
+        yield sample.question.rindex(value) + len(value), (sample.answer == "yes") != is_negated(sample.question)
+    place = len(sample.question)
+    for letter, option in zip(LETTERS, sample.options):
+        place += len(f"\n{letter}. {option}")
+        yield place, letter == sample.answer
 
 
 def train(
-    eyes: Eyes,
-    backbone: Backbone,
+    name: str,
+    stage: Stage,
+    parts: nn.ModuleDict,
     tokenizer: PreTrainedTokenizerFast,
     corpus: Corpus,
     options: argparse.Namespace,
 ) -> None:
-    """Trains the eyes and the low-rank changes on answers; the rate falls over the last half."""
-    trained = [p for part in (eyes, backbone) for p in part.parameters() if p.requires_grad]
+    """Trains the eyes and the low-rank changes on answers."""
+    trained = [parameter for parameter in parts.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=options.rate, weight_decay=0.0, betas=(0.9, 0.98))
-    random = np.random.default_rng(options.seed)
-    checkpoint = options.work / "trained.pt"
+    random = np.random.default_rng([options.seed, list(STAGES).index(name)])
+    checkpoint = options.work / f"{name}.pt"
     step = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
-        eyes.load_state_dict(state["eyes"])
-        backbone.load_state_dict(state["changes"])
+        parts.load_state_dict(state["parts"])
         optimiser.load_state_dict(state["optimiser"])
         random.bit_generator.state = state["random"]
         step = state["step"]
@@ -204,57 +249,67 @@ def train(
     prefix = torch.tensor(tokenizer(_PREFIX, add_special_tokens=False)["input_ids"])
     hits: dict[str, list[float]] = {}
     first, start, saved = step, time.time(), time.time()
-    while step < options.steps:
-        progress = step / options.steps
-        chosen = draw(random, options.images, list(_SOURCES.values()))
+    while step < stage.steps:
         # All of one form, and so of similar length.
-        form = str(random.choice(list(_FORMS), p=[early + (late - early) * progress for early, late in _FORMS.values()]))
-        asked = ask_about(tokenizer, [corpus.pictures[i] for i in chosen], form, options.questions, random)
-        loss, right = _loss(eyes, backbone, prefix, corpus.draw(chosen, random), asked)
+        form = str(random.choice(list(stage.forms), p=list(stage.forms.values())))
+        count = 1 if form == "word" else 2
+        chosen = draw(random, options.batch // count, list(_SOURCES.values()))
+        asked = ask_about(tokenizer, [corpus.pictures[i] for i in chosen], form, count, random)
+        loss, right, told = _loss(parts, prefix, corpus.draw(chosen, random), asked)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimiser.param_groups:
-            group["lr"] = options.rate * min(1.0, (step + 1) / 30, 2 * (1 - progress) + 0.02)
+            group["lr"] = options.rate * min(1.0, (step + 1) / 30, 2 * (1 - step / stage.steps) + 0.02)
         optimiser.step()
         step += 1
         for names, row in zip(asked.names, right.tolist()):
-            for name, hit in zip(names, row):
-                hits.setdefault(name, []).append(hit)
+            for kind, hit in zip(names, row):
+                hits.setdefault(kind, []).append(hit)
+        hits.setdefault(f"told.{form}", []).extend(told.tolist())
         if step % 10 == 0:
             pace = (time.time() - start) / (step - first)
-            print(f"train {step}/{options.steps} {pace:.2f}s/step loss {loss.item():.3f} {_shown(hits)}", flush=True)
-        if step == options.steps or time.time() - saved > _SAVE_SECONDS:
+            print(f"{name} {step}/{stage.steps} {pace:.2f}s/step loss {loss.item():.3f} {_shown(hits)}", flush=True)
+        if step == stage.steps or time.time() - saved > _SAVE_SECONDS:
             state = {
-                "eyes": eyes.state_dict(),
-                "changes": backbone.state_dict(),
+                "parts": parts.state_dict(),
                 "optimiser": optimiser.state_dict(),
                 "random": random.bit_generator.state,
                 "step": step,
             }
             _store(state, checkpoint)
-            save_eyes(eyes, backbone, options.work / "eyes.safetensors")
+            save_eyes(parts["eyes"], parts["backbone"], options.work / "eyes.safetensors")
             saved = time.time()
 
 
-def _loss(eyes: Eyes, backbone: Backbone, prefix: Tensor, seen: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
-    """The mean loss of the answers' tokens, and whether each answer [b, K] is exactly right."""
+def _loss(parts: nn.ModuleDict, prefix: Tensor, seen: Tensor, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean loss of the answers' tokens, whether each answer [b, K] is exactly right, and whether each probe is.
+
+    The probe is what makes yes or no and options learnable: both depend on whether a word equals what is seen, and from
+    the answers alone that stayed at chance.
+    """
+    eyes: Any = parts["eyes"]
     b, k, s = asked.ids.shape
-    table = backbone.table
+    table: Tensor = parts["backbone"].table
     with torch.autocast("cpu", torch.bfloat16):
         image = eyes.see(seen).float()
     first = int((prefix >= len(table)).float().argmax())
     vision_start, vision_end = eyes.tokens[2], eyes.tokens[3]
-    parts = [table[prefix[:first]].float(), vision_start[None], image[0], vision_end[None]]
-    before = torch.cat([torch.cat([*parts[:2], one, parts[3]])[None] for one in image])
+    opening = torch.cat([table[prefix[:first]].float(), vision_start[None]])
+    before = torch.stack([torch.cat([opening, one, vision_end[None]]) for one in image])
     questions = F.embedding(asked.ids, table).float()
-    states = backbone(before, questions, _places(first + 1, before.shape[1], s))
+    between, states = parts["backbone"](before, questions, _places(first + 1, before.shape[1], s), probed=_PROBED)
     row, question, column = asked.answers.nonzero(as_tuple=True)
     right = asked.ids[row, question, column]
     logits = F.linear(states[row, question, column - 1].bfloat16(), table).float()
     missed = (logits.detach().argmax(1) != right).float()
     misses = torch.zeros(b, k).index_put_((row, question), missed, accumulate=True)
-    return F.cross_entropy(logits, right), (misses == 0).float()
+    loss = F.cross_entropy(logits, right)
+    truth = asked.truth[asked.truth >= 0].float()
+    verdicts = parts["probe"](F.layer_norm(between[asked.truth >= 0], between.shape[-1:]))[:, 0]
+    if len(truth):
+        loss = loss + _PROBING * F.binary_cross_entropy_with_logits(verdicts, truth)
+    return loss, (misses == 0).float(), ((verdicts > 0) == (truth > 0)).float()
 
 
 def _places(first: int, before: int, after: int) -> Tensor:

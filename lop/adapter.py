@@ -14,7 +14,6 @@ from lop.backbone import Backbone, Layer
 from lop.errors import LopError, first_line
 from lop.size import FFN_WEIGHT, read_tensors
 
-
 # The least size of an FFN's matrices from which a CPU is asked for bfloat16.
 _LEAST_WIDTH = 256
 

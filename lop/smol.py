@@ -1,8 +1,8 @@
 """`smol`: SmolLM2-135M-Instruct with small eyes, put together into an ordinary Qwen2.5-VL checkpoint at first use.
 
-The language model's weights come from a Python package, quantised (GGUF, Q4_1), and are dequantised here. What LOP ships
-are the eyes (`training/smol`): a vision tower with its merger, rows of the embedding for the tokens that stand for
-images, and low-rank changes of the attention's projections, which are merged into them. The FFNs are as pretrained.
+The language model's weights come from a Python package, quantised (GGUF, Q4_1), and are dequantised here. What LOP
+ships are the eyes (`training/smol`): a vision tower with its merger, rows of the embedding for the tokens that stand
+for images, and low-rank changes of the attention's projections, which are merged into them. The FFNs are as pretrained.
 """
 
 import hashlib

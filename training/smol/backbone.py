@@ -98,7 +98,7 @@ class Backbone(nn.Module):
                 torch.cat([x.repeat_interleave(k, 0), y], 2) for x, y in zip(ahead[1:], behind[1:])
             )
             seen = attend(*ahead, first, self.size**-0.5)
-            said = attend(behind[0], seen_keys, seen_values, past, self.size**-0.5)
+            said = attend(behind[0], *both, past, self.size**-0.5)
             mixed = torch.cat([flatten_heads(seen, p), flatten_heads(said, s)])
             flat = flat + F.linear(mixed, layer.out) + out(mixed)
             opened, raised = F.linear(normalise(flat, layer.ffn_norm).bfloat16(), layer.gate_up).chunk(2, -1)

@@ -1,4 +1,4 @@
-"""What is trained of `smol` beside the language model: the merger behind `tiny`'s tower, and the tokens around an image."""
+"""What is trained of `smol` beside its language model: the merger behind `tiny`'s tower, and what stands around images."""
 
 from pathlib import Path
 

@@ -74,9 +74,8 @@ def _hypernyms() -> Iterator[Fact]:
         above = [names[found.key] for found in ancestors(synset) if found.key in names]
         if synset.pos == "n" and synset.key not in names and above:
             wrong = tuple(name for name in CATEGORIES if name not in above and not gives_away(name, word))
-            yield _of_word(
-                word, "hypernym", f"{_article(word).capitalize()} {word} is a kind of what?", above[0], wrong
-            )
+            question = f"{'An' if word[0] in 'aeiou' else 'A'} {word} is a kind of what?"
+            yield _of_word(word, "hypernym", question, above[0], wrong)
 
 
 def _opposites() -> Iterator[Fact]:

@@ -94,9 +94,7 @@ class Backbone(nn.Module):
             queries, keys = (x * cos + _half_turned(x) * sin for x in (queries, keys))
             ahead = [rows(x[:split], b, p, heads) for x in (queries, keys, values)]
             behind = [rows(x[split:], b * k, s, heads) for x in (queries, keys, values)]
-            seen_keys, seen_values = (
-                torch.cat([x.repeat_interleave(k, 0), y], 2) for x, y in zip(ahead[1:], behind[1:])
-            )
+            both = (torch.cat([x.repeat_interleave(k, 0), y], 2) for x, y in zip(ahead[1:], behind[1:]))
             seen = attend(*ahead, first, self.size**-0.5)
             said = attend(behind[0], *both, past, self.size**-0.5)
             mixed = torch.cat([flatten_heads(seen, p), flatten_heads(said, s)])

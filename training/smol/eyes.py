@@ -1,4 +1,4 @@
-"""What is trained of `smol` beside its language model: the merger behind `tiny`'s tower, and what stands around images."""
+"""What is trained of `smol` beside its language model: the merger behind `tiny`'s tower, and what frames images."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Trains `smol`'s eyes: first the merger alone on words' embeddings, then all that is trained through the language model.
+"""Trains `smol`'s eyes: first the merger alone on embeddings of words, then everything through the language model.
 
     python -m training.smol.train --work WORK
 
@@ -23,12 +23,15 @@ from lop.samples import FORMS, LETTERS, Sample, prompt_text
 from lop.smol import NAME
 from training.smol.backbone import Backbone
 from training.smol.eyes import Eyes, save_eyes
+from training.smol.knowledge import Fact
+from training.smol.make_samples import ask as ask_fact
+from training.smol.make_samples import training_facts
 from training.tiny.corpus import Corpus
 from training.tiny.images import Picture
 from training.tiny.questions import ask, is_negated, values_of
 
 _IMAGE_TOKENS = 4
-_PREFIX = "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * _IMAGE_TOKENS + "<|vision_end|>"
+_OPENING = "<|im_start|>user\n"
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,17 @@ class Stage:
     Attributes:
         steps: of a batch of one form each.
         forms: the share of each form.
+        text: the share of batches about words and countries, without an image.
     """
 
     steps: int
     forms: dict[str, float]
+    text: float = 0.0
 
 
 STAGES = {
     "words": Stage(1000, {"word": 0.75, "yes_no": 0.15, "choice": 0.1}),
-    "forms": Stage(2400, {"word": 0.2, "yes_no": 0.4, "choice": 0.4}),
+    "forms": Stage(2400, {"word": 0.2, "yes_no": 0.4, "choice": 0.4}, text=0.25),
 }
 # After this layer a probe tells, where a value has been read, whether it is what is seen; see `_loss`.
 _PROBED, _PROBING = 17, 0.5
@@ -171,24 +176,41 @@ class Asked:
     names: list[list[str]]
 
 
-def ask_about(
-    tokenizer: PreTrainedTokenizerFast,
-    pictures: Sequence[Picture],
-    form: str,
-    count: int,
-    random: np.random.Generator,
-) -> Asked:
-    """Random questions of one form, `count` about each picture."""
-    samples: list[list[Sample]] = []
-    for picture in pictures:
-        weights = _KINDS[picture.source]
-        mine: list[Sample] = []
-        while len(mine) < count:
-            kind = str(random.choice(list(weights), p=np.array(list(weights.values())) / sum(weights.values())))
-            sample = ask(picture, kind, form, random)
+def ask_about(picture: Picture, form: str, count: int, random: np.random.Generator) -> list[Sample]:
+    """Random questions of one form about a picture."""
+    weights = _KINDS[picture.source]
+    found: list[Sample] = []
+    while len(found) < count:
+        kind = str(random.choice(list(weights), p=np.array(list(weights.values())) / sum(weights.values())))
+        sample = ask(picture, kind, form, random)
+        if sample is not None:
+            found.append(sample)
+    return found
+
+
+class Text:
+    """Questions about words and countries that are in none of the sets of samples."""
+
+    def __init__(self) -> None:
+        self._facts: dict[str, list[Fact]] = {}
+        for fact in training_facts():
+            self._facts.setdefault(fact.kind, []).append(fact)
+        self._weights = np.sqrt([len(facts) for facts in self._facts.values()])
+
+    def draw(self, form: str, count: int, random: np.random.Generator) -> list[Sample]:
+        """Random questions of a form."""
+        found: list[Sample] = []
+        while len(found) < count:
+            kind = str(random.choice(list(self._facts), p=self._weights / self._weights.sum()))
+            fact = self._facts[kind][random.integers(len(self._facts[kind]))]
+            sample = ask_fact(fact, form, random) if form in fact.forms else None
             if sample is not None:
-                mine.append(sample)
-        samples.append(mine)
+                found.append(sample)
+        return found
+
+
+def tokenised(tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sequence[Sample]]) -> Asked:
+    """Samples, as many in each row, as they follow what stands before them."""
     flat = [sample for mine in samples for sample in mine]
     texts = [f"{prompt_text(s)}<|im_end|>\n<|im_start|>assistant\n" for s in flat]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
@@ -205,13 +227,9 @@ def ask_about(
         answers[row, len(prompt) : len(prompt) + len(end)] = True
         for last, is_right in _values(flat[row]):
             truth[row, next(i for i, (_, stop) in enumerate(offsets) if stop >= last)] = is_right
-    shape = (len(pictures), count, longest)
-    return Asked(
-        ids.view(shape),
-        answers.view(shape),
-        truth.view(shape),
-        [[f"{s.form}.{s.kind}" for s in mine] for mine in samples],
-    )
+    shape = (len(samples), -1, longest)
+    names = [[f"{sample.form}.{sample.kind}" for sample in mine] for mine in samples]
+    return Asked(ids.view(shape), answers.view(shape), truth.view(shape), names)
 
 
 def _values(sample: Sample) -> Iterator[tuple[int, bool]]:
@@ -246,16 +264,24 @@ def train(
         random.bit_generator.state = state["random"]
         step = state["step"]
     draw = _groups(corpus)
-    prefix = torch.tensor(tokenizer(_PREFIX, add_special_tokens=False)["input_ids"])
+    text = Text() if stage.text else None
+    opening = parts["backbone"].table[tokenizer(_OPENING, add_special_tokens=False)["input_ids"]].float()
     hits: dict[str, list[float]] = {}
     first, start, saved = step, time.time(), time.time()
     while step < stage.steps:
         # All of one form, and so of similar length.
         form = str(random.choice(list(stage.forms), p=list(stage.forms.values())))
-        count = 1 if form == "word" else 2
-        chosen = draw(random, options.batch // count, list(_SOURCES.values()))
-        asked = ask_about(tokenizer, [corpus.pictures[i] for i in chosen], form, count, random)
-        loss, right, told = _loss(parts, prefix, corpus.draw(chosen, random), asked)
+        if text is not None and random.random() < stage.text:
+            form = "word" if form == "word" else "choice"
+            asked = tokenised(tokenizer, [text.draw(form, options.batch if form == "word" else 8, random)])
+            before, places = opening[None], torch.arange(len(opening) + asked.ids.shape[2]).repeat(3, 1)
+        else:
+            count = 1 if form == "word" else 2
+            chosen = draw(random, options.batch // count, list(_SOURCES.values()))
+            asked = tokenised(tokenizer, [ask_about(corpus.pictures[i], form, count, random) for i in chosen])
+            before = _before(parts["eyes"], opening, corpus.draw(chosen, random))
+            places = _places(len(opening) + 1, before.shape[1], asked.ids.shape[2])
+        loss, right, told = _loss(parts, before, places, asked)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -266,7 +292,8 @@ def train(
         for names, row in zip(asked.names, right.tolist()):
             for kind, hit in zip(names, row):
                 hits.setdefault(kind, []).append(hit)
-        hits.setdefault(f"told.{form}", []).extend(told.tolist())
+        if len(told):
+            hits.setdefault(f"told.{form}", []).extend(told.tolist())
         if step % 10 == 0:
             pace = (time.time() - start) / (step - first)
             print(f"{name} {step}/{stage.steps} {pace:.2f}s/step loss {loss.item():.3f} {_shown(hits)}", flush=True)
@@ -282,28 +309,32 @@ def train(
             saved = time.time()
 
 
-def _loss(parts: nn.ModuleDict, prefix: Tensor, seen: Tensor, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
+def _before(eyes: Any, opening: Tensor, seen: Tensor) -> Tensor:
+    """[b, P, H]: the start of the user's turn and an image, for what is handed to the merger, [b, 4, 1024]."""
+    with torch.autocast(seen.device.type, torch.bfloat16):
+        images = eyes.see(seen).float()
+    start, end = eyes.tokens[-2:, None]
+    return torch.stack([torch.cat([opening, start, image, end]) for image in images])
+
+
+def _loss(parts: nn.ModuleDict, before: Tensor, places: Tensor, asked: Asked) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss of the answers' tokens, whether each answer [b, K] is exactly right, and whether each probe is.
 
     The probe is what makes yes or no and options learnable: both depend on whether a word equals what is seen, and from
     the answers alone that stayed at chance.
+
+    Args:
+        before: [b, P, H], what stands before the questions.
+        places: [3, P + S], M-RoPE.
     """
-    eyes: Any = parts["eyes"]
-    b, k, s = asked.ids.shape
-    table: Tensor = parts["backbone"].table
-    with torch.autocast("cpu", torch.bfloat16):
-        image = eyes.see(seen).float()
-    first = int((prefix >= len(table)).float().argmax())
-    vision_start, vision_end = eyes.tokens[2], eyes.tokens[3]
-    opening = torch.cat([table[prefix[:first]].float(), vision_start[None]])
-    before = torch.stack([torch.cat([opening, one, vision_end[None]]) for one in image])
+    table: Any = parts["backbone"].table
     questions = F.embedding(asked.ids, table).float()
-    between, states = parts["backbone"](before, questions, _places(first + 1, before.shape[1], s), probed=_PROBED)
+    between, states = parts["backbone"](before, questions, places, probed=_PROBED)
     row, question, column = asked.answers.nonzero(as_tuple=True)
     right = asked.ids[row, question, column]
     logits = F.linear(states[row, question, column - 1].bfloat16(), table).float()
     missed = (logits.detach().argmax(1) != right).float()
-    misses = torch.zeros(b, k).index_put_((row, question), missed, accumulate=True)
+    misses = torch.zeros(asked.ids.shape[:2]).index_put_((row, question), missed, accumulate=True)
     loss = F.cross_entropy(logits, right)
     truth = asked.truth[asked.truth >= 0].float()
     verdicts = parts["probe"](F.layer_norm(between[asked.truth >= 0], between.shape[-1:]))[:, 0]

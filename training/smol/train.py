@@ -26,6 +26,7 @@ from training.smol.eyes import Eyes, save_eyes
 from training.smol.knowledge import Fact
 from training.smol.make_samples import ask as ask_fact
 from training.smol.make_samples import training_facts
+from training.smol.seen import see
 from training.tiny.corpus import Corpus
 from training.tiny.images import Picture
 from training.tiny.questions import ask, is_negated, values_of
@@ -77,17 +78,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    corpus = Corpus(**torch.load(options.work / "seen.pt", weights_only=False))
+    if not (cached := options.work / "seen.pt").exists():
+        _store(see(options.seed).state(), cached)
+    corpus = Corpus(**torch.load(cached, weights_only=False))
     tokenizer = AutoTokenizer.from_pretrained(assets(NAME) / "model")
     torch.manual_seed(options.seed)
     backbone = Backbone(options.rank)
     eyes = Eyes(backbone.table)
     align(eyes, backbone, tokenizer, corpus, options)
     probe = nn.Linear(backbone.table.shape[1], 1)
+    parts = nn.ModuleDict({"eyes": eyes, "backbone": backbone, "probe": probe})
+    parts.to("cuda" if torch.cuda.is_available() else "cpu")
     for name, stage in STAGES.items():
-        train(
-            name, stage, nn.ModuleDict({"eyes": eyes, "backbone": backbone, "probe": probe}), tokenizer, corpus, options
-        )
+        train(name, stage, parts, tokenizer, corpus, options)
     save_eyes(eyes, backbone, options.out)
 
 
@@ -174,6 +177,10 @@ class Asked:
     answers: Tensor
     truth: Tensor
     names: list[list[str]]
+
+    def to(self, device: torch.device) -> "Asked":
+        """The batch on a device."""
+        return Asked(self.ids.to(device), self.answers.to(device), self.truth.to(device), self.names)
 
 
 def ask_about(picture: Picture, form: str, count: int, random: np.random.Generator) -> list[Sample]:
@@ -265,7 +272,9 @@ def train(
         step = state["step"]
     draw = _groups(corpus)
     text = Text() if stage.text else None
-    opening = parts["backbone"].table[tokenizer(_OPENING, add_special_tokens=False)["input_ids"]].float()
+    table: Any = parts["backbone"].table
+    device = table.device
+    opening = table[tokenizer(_OPENING, add_special_tokens=False)["input_ids"]].float()
     hits: dict[str, list[float]] = {}
     first, start, saved = step, time.time(), time.time()
     while step < stage.steps:
@@ -279,9 +288,9 @@ def train(
             count = 1 if form == "word" else 2
             chosen = draw(random, options.batch // count, list(_SOURCES.values()))
             asked = tokenised(tokenizer, [ask_about(corpus.pictures[i], form, count, random) for i in chosen])
-            before = _before(parts["eyes"], opening, corpus.draw(chosen, random))
+            before = _before(parts["eyes"], opening, corpus.draw(chosen, random).to(device))
             places = _places(len(opening) + 1, before.shape[1], asked.ids.shape[2])
-        loss, right, told = _loss(parts, before, places, asked)
+        loss, right, told = _loss(parts, before, places.to(device), asked.to(device))
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -334,7 +343,7 @@ def _loss(parts: nn.ModuleDict, before: Tensor, places: Tensor, asked: Asked) ->
     right = asked.ids[row, question, column]
     logits = F.linear(states[row, question, column - 1].bfloat16(), table).float()
     missed = (logits.detach().argmax(1) != right).float()
-    misses = torch.zeros(asked.ids.shape[:2]).index_put_((row, question), missed, accumulate=True)
+    misses = torch.zeros(asked.ids.shape[:2], device=table.device).index_put_((row, question), missed, accumulate=True)
     loss = F.cross_entropy(logits, right)
     truth = asked.truth[asked.truth >= 0].float()
     verdicts = parts["probe"](F.layer_norm(between[asked.truth >= 0], between.shape[-1:]))[:, 0]

@@ -1,13 +1,13 @@
 """What the language model is trained on: image tokens computed once, and tokenised questions about what they show."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from lop.samples import FORMS, prompt_text
 from training.tiny import vision
@@ -40,8 +40,8 @@ class Corpus:
 
     @classmethod
     @torch.no_grad()
-    def embed(cls, see: Callable[[Tensor], Tensor], parts: Sequence[Sequence[Picture]]) -> "Corpus":
-        """Sees every picture (shapes in all their turns and mirrorings): pixels [n, 3, 64, 64] to tokens [n, 4, H]."""
+    def embed(cls, model: Qwen2_5_VLForConditionalGeneration, parts: Sequence[Sequence[Picture]]) -> "Corpus":
+        """Runs the tower over every picture (shapes in all their turns and mirrorings)."""
         pictures: list[Picture] = []
         tokens: list[Tensor] = []
         for part in parts:
@@ -52,7 +52,7 @@ class Corpus:
             elif part[0].source == "fashion-mnist":
                 turned = [pixels, pixels.flip(3)]
             for version in turned:
-                tokens += [see(chunk).bfloat16() for chunk in version.split(256)]
+                tokens += [vision.features(model, chunk).bfloat16() for chunk in version.split(256)]
                 pictures += part
         order = sorted(range(len(pictures)), key=lambda index: pictures[index].labels)
         grouped = [pictures[index].labels for index in order]

@@ -8,7 +8,6 @@ Seeded; interrupted, the same command goes on from the last checkpoint in WORK.
 import argparse
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -126,7 +125,7 @@ def _see(
         )
         vision.rescale(model, pools[2])
         torch.save(model.model.visual.state_dict(), done)
-        torch.save(Corpus.embed(partial(vision.features, model), pictures).state(), cached)
+        torch.save(Corpus.embed(model, pictures).state(), cached)
     model.model.visual.load_state_dict(torch.load(done, weights_only=True))
     return Corpus(**torch.load(cached, weights_only=False))
 

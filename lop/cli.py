@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lop.checkpoint.formats import FORMATS, RECOVERIES
 from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
-from lop.model.find import EMBEDDED, find_model
+from lop.model.find import EMBEDDED, SHIPPED, find_model
 from lop.run.config import Config, find_config, load_config
 from lop.space.size import Target, parse_count
 from lop.storage.places import check_lasting
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], None]
+_SHIPPED = " or ".join(map(repr, SHIPPED))
 _SERVED_HELP = "a run to serve, again for each; without any, what ships for the embedded model"
 
 
@@ -168,7 +169,7 @@ def _name(text: str) -> str:
 
 
 def _add_common(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--model", type=_name, help=f"'{EMBEDDED}' (embedded), a local checkpoint folder or a hub id")
+    stage.add_argument("--model", type=_name, help=f"{_SHIPPED}, a local checkpoint folder or a hub id")
     stage.add_argument("--config", type=_name, metavar="YAML", help="a settings file, or the name of one in configs/")
     stage.add_argument("--run", type=_name, metavar="DIR", help="the folder that holds the run, or its URI (s3://…)")
     stage.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
@@ -199,7 +200,7 @@ def _add_compare(stage: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(stage: argparse.ArgumentParser) -> None:
     stage.add_argument(
-        "--model", type=_name, required=True, help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
+        "--model", type=_name, required=True, help=f"{_SHIPPED}, a local checkpoint, dense or pruned, or a hub id"
     )
     stage.add_argument("--tasks", default="embedded", metavar="NAMES", help="embedded, real, or lmms-eval's names")
     stage.add_argument("--batch-size", type=int, default=16, metavar="N", help="sequences generated together")
@@ -244,8 +245,8 @@ def _config(options: argparse.Namespace) -> Config:
     elif own is not None and own.is_file() and not options.default_config:
         path = own
     else:
-        is_embedded = options.model in (None, EMBEDDED)
-        path = find_config(options.default_config or (EMBEDDED if is_embedded else "qwen2_5_vl_7b"))
+        model = options.model or EMBEDDED
+        path = find_config(options.default_config or (model if model in SHIPPED else "qwen2_5_vl_7b"))
     seeds = getattr(options, "seeds", None)
     overrides = [*options.set, *([] if seeds is None else [f"tables.seeds={seeds}"])]
     named = {name: getattr(options, name, None) for name in ("model", "workers", "recovery", "max_width_ratio")}

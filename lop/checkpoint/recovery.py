@@ -63,7 +63,7 @@ def recover_checkpoint(
     dtype: str = "auto",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, TensorInfo]:
-    """Writes the tensors that recovery changes or adds, for `lop.checkpoint.export.export`, one layer at a time.
+    """Writes the tensors that recovery changes or adds, for `lop.checkpoint.export`, one layer at a time.
 
     `refit` holds two decoder layers in memory, the one at hand and the next, beside the vision tower and the
     embeddings; `bias` one matrix.

@@ -90,7 +90,7 @@ def rivals_stage(run: Run, *, seeds: int = 1, progress: bool = True) -> list[Out
     waiting = [job for job in jobs if not files[job].exists()]
     if waiting:
         run.check_writable()
-    build = partial(RivalWorker, run.config, run.order, run.samples.reward, run.space)
+    build = partial(RivalWorker, run.settled, run.order, run.samples.reward, run.space)
     results = map_on_workers(build, waiting, run.config)
     for job, outcomes in tqdm(results, desc="rivals", total=len(waiting), unit="job", disable=not progress):
         write_json(files[job], [asdict(outcome) for outcome in outcomes])

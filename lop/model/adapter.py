@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from lop.errors import LopError, first_line
 from lop.model.backbone import Backbone, Layer
 from lop.model.sources import check_checkpoint
+from lop.model.tensors import ffn_part
 from lop.storage.files import read_json
+from lop.storage.headers import read_tensors
+
+# The least size of an FFN's matrices from which a CPU is asked for bfloat16.
+_LEAST_WIDTH = 256
 
 
 class Ffn(Protocol):
@@ -166,7 +171,7 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
 
     Args:
         device: `auto` (the first GPU if there is one), or what torch calls it.
-        dtype: `auto` (bfloat16 on a GPU, float32 on a CPU), or what torch calls it.
+        dtype: `auto` (see `place_and_dtype`), or what torch calls it.
 
     Raises:
         LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one.
@@ -177,7 +182,7 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
 
     logging.disable_progress_bar()
     check_checkpoint(path)
-    place, kind = place_and_dtype(device, dtype)
+    place, kind = place_and_dtype(device, dtype, path)
     with told_in_one_line(path):
         model, loading = Model.from_pretrained(path, dtype=kind, output_loading_info=True)
         if loading["missing_keys"]:
@@ -185,8 +190,12 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
         return model.to(place).eval().requires_grad_(False)
 
 
-def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """What `auto` stands for: the first GPU and bfloat16 if there is one, else the CPU and float32.
+def place_and_dtype(device: str, dtype: str, path: Path) -> tuple[torch.device, torch.dtype]:
+    """What `auto` stands for with a checkpoint.
+
+    The device is the first GPU if there is one. The dtype is bfloat16 on a GPU; on a CPU, too, if it has instructions
+    for products in bfloat16, and the checkpoint's weights are stored so and are large enough for that to matter; else
+    float32.
 
     Raises:
         LopError: torch knows no such device, or this machine has none.
@@ -196,7 +205,21 @@ def place_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]
         torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError) as error:  # The latter where torch was built without GPUs.
         raise LopError(f"device {device!r} is not to be had: {first_line(error)}; name auto, cpu or cuda:0") from None
-    return place, getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype)
+    if dtype == "auto":
+        gains = place.type == "cuda" or (_multiplies_bfloat16() and _is_large_bfloat16(path))
+        dtype = "bfloat16" if gains else "float32"
+    return place, getattr(torch, dtype)
+
+
+def _multiplies_bfloat16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def _is_large_bfloat16(path: Path) -> bool:
+    """Whether a checkpoint's FFNs are stored in bfloat16, and wide enough: of `tiny`, products are a small part."""
+    ffns = [info for name, info in read_tensors(path).items() if ffn_part(name)]
+    return all(info.dtype == "BF16" and min(info.shape) >= _LEAST_WIDTH for info in ffns)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from lop.errors import LopError, first_line
+from lop.model import smol
 from lop.model.sources import check_config
 from lop.storage.files import check_fetched, expanded
 from lop.storage.fingerprint import fingerprint_weights
@@ -12,22 +13,27 @@ from lop.storage.headers import weight_files
 from lop.storage.places import lasting_name
 
 EMBEDDED = "tiny"
+SHIPPED = (EMBEDDED, smol.NAME)
+_SHIPPED = " or ".join(map(repr, SHIPPED))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def assets() -> Path:
-    """The folder of what ships with the package for the embedded model: `model`, `samples` and `run`."""
-    return Path(str(files("lop"))) / "assets" / EMBEDDED
+def assets(name: str = EMBEDDED) -> Path:
+    """The folder of what ships with the package for a model: `model`, `samples` and `run`."""
+    return Path(str(files("lop"))) / "assets" / name
 
 
 def find_model(name: str) -> Path:
-    """The local folder of a model: the embedded one's name, a local folder, or a hub id (downloaded or from the cache).
+    """The local folder of a model: a shipped one's name, a local folder, or a hub id (downloaded or from the cache).
 
     Raises:
-        LopError: there is no such model, or the hub cannot be reached, or has one that LOP does not take.
+        LopError: there is no such model, the hub cannot be reached or has one that LOP does not take, or what `smol` is
+            made of is not installed.
     """
     if name == EMBEDDED:
         return assets() / "model"
+    if name == smol.NAME:
+        return smol.smol_folder(assets(name))
     path = expanded(name)
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -36,28 +42,28 @@ def find_model(name: str) -> Path:
         return path
     if _is_path(name):
         raise LopError(
-            f"model folder {name} is missing: name {EMBEDDED!r}, a local checkpoint folder, "
+            f"model folder {name} is missing: name {_SHIPPED}, a local checkpoint folder, "
             "or a hub id whose first part is no folder here"
         )
     if not _HUB_ID.fullmatch(name):
-        raise LopError(f"unknown model {name!r}: name {EMBEDDED!r}, a local checkpoint folder or a hub id")
+        raise LopError(f"unknown model {name!r}: name {_SHIPPED}, a local checkpoint folder or a hub id")
     return _download(name)
 
 
 def settled(name: str) -> str:
     """A model's or samples' name as a config keeps it: a local folder's so that it is found from anywhere."""
-    return lasting_name(name) if name != EMBEDDED and Path(name).expanduser().is_dir() else name
+    return lasting_name(name) if name not in SHIPPED and Path(name).expanduser().is_dir() else name
 
 
 def find_samples(name: str) -> Path:
-    """The folder that holds the three sample files: the embedded set's name or a local folder.
+    """The folder that holds the three sample files: a shipped set's name or a local folder.
 
     Raises:
         LopError: there is no such folder.
     """
-    path = assets() / "samples" if name == EMBEDDED else expanded(name)
+    path = assets(name) / "samples" if name in SHIPPED else expanded(name)
     if not path.is_dir():
-        raise LopError(f"samples folder {name} is missing: name {EMBEDDED!r} or a folder with Parquet files")
+        raise LopError(f"samples folder {name} is missing: name {_SHIPPED} or a folder with Parquet files")
     check_fetched(path)
     return path
 

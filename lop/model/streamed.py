@@ -30,7 +30,7 @@ class StreamedModel:
         from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
         self._path = path
-        self._device, self._dtype = place_and_dtype(device, dtype)
+        self._device, self._dtype = place_and_dtype(device, dtype, path)
         tensors = read_tensors(path)
         self._stored = {_parameter(name): (info.file, name) for name, info in tensors.items()}
         with told_in_one_line(path):

@@ -99,7 +99,7 @@ def score_cells(
     waiting = [cell for cell in files if not files[cell].exists()]
     # Cells of one importance stand together: sorting is what a change of it costs.
     waiting.sort(key=lambda cell: cell.importance)
-    results = map_on_workers(partial(CellWorker, run.config, run.statistics, samples), waiting, run.config)
+    results = map_on_workers(partial(CellWorker, run.settled, run.statistics, samples), waiting, run.config)
     for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
         write_json(files[cell], scored.as_dict())
         run.keep(files[cell])

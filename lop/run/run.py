@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lop.model.find import EMBEDDED, assets, find_model, find_samples, fingerprint_model
+from lop.model.find import SHIPPED, assets, find_model, find_samples, fingerprint_model
 from lop.model.image_settings import ImageSettings
 from lop.model.samples import Sample, SampleSets, fingerprint_samples, load_sample_sets
 from lop.model.sources import check_checkpoint
@@ -124,6 +124,21 @@ class Run:
         return model_size(read_tensors(self.model_folder))
 
     @cached_property
+    def settled(self) -> Config:
+        """The config with the dtype that a CPU like this one's takes for the model, where that is not float32.
+
+        It is what workers are given and what is recorded, so that all of them compute alike, on whatever CPU.
+        """
+        config = self.config
+        if config.dtype != "auto" or config.gpus_per_worker:
+            return config
+        from lop.model.adapter import place_and_dtype
+
+        place, dtype = place_and_dtype(config.device, config.dtype, self.model_folder)
+        is_settled = place.type == "cpu" and str(dtype) == "torch.bfloat16"
+        return config.model_copy(update={"dtype": "bfloat16"}) if is_settled else config
+
+    @cached_property
     def space(self) -> Space:
         """The allocations that the config allows for the model.
 
@@ -174,7 +189,7 @@ class Run:
     @property
     def arithmetic(self) -> str:
         """What rounding depends on."""
-        config = self.config
+        config = self.settled
         found = f"{config.device} {config.dtype}, {config.threads} threads, {config.batch_tokens} tokens"
         if config.images.batch_patches != ImageSettings().batch_patches:
             found += f", {config.images.batch_patches} patches"
@@ -183,7 +198,7 @@ class Run:
     @cached_property
     def evaluation_fingerprints(self) -> dict[str, str]:
         """What an allocation's reward depends on."""
-        config = self.config
+        config = self.settled
         arithmetic = self.arithmetic
         if races := config.search.racing:
             arithmetic += f", {races.rounds} rounds of seed {config.seed}, confidence {races.confidence}"
@@ -226,4 +241,5 @@ class Run:
 
 def shipped_run(config: Config) -> Run | None:
     """The run that comes with the package for the config's model, if there is one."""
-    return Run(config, assets() / "run") if config.model == EMBEDDED else None
+    folder = assets(config.model) / "run"
+    return Run(config, folder) if config.model in SHIPPED and folder.is_dir() else None

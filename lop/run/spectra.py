@@ -85,7 +85,7 @@ def _parse(data: Any) -> tuple[str, Spectra]:
 
 def _measure(run: Run, *, progress: bool) -> np.ndarray:
     torch.set_num_threads(run.config.threads)
-    device, _ = place_and_dtype(run.config.device, run.config.dtype)
+    device, _ = place_and_dtype(run.config.device, run.config.dtype, run.model_folder)
     matrices = {name: info for name, info in read_tensors(run.model_folder).items() if ffn_part(name)}
     found: dict[int, list[float]] = {}
     for name, info in tqdm(matrices.items(), desc="spectra", unit="matrix", disable=not progress):

@@ -151,7 +151,7 @@ def search_stage(run: Run, *, progress: bool = True) -> None:
     run.check_writable()
     trees = build_trees(run)
     with _timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
-        save_config(run.config, run.folder / "config.yaml")
+        save_config(run.settled, run.folder / "config.yaml")
         with _workers(run) as workers, _watched(run, trees, shown=progress) as watcher:
             if "sensitivity" in run.config.search.roots:
                 levels = run.config.search.sensitivity_levels
@@ -439,7 +439,7 @@ def _rewards(run: Run, predictors: Sequence[Predictor], targets: Sequence[float]
 @contextmanager
 def _workers(run: Run) -> Iterator[Workers]:
     """This process (`workers: 0`) or a fleet of Ray actors; the results are the same."""
-    config = run.config
+    config = run.settled
     if config.workers == 0:
         yield InProcess(build_evaluator(config, run.order, run.samples.reward))
         return

@@ -48,11 +48,7 @@ def main() -> None:
 def _choices(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> str:
     right = np.array([LETTERS.index(sample.answer) for sample in samples])
     plain = [(_chat(sample.question), option) for sample in samples for option in sample.options]
-    listed = [
-        (_chat(prompt_text(sample)), letter)
-        for sample in samples
-        for letter, _ in zip(LETTERS, sample.options)
-    ]
+    listed = [(_chat(prompt_text(sample)), letter) for sample in samples for letter, _ in zip(LETTERS, sample.options)]
     hits = []
     for pairs in (plain, listed):
         logs = np.array([sum(log) for log, _ in _score(model, tokenizer, pairs)]).reshape(len(samples), -1)

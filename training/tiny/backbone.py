@@ -43,18 +43,18 @@ def hidden_states(backbone: nn.Module, prefix: Tensor, questions: Tensor, positi
         )
         split = b * p
         heads = keys.shape[1]
-        ahead = [_rows(x[:split], b, p, heads) for x in (queries, keys, values)]
-        behind = [_rows(x[split:], b * k, s, heads) for x in (queries, keys, values)]
+        ahead = [rows(x[:split], b, p, heads) for x in (queries, keys, values)]
+        behind = [rows(x[split:], b * k, s, heads) for x in (queries, keys, values)]
         shared = [x.repeat_interleave(k, 0) for x in ahead[1:]]
-        seen = _attend(ahead[0], ahead[1], ahead[2], first, attention.scaling)
-        said = _attend(
+        seen = attend(ahead[0], ahead[1], ahead[2], first, attention.scaling)
+        said = attend(
             behind[0],
             torch.cat([shared[0], behind[1]], 2),
             torch.cat([shared[1], behind[2]], 2),
             past,
             attention.scaling,
         )
-        mixed = torch.cat([_flat(seen, p), _flat(said, s)])
+        mixed = torch.cat([flatten_heads(seen, p), flatten_heads(said, s)])
         flat = _finish(
             flat,
             mixed,
@@ -64,10 +64,10 @@ def hidden_states(backbone: nn.Module, prefix: Tensor, questions: Tensor, positi
             layer.mlp.up_proj.weight,
             layer.mlp.down_proj.weight,
         )
-    return _normalise(flat[b * p :], backbone.norm.weight).view(b, k, s, hidden)
+    return normalise(flat[b * p :], backbone.norm.weight).view(b, k, s, hidden)
 
 
-def _normalise(states: Tensor, weight: Tensor) -> Tensor:
+def normalise(states: Tensor, weight: Tensor) -> Tensor:
     return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-5) * weight
 
 
@@ -85,7 +85,7 @@ def _project(
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [n, heads, size], keys and values [n, key heads, size], turned by their positions."""
-    normal = _normalise(flat, norm).bfloat16()
+    normal = normalise(flat, norm).bfloat16()
     joint = F.linear(normal, torch.cat([q, k, v]).bfloat16(), torch.cat([q_bias, k_bias, v_bias]).bfloat16())
     joint = joint.view(len(flat), -1, size)
     turning = (len(q) + len(k)) // size
@@ -97,18 +97,18 @@ def _project(
     return both[:, :heads], both[:, heads:], joint[:, turning:]
 
 
-def _rows(states: Tensor, batch: int, length: int, heads: int) -> Tensor:
+def rows(states: Tensor, batch: int, length: int, heads: int) -> Tensor:
     """[batch, key heads, (heads of the group ·) length, size]."""
     grouped = states.view(batch, length, heads, -1, states.shape[-1]).permute(0, 2, 3, 1, 4)
     return grouped.reshape(batch, heads, -1, states.shape[-1])
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
     weights = (queries @ keys.transpose(-1, -2)).float() * scaling + mask
     return weights.softmax(-1).bfloat16() @ values
 
 
-def _flat(states: Tensor, length: int) -> Tensor:
+def flatten_heads(states: Tensor, length: int) -> Tensor:
     batch, heads, _, size = states.shape
     return states.view(batch, heads, -1, length, size).permute(0, 3, 1, 2, 4).reshape(batch * length, -1)
 
@@ -116,6 +116,6 @@ def _flat(states: Tensor, length: int) -> Tensor:
 def _finish(flat: Tensor, mixed: Tensor, out: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The residual stream after attention's output and the FFN."""
     flat = flat + F.linear(mixed, out.bfloat16())
-    normal = _normalise(flat, norm).bfloat16()
+    normal = normalise(flat, norm).bfloat16()
     opened, raised = F.linear(normal, torch.cat([gate, up]).bfloat16()).split(len(gate), -1)
     return flat + F.linear(F.silu(opened) * raised, down.bfloat16())

@@ -51,12 +51,17 @@ def patchify(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def features(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """[n, 4, H] image tokens.
+    """[n, 4, H] image tokens."""
+    tower = model.model.visual
+    return tower.merger(states(tower, pixels).flatten(0, 1)).view(len(pixels), -1, HIDDEN)
+
+
+def states(tower: nn.Module, pixels: Tensor) -> Tensor:
+    """[n, 64, D]: what the tower hands to its merger.
 
     The same function as the tower's own forward, which attends to one image after the other; all images here have
     one size, so they go through attention together, four times as fast.
     """
-    tower = model.model.visual
     patches, grid = patchify(pixels)
     states = tower.patch_embed(patches).view(len(pixels), -1, tower.config.hidden_size)
     positions = get_vision_position_ids(grid[:1], MERGE)
@@ -64,7 +69,7 @@ def features(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Tenso
     for block in tower.blocks:
         states = states + _attend(block.attn, block.norm1(states), cos, sin)
         states = states + block.mlp(block.norm2(states))
-    return tower.merger(states.flatten(0, 1)).view(len(pixels), -1, HIDDEN)
+    return states
 
 
 def _attend(attention: nn.Module, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

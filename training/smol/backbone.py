@@ -66,7 +66,9 @@ class Backbone(nn.Module):
         self.qkv = nn.ModuleList(LowRank(joint, hidden, rank) for _ in self.layers)
         self.out = nn.ModuleList(LowRank(hidden, hidden, rank) for _ in self.layers)
 
-    def forward(self, prefix: Tensor, questions: Tensor, positions: Tensor, *, probed: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, prefix: Tensor, questions: Tensor, positions: Tensor, *, probed: int, changed: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """The questions' states after layer `probed`, and after all and the last norm, each [b, K, S, H], float32.
 
         See `training.tiny.backbone.hidden_states`.
@@ -75,6 +77,7 @@ class Backbone(nn.Module):
             prefix: [b, P, H], embeddings of what stands before the questions.
             questions: [b, K, S, H].
             positions: [3, P + S].
+            changed: whether with the changes, or as pretrained.
         """
         b, p, hidden = prefix.shape
         k, s = questions.shape[1:3]
@@ -89,7 +92,8 @@ class Backbone(nn.Module):
         past, first = past.to(flat.device), first.to(flat.device)
         for index, (layer, qkv, out) in enumerate(zip(self.layers, self.qkv, self.out)):
             normal = normalise(flat, layer.attention_norm).bfloat16()
-            joint = (F.linear(normal, layer.qkv) + qkv(normal)).view(len(flat), -1, self.size)
+            joint = F.linear(normal, layer.qkv)
+            joint = (joint + qkv(normal) if changed else joint).view(len(flat), -1, self.size)
             queries, keys, values = joint.split([self.heads, heads, heads], 1)
             queries, keys = (x * cos + _half_turned(x) * sin for x in (queries, keys))
             ahead = [rows(x[:split], b, p, heads) for x in (queries, keys, values)]
@@ -98,7 +102,7 @@ class Backbone(nn.Module):
             seen = attend(*ahead, first, self.size**-0.5)
             said = attend(behind[0], *both, past, self.size**-0.5)
             mixed = torch.cat([flatten_heads(seen, p), flatten_heads(said, s)])
-            flat = flat + F.linear(mixed, layer.out) + out(mixed)
+            flat = flat + F.linear(mixed, layer.out) + (out(mixed) if changed else 0)
             opened, raised = F.linear(normalise(flat, layer.ffn_norm).bfloat16(), layer.gate_up).chunk(2, -1)
             flat = flat + F.linear(F.silu(opened) * raised, layer.down)
             if index == probed:

@@ -22,7 +22,7 @@ from lop.model.encoding import encode
 from lop.model.find import assets, find_model, find_samples
 from lop.model.importance import importance, order
 from lop.model.samples import Sample, load_sample_sets
-from lop.model.smol import NAME
+from lop.model.smol import NAME, find_source, read_backbone
 from lop.model.statistics import calibrate
 from lop.model.tensors import model_size
 from lop.search.evaluator import Evaluator
@@ -63,7 +63,7 @@ class Figures:
 
     Attributes:
         correct: [n] bool, which are answered exactly.
-        loss: [n], nats an answer's token; of prose, every token.
+        loss: [n], nats an answer; of prose, nats a token.
         tokens: [n], of the answers.
     """
 
@@ -103,7 +103,11 @@ def measure(folder: Path, each: int, alone: int) -> Iterator[str]:
     test = first(sets.test, each)
     whole = scorer(test)
     unpruned = whole()
-    yield "\n\n".join(["### Dense, by kind", _by_kind(test, unpruned)])
+    rows = [
+        ["as it ships", *_summary(test, unpruned)],
+        ["without the changes of the attention", *_summary(test, _pretrained(folder, test))],
+    ]
+    yield "\n\n".join(["### Dense, by kind", _by_kind(test, unpruned), _table(["", *_SUMMARY], rows)])
     rows = [["0%", "", *_summary(test, unpruned)]]
     for ratio in _RATIOS:
         for recovery in _RECOVERIES:
@@ -124,6 +128,19 @@ def measure(folder: Path, each: int, alone: int) -> Iterator[str]:
     yield "\n\n".join([title, _table(["layer", *_SUMMARY], rows)])
 
 
+def _pretrained(folder: Path, samples: Sequence[Sample]) -> Figures:
+    """What the language model as pretrained makes of the samples: without the low-rank changes."""
+    model = load_model(folder, device="cpu")
+    config = model.model.config.text_config
+    ours = model.model.model.language_model.state_dict()
+    for name, values in read_backbone(find_source(), config.to_dict()):
+        if ".self_attn." in name:
+            ours[name.removeprefix("model.")].copy_(values)
+    unsorted = np.tile(np.arange(config.intermediate_size), (config.num_hidden_layers, 1))
+    evaluator = Evaluator(ElasticModel(model, unsorted), encode(model, samples, batch_tokens=_BATCH_TOKENS))
+    return Scorer(evaluator, model.processor, samples)()
+
+
 def first(samples: Sequence[Sample], each: int) -> list[Sample]:
     """The first samples of each kind and form."""
     seen: Counter[tuple[str, str]] = Counter()
@@ -142,12 +159,11 @@ class Scorer:
         self._evaluator = evaluator
         answers = [sample.answer for sample in samples]
         ids = processor.tokenizer(answers, add_special_tokens=False)["input_ids"]  # type: ignore[attr-defined]
-        # Of questions the end of turn counts, too.
-        self._tokens = np.array([len(row) + (not sample.is_prose) for row, sample in zip(ids, samples)])
+        self._tokens = np.array([len(row) for row in ids])
 
     def __call__(self) -> Figures:
         scores = self._evaluator.scores()
-        return Figures(scores.correct, -scores.log_probability / self._tokens, self._tokens)
+        return Figures(scores.correct, -scores.log_probability, self._tokens)
 
 
 _SUMMARY = ("images: word", "choice", "yes or no", "knowledge: word", "choice", "prose, nats a token")

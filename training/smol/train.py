@@ -24,8 +24,9 @@ from lop.model.smol import NAME
 from training.smol.backbone import Backbone
 from training.smol.eyes import Eyes, save_eyes
 from training.smol.knowledge import Fact
+from training.smol.make_samples import SEED, deal, training_facts
 from training.smol.make_samples import ask as ask_fact
-from training.smol.make_samples import training_facts
+from training.smol.prose import passages
 from training.smol.seen import see
 from training.tiny.corpus import Corpus
 from training.tiny.images import Picture
@@ -43,16 +44,18 @@ class Stage:
         steps: of a batch of one form each.
         forms: the share of each form.
         text: the share of batches about words and countries, without an image.
+        prose: the share of batches of prose, on which the language model is to say what it said as pretrained.
     """
 
     steps: int
     forms: dict[str, float]
     text: float = 0.0
+    prose: float = 0.0
 
 
 STAGES = {
     "words": Stage(1000, {"word": 0.75, "yes_no": 0.15, "choice": 0.1}),
-    "forms": Stage(2400, {"word": 0.2, "yes_no": 0.4, "choice": 0.4}, text=0.25),
+    "forms": Stage(2400, {"word": 0.2, "yes_no": 0.4, "choice": 0.4}, text=0.2, prose=0.2),
 }
 # After this layer a probe tells, where a value has been read, whether it is what is seen; see `_loss`.
 _PROBED, _PROBING = 17, 0.5
@@ -63,6 +66,7 @@ _KINDS: dict[str, dict[str, float]] = {
     "fashion-mnist": {"product": 3, "worn": 1},
     "flags": {"country": 6, "capital": 1, "continent": 1, "language": 1, "demonym": 1, "currency": 1},
 }
+_PASSAGES, _PASSAGE = 6, 64  # of a batch of prose, and the most tokens of each
 _SAVE_SECONDS = 240
 
 
@@ -196,13 +200,20 @@ def ask_about(picture: Picture, form: str, count: int, random: np.random.Generat
 
 
 class Text:
-    """Questions about words and countries that are in none of the sets of samples."""
+    """Questions about words and countries, and prose, that are in none of the sets of samples."""
 
     def __init__(self) -> None:
         self._facts: dict[str, list[Fact]] = {}
         for fact in training_facts():
             self._facts.setdefault(fact.kind, []).append(fact)
         self._weights = np.sqrt([len(facts) for facts in self._facts.values()])
+        told = passages(SEED)
+        sets = deal(passage.chapter for passage in told)
+        self._passages = [passage.text for passage in told if sets[passage.chapter] == "training"]
+
+    def passage(self, random: np.random.Generator) -> str:
+        """A random piece of prose."""
+        return self._passages[random.integers(len(self._passages))]
 
     def draw(self, form: str, count: int, random: np.random.Generator) -> list[Sample]:
         """Random questions of a form."""
@@ -271,26 +282,36 @@ def train(
         random.bit_generator.state = state["random"]
         step = state["step"]
     draw = _groups(corpus)
-    text = Text() if stage.text else None
+    text = Text()
     table: Any = parts["backbone"].table
     device = table.device
     opening = table[tokenizer(_OPENING, add_special_tokens=False)["input_ids"]].float()
     hits: dict[str, list[float]] = {}
     first, start, saved = step, time.time(), time.time()
     while step < stage.steps:
+        kind = random.choice(["prose", "text", "image"], p=[stage.prose, stage.text, 1 - stage.prose - stage.text])
         # All of one form, and so of similar length.
         form = str(random.choice(list(stage.forms), p=list(stage.forms.values())))
-        if text is not None and random.random() < stage.text:
-            form = "word" if form == "word" else "choice"
-            asked = tokenised(tokenizer, [text.draw(form, options.batch if form == "word" else 8, random)])
-            before, places = opening[None], torch.arange(len(opening) + asked.ids.shape[2]).repeat(3, 1)
+        if kind == "prose":
+            loss = _drift(parts, tokenizer, [text.passage(random) for _ in range(_PASSAGES)])
+            hits.setdefault("drift.prose", []).append(loss.item())
         else:
-            count = 1 if form == "word" else 2
-            chosen = draw(random, options.batch // count, list(_SOURCES.values()))
-            asked = tokenised(tokenizer, [ask_about(corpus.pictures[i], form, count, random) for i in chosen])
-            before = _before(parts["eyes"], opening, corpus.draw(chosen, random).to(device))
-            places = _places(len(opening) + 1, before.shape[1], asked.ids.shape[2])
-        loss, right, told = _loss(parts, before, places.to(device), asked.to(device))
+            if kind == "text":
+                form = "word" if form == "word" else "choice"
+                asked = tokenised(tokenizer, [text.draw(form, options.batch if form == "word" else 8, random)])
+                before, places = opening[None], torch.arange(len(opening) + asked.ids.shape[2]).repeat(3, 1)
+            else:
+                count = 1 if form == "word" else 2
+                chosen = draw(random, options.batch // count, list(_SOURCES.values()))
+                asked = tokenised(tokenizer, [ask_about(corpus.pictures[i], form, count, random) for i in chosen])
+                before = _before(parts["eyes"], opening, corpus.draw(chosen, random).to(device))
+                places = _places(len(opening) + 1, before.shape[1], asked.ids.shape[2])
+            loss, right, told = _loss(parts, before, places.to(device), asked.to(device))
+            for names, row in zip(asked.names, right.tolist()):
+                for one, hit in zip(names, row):
+                    hits.setdefault(one, []).append(hit)
+            if len(told):
+                hits.setdefault(f"told.{form}", []).extend(told.tolist())
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -298,11 +319,6 @@ def train(
             group["lr"] = options.rate * min(1.0, (step + 1) / 30, 2 * (1 - step / stage.steps) + 0.02)
         optimiser.step()
         step += 1
-        for names, row in zip(asked.names, right.tolist()):
-            for kind, hit in zip(names, row):
-                hits.setdefault(kind, []).append(hit)
-        if len(told):
-            hits.setdefault(f"told.{form}", []).extend(told.tolist())
         if step % 10 == 0:
             pace = (time.time() - start) / (step - first)
             print(f"{name} {step}/{stage.steps} {pace:.2f}s/step loss {loss.item():.3f} {_shown(hits)}", flush=True)
@@ -350,6 +366,26 @@ def _loss(parts: nn.ModuleDict, before: Tensor, places: Tensor, asked: Asked) ->
     if len(truth):
         loss = loss + _PROBING * F.binary_cross_entropy_with_logits(verdicts, truth)
     return loss, (misses == 0).float(), ((verdicts > 0) == (truth > 0)).float()
+
+
+def _drift(parts: nn.ModuleDict, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
+    """How far the language model has come from itself as pretrained: KL(pretrained ‖ now), nats a token."""
+    backbone: Any = parts["backbone"]
+    rows = [row[:_PASSAGE] for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    # Cut to one length, as nothing is padded.
+    length = min(map(len, rows)) // 4 * 4
+    ids = torch.tensor([row[:length] for row in rows], device=backbone.table.device)[None]
+    before = F.embedding(torch.tensor([[tokenizer.pad_token_id]], device=ids.device), backbone.table).float()
+    words = F.embedding(ids, backbone.table).float()
+    places = torch.arange(1 + length, device=ids.device).repeat(3, 1)
+
+    def logs(*, changed: bool) -> Tensor:
+        states = backbone(before, words, places, probed=_PROBED, changed=changed)[1]
+        return F.linear(states[0].bfloat16(), backbone.table).float().log_softmax(-1).flatten(0, 1)
+
+    with torch.no_grad():
+        pretrained = logs(changed=False)
+    return F.kl_div(logs(changed=True), pretrained, log_target=True, reduction="batchmean")
 
 
 def _places(first: int, before: int, after: int) -> Tensor:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lop import adapter, smol
 from lop.errors import LopError
+from lop.model import adapter, smol
 from lop.model.adapter import load_model, place_and_dtype
 from lop.model.find import assets, find_model
 from lop.run.config import load_config

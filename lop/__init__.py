@@ -1,5 +1,9 @@
-"""LOP: one Qwen2.5-VL checkpoint, pruned to any size by a learned allocation (arXiv 2506.12826)."""
+"""LOP: one Qwen2.5-VL checkpoint, pruned to any size by a learned allocation (arXiv 2506.12826).
 
+What a person needs: `predict`, `prune`, `load`, `inspect`, `evaluations`, `Client`, and the `LopError` that they raise.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lop.errors import LopError
@@ -8,23 +12,26 @@ if TYPE_CHECKING:
     from lop.checkpoint.export import load
     from lop.client import Client
     from lop.search.ledger import evaluations
+    from lop.verbs import inspect, predict, prune
 
-__all__ = ["Client", "LopError", "evaluations", "load"]
+__all__ = ["Client", "LopError", "evaluations", "inspect", "load", "predict", "prune"]
 __version__ = "0.1.0"
+_HOMES = {
+    "Client": "lop.client",
+    "evaluations": "lop.search.ledger",
+    "inspect": "lop.verbs",
+    "load": "lop.checkpoint.export",
+    "predict": "lop.verbs",
+    "prune": "lop.verbs",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: importing torch and transformers takes seconds that `lop predict` need not spend.
-    if name == "load":
-        from lop.checkpoint.export import load
+    # Loaded on first use: importing torch and transformers takes seconds that `import lop` need not spend.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lop' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
-        return load
-    if name == "Client":
-        from lop.client import Client
 
-        return Client
-    if name == "evaluations":
-        from lop.search.ledger import evaluations
-
-        return evaluations
-    raise AttributeError(f"module 'lop' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
+from lop import __version__
 from lop.checkpoint.formats import FORMATS, RECOVERIES
 from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
 from lop.model.find import EMBEDDED, SHIPPED, find_model
-from lop.run.config import Config, find_config, load_config
+from lop.run.config import Config, config_for, find_config, load_config
 from lop.space.size import Target, parse_count
 from lop.storage.places import check_lasting
 from lop.terminal import prepare_streams, say, settle_streams
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lop",
         description="Prune a Qwen2.5-VL checkpoint to any size: search allocations once, then predict them.",
     )
+    parser.add_argument("--version", action="version", version=f"lop {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, *actions: Command, common: bool = True) -> argparse.ArgumentParser:
@@ -239,14 +241,8 @@ def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
 
 def _config(options: argparse.Namespace) -> Config:
     """The named config, else the run's own, else the one made for the model."""
-    own = options.folder / "config.yaml" if options.folder else None
-    if options.config:
-        path = find_config(options.config)
-    elif own is not None and own.is_file() and not options.default_config:
-        path = own
-    else:
-        model = options.model or EMBEDDED
-        path = find_config(options.default_config or (model if model in SHIPPED else "qwen2_5_vl_7b"))
+    named_config = options.config or options.default_config
+    path = find_config(named_config) if named_config else config_for(options.model, folder=options.folder)
     seeds = getattr(options, "seeds", None)
     overrides = [*options.set, *([] if seeds is None else [f"tables.seeds={seeds}"])]
     named = {name: getattr(options, name, None) for name in ("model", "workers", "recovery", "max_width_ratio")}

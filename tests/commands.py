@@ -19,4 +19,4 @@ FEW = (
 def lop_command(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs one command to its end."""
     command = [sys.executable, "-m", "lop.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)

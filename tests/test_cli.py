@@ -103,7 +103,7 @@ def stop(command: Sequence[str | Path], log: Path, is_there: Callable[[], bool],
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)
-    assert process.wait(timeout=20) == 128 + number  # Seconds: five, and what a busy machine adds.
+    assert process.wait(timeout=60) == 128 + number  # Five seconds, and what a busy machine adds.
     lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text().removeprefix(before)) if line.strip()]
     assert [line for line in lines if not re.search(r"^(\w+: .*(per second|\d+%\|)|\||\d)", line)] == [INTERRUPTED]
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lop.checkpoint.formats import Recovery
 from lop.errors import LopError
-from lop.model.find import settled
+from lop.model.find import EMBEDDED, SHIPPED, settled
 from lop.model.image_settings import ImageSettings
 from lop.search.tree import TreeOptions
 from lop.storage.files import atomic_file
@@ -273,6 +273,18 @@ def find_config(name: str) -> Path:
         if (shipped := folder / f"{name}.yaml").is_file():
             return shipped
     return Path(name)
+
+
+def config_for(model: str | None, *, folder: Path | None = None) -> Path:
+    """The config that goes with a model where none is named: the run's own, else the one made for the model.
+
+    Args:
+        folder: the run's, if there is one.
+    """
+    if folder is not None and (own := folder / "config.yaml").is_file():
+        return own
+    name = model or EMBEDDED
+    return find_config(name if name in SHIPPED else "qwen2_5_vl_7b")
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

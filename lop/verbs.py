@@ -1,0 +1,126 @@
+"""What a person asks of LOP in Python, as the command line does: `lop.predict`, `lop.prune`, `lop.inspect`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lop.checkpoint.footprint import Footprint
+from lop.checkpoint.formats import Format, Recovery
+from lop.model.find import find_model
+from lop.run.config import Config, config_for, load_config
+from lop.run.prediction import predictor_for
+from lop.run.run import Run
+from lop.space.size import Target, parse_count
+from lop.storage.mirror import local_run
+
+# With torch behind them: a prediction needs none.
+if TYPE_CHECKING:
+    from lop.checkpoint.inspection import Inspection
+
+
+def predict(
+    model: str | None = None,
+    *,
+    ratio: float | None = None,
+    parameters: int | str | None = None,
+    bytes: int | str | None = None,
+    run: str | Path | None = None,
+    format: Format = "hf",
+    recovery: Recovery | None = None,
+    max_width_ratio: float | None = None,
+) -> dict[str, Any]:
+    """The allocation for a target, as `lop predict --json` prints it: `lop.predict("tiny", ratio=0.3)["widths"]`.
+
+    Args:
+        model: a shipped model's name, a local checkpoint or a hub id; by default the run's own, or `tiny`.
+        ratio, parameters, bytes: exactly one of them. The share of FFN neurons to remove; or at most so many of the
+            whole checkpoint, as numbers or as `"5B"` and `"8GiB"`.
+        run: the folder or URI of the run whose predictor answers; by default what ships for the model.
+        format, recovery: of the checkpoint that is meant; None takes the config's recovery.
+        max_width_ratio: no layer wider than so many times the mean width.
+
+    Returns:
+        `ratio`, `ratios` [L], `widths` [L], `kept_neurons`, `parameters`, `bytes`.
+
+    Raises:
+        LopError: the target cannot be met, or the predictor is missing or of another model.
+    """
+    target = _target(ratio, parameters, bytes)
+    named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}
+    return _with_run(run, named, lambda found, config: _describe(found, config, target, format))
+
+
+def prune(
+    model: str | None,
+    out: str | Path,
+    *,
+    ratio: float | None = None,
+    parameters: int | str | None = None,
+    bytes: int | str | None = None,
+    run: str | Path | None = None,
+    format: Format = "hf",
+    recovery: Recovery | None = None,
+    max_width_ratio: float | None = None,
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+) -> dict[str, Any]:
+    """Writes the pruned checkpoint for a target, as `lop prune` does: `lop.prune("tiny", "small", bytes="4MiB")`.
+
+    Args:
+        model: as in `predict`; None takes the run's own.
+        out: a new folder, or a URI such as `s3://bucket/folder`; it appears whole or not at all.
+        progress: called with the step (`"recover"` or `"export"`), how much of it is done, and how much it is in all.
+        The others are those of `predict`.
+
+    Returns:
+        The checkpoint's manifest, as it stands in its `lop.json`.
+
+    Raises:
+        LopError: as for `predict`; or the format cannot hold what recovery adds, or `out` is there already.
+        OSError: the disk is full or read-only; nothing is left behind.
+    """
+    from lop.stages.stages import prune_stage
+
+    target = _target(ratio, parameters, bytes)
+    named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}
+    return _with_run(
+        run, named, lambda found, config: prune_stage(found, config, target, out, format=format, progress=progress)
+    )
+
+
+def inspect(model: str | Path) -> "Inspection":
+    """What a checkpoint is, dense or pruned, its files checked: `lop.inspect("small").widths`.
+
+    Args:
+        model: a shipped model's name, a local folder or a hub id.
+
+    Raises:
+        LopError: there is no such checkpoint, or its headers are damaged.
+    """
+    from lop.checkpoint.inspection import inspect
+
+    return inspect(find_model(str(model)))
+
+
+def _target(ratio: float | None, parameters: int | str | None, bytes: int | str | None) -> Target:
+    def count(value: int | str | None, what: str) -> int | None:
+        return parse_count(value, what=what) if isinstance(value, str) else value
+
+    return Target(ratio=ratio, parameters=count(parameters, "parameters"), bytes=count(bytes, "bytes"))
+
+
+def _describe(run: Run | None, config: Config, target: Target, format: Format) -> dict[str, Any]:
+    predictor = predictor_for(run, config)
+    footprint = Footprint(predictor.size, format, config.recovery)
+    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
+    return footprint.describe(allocation, predictor.space)
+
+
+def _with_run(
+    place: str | Path | None, named: dict[str, Any], act: Callable[[Run | None, Config], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `act` makes of a run, if one is named, and of the settings."""
+    if place is None:
+        return act(None, load_config(config_for(named["model"]), **named))
+    with local_run(str(place)) as (folder, origin):
+        config = load_config(config_for(named["model"], folder=folder), **named)
+        return act(Run(config, folder, origin), config)

@@ -35,9 +35,9 @@ from lop.search.loop import Workers, run_search
 from lop.search.racing import Candidate
 from lop.search.tree import SearchTree, TreeOptions
 from lop.space.allocation import Allocation, Space, uniform
+from ray_jobs.evaluators import evaluator_fleet
 from ray_jobs.fleet import Fleet
 from ray_jobs.needs import Needs
-from ray_jobs.search import evaluator_fleet
 
 SPACE = Space(28, 18_944, 128, 0.95)  # The 7B's.
 RAY = {"include_dashboard": False, "log_to_driver": False, "logging_level": "error"}

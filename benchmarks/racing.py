@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lop.model.find import assets
+from lop.run.building import build_evaluator
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
 from lop.search.evaluation import Evaluation
@@ -24,7 +25,7 @@ from lop.search.ledger import Ledger
 from lop.search.loop import InProcess, run_search
 from lop.search.racing import Racer, Rival
 from lop.space.allocation import Allocation
-from lop.stages.stages import build_evaluator, build_trees
+from lop.stages.search import build_trees
 
 
 class Counting:

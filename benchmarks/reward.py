@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from lop.model.samples import Sample
+from lop.run.building import build_evaluator
 from lop.run.config import find_config, load_config
+from lop.run.results import Found, read_search
 from lop.run.run import Run
 from lop.space.allocation import Allocation
-from lop.stages.stages import Found, build_evaluator, read_search
 
 REWARDS = ("accuracy", "log_probability", "divergence", "margin")
 

@@ -26,6 +26,7 @@ from lop.terminal import prepare_streams, say, settle_streams
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
 if TYPE_CHECKING:
+    from lop.run.compute import Compute
     from lop.run.run import Run
 
 log = logging.getLogger(__name__)
@@ -280,6 +281,17 @@ def _run(options: argparse.Namespace, default: Path | None = None) -> "Run":
     return Run(config, folder)
 
 
+def _compute(config: Config) -> "Compute":
+    """Where stages compute: in this process, or on Ray's actors."""
+    if config.workers == 0:
+        from lop.stages.local import Local
+
+        return Local()
+    from ray_jobs.compute import OnRay
+
+    return OnRay()
+
+
 def _target(options: argparse.Namespace) -> Target:
     if options.parameters is not None:
         return Target(parameters=parse_count(options.parameters, what="parameters"))
@@ -292,7 +304,7 @@ def _target(options: argparse.Namespace) -> Target:
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from lop.stages.stages import calibrate_stage
+    from lop.stages.calibrate import calibrate_stage
 
     run = _run(options)
     calibrate_stage(run)
@@ -304,18 +316,18 @@ COMPUTING: tuple[Command, ...] = (_calibrate,)
 
 
 def _search(options: argparse.Namespace) -> None:
-    from lop.stages.stages import search_stage
+    from lop.stages.search import search_stage
 
     run = _run(options)
-    search_stage(run)
+    search_stage(run, _compute(run.config))
     print(run.location / run.search_file.name)
 
 
 def _train(options: argparse.Namespace) -> None:
-    from lop.stages.stages import train_stage
+    from lop.stages.train import train_stage
 
     run = _run(options)
-    train_stage(run)
+    train_stage(run, _compute(run.config))
     print(run.location / run.predictor_folder.name)
 
 
@@ -337,7 +349,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    from lop.stages.stages import prune_stage
+    from lop.stages.prune import prune_stage
 
     check_lasting("--out", options.out)
     config = _config(options)
@@ -366,9 +378,10 @@ def _compare(options: argparse.Namespace) -> None:
     from lop.report.tables import check_tables, write_tables
 
     run = _run(options)
+    compute = _compute(run.config)
     check_tables(run, others=options.against)
-    print(write_report(run))
-    if (tables := write_tables(run, others=options.against)) is not None:
+    print(write_report(run, compute))
+    if (tables := write_tables(run, compute, others=options.against)) is not None:
         print(tables)
 
 
@@ -376,7 +389,7 @@ def _rivals(options: argparse.Namespace) -> None:
     from lop.methods.rivals import rivals_stage
 
     run = _run(options)
-    for outcome in rivals_stage(run, seeds=run.config.tables.seeds):
+    for outcome in rivals_stage(run, _compute(run.config), seeds=run.config.tables.seeds):
         print(f"{outcome.rival:<14} {outcome.target:>6.1%}  seed {outcome.seed}  reward {outcome.reward:.4f}")
 
 
@@ -404,7 +417,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from lop.stages.demo import demo
 
-    print(demo(_run(options, Path("runs/demo"))))
+    run = _run(options, Path("runs/demo"))
+    print(demo(run, _compute(run.config)))
 
 
 def _ledger(options: argparse.Namespace) -> None:

@@ -78,7 +78,7 @@ def prune(
         LopError: as for `predict`; or the format cannot hold what recovery adds, or `out` is there already.
         OSError: the disk is full or read-only; nothing is left behind.
     """
-    from lop.stages.stages import prune_stage
+    from lop.stages.prune import prune_stage
 
     target = _target(ratio, parameters, bytes)
     named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}

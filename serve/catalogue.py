@@ -11,10 +11,10 @@ from lop.errors import LopError
 from lop.report.intervals import Interval, wilson
 from lop.run.config import find_config, load_config
 from lop.run.prediction import predictor_for
+from lop.run.results import read_search
 from lop.run.run import Run, shipped_run
 from lop.space.allocation import Space
 from lop.space.size import ModelSize
-from lop.stages.stages import read_search
 from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint, fingerprint_file
 from serve.exporting import companion_bytes

@@ -7,7 +7,7 @@ from typing import Any, cast
 from lop.checkpoint.formats import FORMATS, RECOVERIES, Format, Recovery
 from lop.run.run import Run
 from lop.space.allocation import Allocation
-from lop.stages.stages import export_allocation
+from lop.stages.prune import export_allocation
 
 _HEADERS = 2**20
 __all__ = ["FORMATS", "RECOVERIES", "companion_bytes", "write_checkpoint"]

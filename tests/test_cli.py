@@ -19,10 +19,11 @@ import lop
 from lop.model.find import assets
 from lop.model.tensors import model_size
 from lop.predictor.predictor import load_predictor
+from lop.run.building import build_evaluator
 from lop.run.config import load_config
+from lop.run.results import read_search
 from lop.run.run import Run
 from lop.search.ledger import read_ledger
-from lop.stages.stages import build_evaluator, read_search
 from lop.storage.headers import read_tensors
 from tests.commands import FEW, lop_command
 

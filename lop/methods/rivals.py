@@ -25,6 +25,7 @@ from lop.model.elastic import ElasticModel
 from lop.model.encoding import encode
 from lop.model.find import find_model
 from lop.model.samples import Sample, check_answers
+from lop.run.compute import Compute
 from lop.run.config import Config
 from lop.run.run import Run
 from lop.search.evaluation import Evaluation
@@ -34,7 +35,6 @@ from lop.search.loop import InProcess, run_search
 from lop.search.sensitivity import best_additive, measure_damages
 from lop.search.tree import SearchTree
 from lop.space.allocation import Allocation, Space, project, uniform
-from lop.stages.workers import map_on_workers
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import fingerprint
 
@@ -77,7 +77,7 @@ class Outcome:
         return cls(**{**data, "widths": tuple(data["widths"]), "curve": curve})
 
 
-def rivals_stage(run: Run, *, seeds: int = 1, progress: bool = True) -> list[Outcome]:
+def rivals_stage(run: Run, compute: Compute, *, seeds: int = 1, progress: bool = True) -> list[Outcome]:
     """Every rival at every target of the tables and every seed; read where they are done, run where they are not.
 
     Raises:
@@ -91,7 +91,7 @@ def rivals_stage(run: Run, *, seeds: int = 1, progress: bool = True) -> list[Out
     if waiting:
         run.check_writable()
     build = partial(RivalWorker, run.settled, run.order, run.samples.reward, run.space)
-    results = map_on_workers(build, waiting, run.config)
+    results = compute.map(build, waiting, run.config)
     for job, outcomes in tqdm(results, desc="rivals", total=len(waiting), unit="job", disable=not progress):
         write_json(files[job], [asdict(outcome) for outcome in outcomes])
         run.keep(files[job])

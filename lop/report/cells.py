@@ -18,11 +18,11 @@ from lop.model.find import find_model
 from lop.model.importance import importance, order
 from lop.model.samples import Sample, fingerprint_samples
 from lop.model.statistics import NeuronStatistics
+from lop.run.compute import Compute
 from lop.run.config import Config
 from lop.run.run import Run
 from lop.search.evaluator import Evaluator
 from lop.space.allocation import Allocation
-from lop.stages.workers import map_on_workers
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import fingerprint
 
@@ -87,7 +87,7 @@ class CellWorker:
 
 
 def score_cells(
-    run: Run, cells: Sequence[Cell], samples: Sequence[Sample], *, progress: bool = True
+    run: Run, compute: Compute, cells: Sequence[Cell], samples: Sequence[Sample], *, progress: bool = True
 ) -> dict[Cell, Scored]:
     """Scores every cell once; what an earlier call has scored is read from the run's folder.
 
@@ -99,7 +99,7 @@ def score_cells(
     waiting = [cell for cell in files if not files[cell].exists()]
     # Cells of one importance stand together: sorting is what a change of it costs.
     waiting.sort(key=lambda cell: cell.importance)
-    results = map_on_workers(partial(CellWorker, run.settled, run.statistics, samples), waiting, run.config)
+    results = compute.map(partial(CellWorker, run.settled, run.statistics, samples), waiting, run.config)
     for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
         write_json(files[cell], scored.as_dict())
         run.keep(files[cell])

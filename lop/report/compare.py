@@ -24,10 +24,10 @@ from lop.model.samples import FORMS, Sample, check_answers, fingerprint_samples
 from lop.model.statistics import NeuronStatistics, calibrate
 from lop.report.intervals import Interval, paired_bootstrap, wilson
 from lop.run.prediction import open_predictor
+from lop.run.results import read_search
 from lop.run.run import Run
 from lop.search.evaluator import Evaluator
 from lop.space.allocation import Allocation, dense
-from lop.stages.stages import read_search
 from lop.storage.fingerprint import fingerprint, fingerprint_file
 
 log = logging.getLogger(__name__)

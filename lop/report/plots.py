@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from lop.report.compare import Average
-from lop.stages.stages import Found
+from lop.run.results import Found
 from lop.storage.files import atomic_file
 
 _LABELS = {"lop-search": "LOP search", "lop-predictor": "LOP predictor", "flap": "FLAP", "wanda": "Wanda-sp"}

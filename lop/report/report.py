@@ -13,15 +13,15 @@ from lop.model.samples import FORMS
 from lop.report.compare import METHODS, Average, Comparison, Recovered, Seconds, compare_stage, comparison_fingerprints
 from lop.report.intervals import Interval
 from lop.report.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
+from lop.run.compute import Compute, on_worker
+from lop.run.results import read_search
 from lop.run.run import Run
-from lop.stages.stages import read_search
-from lop.stages.workers import on_worker
 from lop.storage.files import atomic_file, read_as, read_json, write_json
 
 _FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run, compute: Compute) -> Path:
     """Compares, and writes `results.json`, the plots and `report.md` into the run's folder; prints the table.
 
     Raises:
@@ -36,7 +36,7 @@ def write_report(run: Run) -> Path:
     if results.exists() and read_as(results, itemgetter("fingerprints")) == fingerprints:
         comparison = read_as(results, Comparison.from_dict)
     else:
-        comparison = on_worker(compare_stage, run)
+        comparison = on_worker(compare_stage, run, compute)
         write_json(results, comparison.as_dict())
     ratios = np.array([result.best.ratios(run.space) for result in found])
     plot_accuracy(comparison.averages, run.folder / "accuracy.png")

@@ -41,13 +41,15 @@ from lop.report.benchmark import (
 )
 from lop.report.cells import Cell, Scored, score_cells
 from lop.report.intervals import Interval, Resampler, bootstrap_p, mcnemar, mean_over_forms, percentile_interval
+from lop.run.compute import Compute, on_worker
 from lop.run.prediction import open_predictor
+from lop.run.results import read_search
 from lop.run.run import Run
 from lop.run.spectra import layer_spectra, statistics_for
 from lop.search.sensitivity import scan, scan_widths
 from lop.space.allocation import Allocation, dense
-from lop.stages.stages import read_search, search_stage, train_stage
-from lop.stages.workers import on_worker
+from lop.stages.search import search_stage
+from lop.stages.train import train_stage
 from lop.storage.files import read_as
 from lop.storage.headers import read_tensors
 
@@ -188,7 +190,7 @@ def check_tables(run: Run, *, others: Sequence[str] = ()) -> None:
         find_model(name)
 
 
-def write_tables(run: Run, *, others: Sequence[str] = (), progress: bool = True) -> Path | None:
+def write_tables(run: Run, compute: Compute, *, others: Sequence[str] = (), progress: bool = True) -> Path | None:
     """Scores every method at every target and writes `tables.md`, `tables.json` and their pictures.
 
     Args:
@@ -208,20 +210,25 @@ def write_tables(run: Run, *, others: Sequence[str] = (), progress: bool = True)
         return None
     check_disjoint(questions, run.samples)
     run.check_writable()
-    return report_tables(run, make_tables(run, questions, others=others, progress=progress))
+    return report_tables(run, make_tables(run, compute, questions, others=others, progress=progress))
 
 
 def make_tables(
-    run: Run, questions: Mapping[str, Sequence[Question]], *, others: Sequence[str] = (), progress: bool = True
+    run: Run,
+    compute: Compute,
+    questions: Mapping[str, Sequence[Question]],
+    *,
+    others: Sequence[str] = (),
+    progress: bool = True,
 ) -> Tables:
     """All tables' numbers.
 
     Raises:
         LopError: an earlier stage has not been run.
     """
-    runs = list(_seed_runs(run, progress=progress))
+    runs = list(_seed_runs(run, compute, progress=progress))
     targets = _targets(run)
-    outcomes = rivals_stage(run, seeds=len(runs), progress=progress)
+    outcomes = rivals_stage(run, compute, seeds=len(runs), progress=progress)
     entries = [*_baseline_entries(run, targets, progress=progress), *_rival_entries(run, outcomes)]
     for seed_run in runs:
         entries += _lop_entries(seed_run, targets)
@@ -230,7 +237,7 @@ def make_tables(
     )
     samples = probes(question for task in questions.values() for question in task)
     cells = list(dict.fromkeys(entry.cell for entry in [full, *entries]))
-    scored = score_cells(run, cells, samples, progress=progress)
+    scored = score_cells(run, compute, cells, samples, progress=progress)
     verdicts = {
         cell: {task: respond(mine, samples, scored[cell].hits) for task, mine in questions.items()} for cell in cells
     }
@@ -243,7 +250,7 @@ def make_tables(
         details=tuple(_details(verdicts, [full, *entries])),
         tests=tuple(_tests(board, entries)),
         seconds=tuple(_seconds(run, entries, scored)),
-        models=tuple(_models(run, board, entries, others, questions, progress=progress)),
+        models=tuple(_models(run, compute, board, entries, others, questions, progress=progress)),
         allocations=tuple(_allocations(run, entries)),
         curves=(*outcomes, *_tree_curves(runs, targets)),
         predictors=tuple(_predictors(runs)),
@@ -310,7 +317,7 @@ def _share(
     return mean_over_forms(found.values, found.strata)
 
 
-def _seed_runs(run: Run, *, progress: bool) -> Iterator[Run]:
+def _seed_runs(run: Run, compute: Compute, *, progress: bool) -> Iterator[Run]:
     """The run itself, and one with its own search and predictors for each further seed."""
     read_search(run)
     if not run.predictor_folder.exists():
@@ -323,8 +330,8 @@ def _seed_runs(run: Run, *, progress: bool) -> Iterator[Run]:
         for mine, theirs in ((run.statistics_file, other.statistics_file), (run.spectra_file, other.spectra_file)):
             if mine.exists() and not theirs.exists():
                 shutil.copyfile(mine, theirs)
-        search_stage(other, progress=progress)
-        train_stage(other, progress=progress)
+        search_stage(other, compute, progress=progress)
+        train_stage(other, compute, progress=progress)
         yield other
 
 
@@ -504,6 +511,7 @@ def _calibrate_seconds(results: Any) -> list[float]:
 
 def _models(
     run: Run,
+    compute: Compute,
     board: _Board,
     entries: Sequence[Entry],
     others: Sequence[str],
@@ -521,7 +529,7 @@ def _models(
     for name in others:
         folder = find_model(name)
         asked: list[Sample] = [question.sample for mine in questions.values() for question in mine]
-        texts = iter(on_worker(partial(_answers, name, asked, progress), run))
+        texts = iter(on_worker(partial(_answers, name, asked, progress), run, compute))
         verdicts = {
             task: [Verdict(q.group, q.part, q.sample.answer, next(texts)) for q in mine]
             for task, mine in questions.items()

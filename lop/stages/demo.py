@@ -7,15 +7,19 @@ from typing import Any
 from lop.checkpoint.export import verify
 from lop.errors import LopError
 from lop.report.report import write_report
+from lop.run.compute import Compute
 from lop.run.prediction import open_predictor
 from lop.run.run import Run
-from lop.stages.stages import calibrate_stage, export_allocation, search_stage, train_stage
+from lop.stages.calibrate import calibrate_stage
+from lop.stages.prune import export_allocation
+from lop.stages.search import search_stage
+from lop.stages.train import train_stage
 from lop.storage.location import Location
 
 log = logging.getLogger(__name__)
 
 
-def demo(run: Run) -> Path:
+def demo(run: Run, compute: Compute) -> Path:
     """Runs every stage that is not done yet, and returns the report's path.
 
     Raises:
@@ -23,10 +27,10 @@ def demo(run: Run) -> Path:
     """
     stages = (
         ("calibrate", lambda: calibrate_stage(run)),
-        ("search", lambda: search_stage(run)),
-        ("train", lambda: train_stage(run)),
+        ("search", lambda: search_stage(run, compute)),
+        ("train", lambda: train_stage(run, compute)),
         ("prune", lambda: _prune_all(run)),
-        ("compare", lambda: write_report(run)),
+        ("compare", lambda: write_report(run, compute)),
     )
     run.check_writable()
     for number, (name, stage) in enumerate(stages, start=1):

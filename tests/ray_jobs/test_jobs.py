@@ -22,7 +22,8 @@ from lop.model.find import assets
 from lop.run.config import find_config, load_config
 from lop.run.run import Run
 from lop.search.ledger import read_ledger
-from lop.stages.stages import search_stage
+from lop.stages.local import Local
+from lop.stages.search import search_stage
 from tests.ray_jobs.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +143,7 @@ def test_a_job_makes_nodes_appear_uses_them_and_lets_them_go(head: Head, tmp_pat
     calm = Run(load_config(find_config("tiny"), SETTINGS), tmp_path / "calm")
     calm.folder.mkdir()
     shutil.copy(run / "statistics.safetensors", calm.folder)
-    search_stage(calm, progress=False)
+    search_stage(calm, Local(), progress=False)
     assert sorted(read_ledger(run / "ledger")) == sorted(read_ledger(calm.ledger))
     assert json.loads((run / "search.json").read_text()) == json.loads(calm.search_file.read_text())
 

@@ -16,14 +16,15 @@ from ray.cluster_utils import Cluster
 
 from lop.errors import LopError
 from lop.model.find import assets
+from lop.run.compute import on_worker
 from lop.run.config import Config, TrainSettings, find_config, load_config
 from lop.run.run import Run
-from lop.stages.workers import map_on_workers, on_worker
 from ray_jobs import needs
+from ray_jobs.compute import OnRay
+from ray_jobs.evaluators import evaluator_fleet
 from ray_jobs.fleet import Fleet
 from ray_jobs.needs import Needs
-from ray_jobs.search import evaluator_fleet
-from ray_jobs.train import tune_fits
+from ray_jobs.tuning import tune_fits
 from tests.lop.search.test_loop import make_trees
 from tests.ray_jobs.test_train import TRAINING, VALIDATION
 
@@ -49,11 +50,11 @@ def _fleet(config: Config, folder: Path) -> None:
 
 
 def _pool(config: Config, folder: Path) -> None:
-    list(map_on_workers(lambda: abs, [1, 2], config))
+    list(OnRay().map(lambda: abs, [1, 2], config))
 
 
 def _on_worker(config: Config, folder: Path) -> None:
-    on_worker(lambda run: run.folder, Run(config, folder))
+    on_worker(lambda run: run.folder, Run(config, folder), OnRay())
 
 
 def _tune(config: Config, folder: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from lop.errors import LopError
 from lop.run.config import Config, find_config, load_config
-from lop.stages.workers import map_on_workers
+from lop.stages.local import Local
+from ray_jobs.compute import OnRay
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ITEMS = list(range(7))
@@ -47,8 +48,8 @@ def test_results_are_those_of_one_process_though_an_actor_is_killed(tmp_path: Pa
     alone, actors = tmp_path / "alone", tmp_path / "actors"
     alone.mkdir()
     actors.mkdir()
-    expected = list(map_on_workers(partial(square, alone), ITEMS, config(0)))
-    found = list(map_on_workers(partial(square, actors, fatal=3, times=2), ITEMS, config(2)))
+    expected = list(Local().map(partial(square, alone), ITEMS, config(0)))
+    found = list(OnRay().map(partial(square, actors, fatal=3, times=2), ITEMS, config(2)))
     assert sorted(found) == expected == [(item, item * item) for item in ITEMS]
     tries = {item: (actors / str(item)).read_text().split() for item in ITEMS}
     assert [len(tries[item]) for item in ITEMS] == [1, 1, 1, 3, 1, 1, 1]
@@ -58,7 +59,7 @@ def test_results_are_those_of_one_process_though_an_actor_is_killed(tmp_path: Pa
 
 
 def test_actors_that_the_cluster_has_no_room_for_keep_nothing_from_the_others(tmp_path: Path) -> None:
-    found = list(map_on_workers(partial(square, tmp_path), ITEMS, config(7)))  # On four CPUs.
+    found = list(OnRay().map(partial(square, tmp_path), ITEMS, config(7)))  # On four CPUs.
     assert sorted(found) == [(item, item * item) for item in ITEMS]
 
 
@@ -72,9 +73,9 @@ def test_actors_that_the_cluster_has_no_room_for_keep_nothing_from_the_others(tm
 )
 def test_what_a_worker_raises_arrives_as_that(when: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        list(map_on_workers(partial(refuses, when), ITEMS, config(2)))
+        list(OnRay().map(partial(refuses, when), ITEMS, config(2)))
 
 
 def test_an_item_that_no_actor_survives_is_named(tmp_path: Path) -> None:
     with pytest.raises(LopError, match=r"^a worker died 4 times at 3: "):
-        list(map_on_workers(partial(square, tmp_path, fatal=3, times=99), ITEMS, config(2)))
+        list(OnRay().map(partial(square, tmp_path, fatal=3, times=99), ITEMS, config(2)))

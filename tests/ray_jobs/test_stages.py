@@ -8,7 +8,10 @@ import pytest
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
 from lop.search.ledger import read_ledger
-from lop.stages.stages import calibrate_stage, search_stage
+from lop.stages.calibrate import calibrate_stage
+from lop.stages.local import Local
+from lop.stages.search import search_stage
+from ray_jobs.compute import OnRay
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 SETTINGS = [
@@ -21,7 +24,7 @@ def searched(folder: Path, workers: int, settings: list[str]) -> tuple[dict[str,
     config: Config = load_config(find_config("tiny"), [*SETTINGS, *settings], workers=workers)
     run = Run(config, folder)
     calibrate_stage(run, progress=False)
-    search_stage(run, progress=False)
+    search_stage(run, OnRay() if workers else Local(), progress=False)
     return json.loads(run.search_file.read_text()), sorted(read_ledger(run.ledger))
 
 

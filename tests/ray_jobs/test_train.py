@@ -8,7 +8,7 @@ import torch
 
 from lop.predictor.training import Pair, fit, split_pairs
 from lop.run.config import TrainSettings
-from ray_jobs.train import tune_fits
+from ray_jobs.tuning import tune_fits
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 TRAINING, VALIDATION = split_pairs(

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from lop.model.find import assets
 from lop.run.config import load_config, save_config
-from lop.stages.stages import predictor_for
+from lop.run.prediction import predictor_for
 from serve.app import PredictorDeployment
 from serve.catalogue import load_catalogue, open_run
 from serve.settings import ServiceSettings

@@ -26,7 +26,7 @@ from lop.model.samples import (
 )
 from lop.run.config import find_config, load_config
 from lop.run.run import Run
-from lop.stages.stages import calibrate_stage
+from lop.stages.calibrate import calibrate_stage
 
 SAMPLE = Sample(b"png", "set/1", "set", "colour", "choice", "What color?", ("red", "blue"), "B")
 
@@ -181,7 +181,7 @@ def test_what_people_have_is_read(tmp_path: Path) -> None:
 def test_samples_are_checked_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("calibration", "reward", "test"):
         write_rows(tmp_path / f"{name}.parquet", {"answer": ""} if name == "test" else {})
-    monkeypatch.setattr("lop.stages.stages.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("lop.stages.calibrate.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     config = load_config(find_config("tiny")).model_copy(update={"samples": str(tmp_path)})
     with pytest.raises(LopError, match=r"test\.parquet, row 0"):
         calibrate_stage(Run(config, tmp_path / "run"))

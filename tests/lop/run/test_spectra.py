@@ -20,7 +20,7 @@ from lop.model.statistics import calibrate
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
 from lop.run.spectra import layer_spectra, statistics_for, tail_exponent
-from lop.stages.stages import build_trees
+from lop.stages.search import build_trees
 
 
 @pytest.fixture

@@ -14,13 +14,16 @@ from lop.methods.rivals import Job, RivalWorker, _job_fingerprint
 from lop.model.find import assets
 from lop.model.samples import SampleSets
 from lop.model.statistics import NeuronStatistics
+from lop.predictor.training import Fit
 from lop.report.cells import Cell, CellWorker
 from lop.report.compare import _choosers, comparison_fingerprints
 from lop.report.tables import _lop_entries
+from lop.run.building import build_evaluator
 from lop.run.config import Config, find_config, load_config
 from lop.run.prediction import open_predictor, predictor_for
 from lop.run.run import Run
-from lop.stages.stages import build_evaluator, train_stage
+from lop.stages.local import Local
+from lop.stages.train import train_stage
 
 
 def config(*overrides: str, **values: Any) -> Config:
@@ -45,16 +48,14 @@ class TrainedError(Exception):
         *("train.epochs=1", "train.architectures=[mlp]", "search.reward=margin", "search.tie_breaker=margin"),
     ],
 )
-def test_predictors_of_other_settings_are_trained_anew(
-    setting: str, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fit_all(*arguments: Any, **named: Any) -> None:
-        raise TrainedError
+def test_predictors_of_other_settings_are_trained_anew(setting: str, run: Callable[..., Run]) -> None:
+    class Refusing(Local):
+        def fits(self, *arguments: Any, **named: Any) -> list[Fit]:
+            raise TrainedError
 
-    monkeypatch.setattr("lop.stages.stages._fit_all", fit_all)
-    train_stage(run(), progress=False)  # As it is, it is there already.
+    train_stage(run(), Refusing(), progress=False)  # As it is, it is there already.
     with pytest.raises(TrainedError):
-        train_stage(run(setting), progress=False)
+        train_stage(run(setting), Refusing(), progress=False)
 
 
 @pytest.mark.parametrize("setting", ["max_width_ratio=1.05", "granularity=32", "max_ratio=0.75"])

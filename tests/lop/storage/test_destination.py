@@ -54,8 +54,8 @@ def test_every_entrance_refuses_before_any_work(
     bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in (
-        "lop.stages.stages.load_model", "lop.stages.stages.recover_checkpoint", "lop.stages.stages.build_trees",
-        "lop.methods.rivals.map_on_workers",
+        "lop.stages.calibrate.load_model", "lop.stages.prune.recover_checkpoint", "lop.stages.search.build_trees",
+        "lop.stages.local.Local.map",
         "lop.report.evaluate._adapter", "lop.client.Client.make",
     ):  # fmt: skip
         monkeypatch.setattr(name, work)

@@ -11,7 +11,7 @@ from lop.errors import LopError
 from lop.model.find import assets, find_model, find_samples
 from lop.run.config import find_config, load_config, save_config
 from lop.run.run import Run
-from lop.stages.stages import calibrate_stage
+from lop.stages.calibrate import calibrate_stage
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a submitted job's driver.
 

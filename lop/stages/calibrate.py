@@ -1,0 +1,47 @@
+"""From the calibration samples to the statistics of every neuron."""
+
+import logging
+
+import torch
+
+from lop.model.adapter import load_model
+from lop.model.encoding import encode
+from lop.model.find import EMBEDDED
+from lop.model.statistics import calibrate
+from lop.run.run import Run
+from lop.stages.timing import timed
+
+log = logging.getLogger(__name__)
+
+
+def calibrate_stage(run: Run, *, progress: bool = True) -> None:
+    """Writes the run's statistics, unless they are there already.
+
+    Raises:
+        LopError: the run's statistics were made with another model or other samples.
+    """
+    if run.statistics_file.exists():
+        _ = run.statistics
+        log.info("calibrate: %s is there already", run.statistics_file)
+        return
+    # What does not fit is told before the model is loaded.
+    _, samples = run.space, run.samples.calibration
+    run.check_writable()
+    warn_of_samples(run)
+    with timed(run, "calibrate"):
+        torch.set_num_threads(run.config.threads)
+        log.info("calibrate: loading the model, then %d samples go through its tower", len(run.samples.calibration))
+        model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
+        encoded = encode(model, samples, batch_tokens=run.config.batch_tokens, images=run.config.images)
+        statistics = calibrate(model, encoded, progress=progress)
+        statistics.save(run.statistics_file, run.calibration_fingerprints)
+
+
+def warn_of_samples(run: Run) -> None:
+    """Says so where the embedded model's samples stand in for real ones."""
+    if run.config.samples == EMBEDDED != run.config.model:
+        log.warning(
+            "samples %r are small pictures with simple questions, made for the embedded model: good for a try; "
+            "for real use name a folder with your own (samples: README, 'Your own samples')",
+            EMBEDDED,
+        )

@@ -1,0 +1,137 @@
+"""From a target to a pruned checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from lop import __version__
+from lop.checkpoint.export import export
+from lop.checkpoint.footprint import Footprint
+from lop.checkpoint.formats import Format, Recovery, check_format
+from lop.checkpoint.recovery import recover_checkpoint
+from lop.errors import CancelledError
+from lop.run.config import Config
+from lop.run.prediction import predictor_for, what_ships
+from lop.run.run import Run
+from lop.space.allocation import Allocation
+from lop.space.size import Target
+from lop.stages.calibrate import warn_of_samples
+from lop.storage.destination import check_new
+from lop.storage.location import Location
+
+Progress = Callable[[str, int, int], None]
+
+
+def prune_stage(
+    run: Run | None,
+    config: Config,
+    target: Target,
+    out: str | Path,
+    *,
+    format: Format = "hf",
+    progress: Progress = lambda step, done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Predicts the target's allocation and writes the checkpoint; see `export_allocation`.
+
+    Raises:
+        LopError: the target cannot be met, or something that the run needs is missing or damaged.
+    """
+    predictor = predictor_for(run, config)
+    footprint = Footprint(predictor.size, format, config.recovery)
+    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
+    return export_allocation(
+        run or what_ships(config),
+        allocation,
+        out,
+        target=predictor.space.ratio(allocation.budget),
+        format=format,
+        progress=progress,
+        cancelled=cancelled,
+    )
+
+
+def export_allocation(
+    run: Run,
+    allocation: Allocation,
+    out: str | Path | Location,
+    *,
+    target: float,
+    format: Format = "hf",
+    recovery: Recovery | None = None,
+    scratch: Path | None = None,
+    progress: Progress = lambda step, done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Writes the checkpoint of an allocation in the run's importance order; it appears whole or not at all.
+
+    Recovery `refit` runs the calibration samples through the model twice, one layer in memory at a time; the others,
+    and the writing itself, build no model.
+
+    Args:
+        out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
+        target: the pruning ratio that was asked for; goes into the manifest.
+        recovery: None takes the config's.
+        scratch: where recovery keeps a folder while it runs; by default the system's place for temporary files.
+        progress: called in this thread with the step (`"recover"`, counted in layers, or `"export"`, in bytes), how
+            much of it is done, and how much it is in all.
+        cancelled: asked after each layer, and about every 8 MiB, whether to give up.
+
+    Returns:
+        The checkpoint's manifest, as it stands in its `lop.json`.
+
+    Raises:
+        LopError: the format cannot hold what recovery adds, `out` is there already, or the run lacks something.
+        CancelledError: `cancelled` said so.
+        OSError: the disk is full or read-only. After any error nothing is left behind.
+    """
+    recovery = recovery or run.config.recovery
+    check_format(format, recovery)
+    place = Location.parse(out)
+    check_new(place, bytes=Footprint(run.size, format, recovery).bytes(allocation.widths))
+    torch.set_num_threads(run.config.threads)
+    about = {
+        "version": __version__,
+        "source": run.config.model,
+        "target": target,
+        "importance": run.config.importance,
+        "recovery": recovery,
+        "fingerprints": run.calibration_fingerprints,
+    }
+
+    def on_layer(done: int, total: int) -> None:
+        if cancelled():
+            raise CancelledError("the export was cancelled")
+        progress("recover", done, total)
+
+    if recovery == "refit":
+        warn_of_samples(run)
+    with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
+        recovered = recover_checkpoint(
+            run.model_folder,
+            allocation,
+            recovery,
+            Path(folder),
+            order=run.order,
+            means=run.statistics.mean,
+            samples=run.samples.calibration,
+            batch_tokens=run.config.batch_tokens,
+            images=run.config.images,
+            device=run.config.device,
+            dtype=run.config.dtype,
+            progress=on_layer,
+        )
+        return export(
+            run.model_folder,
+            place,
+            allocation,
+            run.order,
+            about=about,
+            format=format,
+            recovered=recovered,
+            progress=lambda done, total: progress("export", done, total),
+            cancelled=cancelled,
+        )

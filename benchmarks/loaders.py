@@ -196,7 +196,7 @@ def probe_lmms_eval(folder: str, name: str) -> dict[str, Any]:
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.tasks import TaskManager
 
-    from lop.report.evaluate import manifest, tasks_folder
+    from lop.plugins.evaluate import manifest, tasks_folder
 
     for model in manifest():
         MODEL_REGISTRY_V2.register_manifest(model, overwrite=True)

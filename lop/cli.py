@@ -394,7 +394,7 @@ def _rivals(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from lop.report.evaluate import Evaluate, evaluate
+    from lop.plugins.evaluate import Evaluate, evaluate
 
     data = {}
     for entry in options.data:

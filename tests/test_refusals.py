@@ -12,7 +12,7 @@ import pytest
 
 from lop.cli import main
 from lop.model.find import assets
-from lop.report import evaluate as evaluation
+from lop.plugins import evaluate as evaluation
 
 Refused = Callable[..., str]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "0" + "\nsize 4467088\n"

@@ -1,6 +1,6 @@
 """LOP's models under lmms-eval: `--model lop --model_args pretrained=PATH`, dense or pruned.
 
-lmms-eval finds this through its own entry points (group `lmms_eval.models`; see `lop.report.evaluate.manifest`).
+lmms-eval finds this through its own entry points (group `lmms_eval.models`; see `lop.plugins.evaluate.manifest`).
 """
 
 from collections.abc import Sequence

@@ -15,7 +15,7 @@ from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem, SubTreeFile
 import lop
 from lop.cli import main
 from lop.errors import LopError
-from lop.report.evaluate import Evaluate, evaluate
+from lop.plugins.evaluate import Evaluate, evaluate
 from lop.storage.destination import check_new, check_writable
 from lop.storage.files import atomic_file, atomic_folder
 from lop.storage.location import Location
@@ -56,7 +56,7 @@ def test_every_entrance_refuses_before_any_work(
     for name in (
         "lop.stages.calibrate.load_model", "lop.stages.prune.recover_checkpoint", "lop.stages.search.build_trees",
         "lop.stages.local.Local.map",
-        "lop.report.evaluate._adapter", "lop.client.Client.make",
+        "lop.plugins.evaluate._adapter", "lop.client.Client.make",
     ):  # fmt: skip
         monkeypatch.setattr(name, work)
     for command in (
@@ -77,7 +77,7 @@ def test_every_entrance_refuses_before_any_work(
 @pytest.mark.parametrize("bad", ["through a file"], indirect=True)
 def test_results_that_could_not_be_kept_are_not_measured(bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lmms_eval")
-    monkeypatch.setattr("lop.report.evaluate._adapter", work)
+    monkeypatch.setattr("lop.plugins.evaluate._adapter", work)
     with pytest.raises(LopError, match="is not a folder"):
         evaluate("tiny", ["lop_word"], Evaluate(cache=Path(bad)))
 

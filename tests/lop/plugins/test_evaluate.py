@@ -15,8 +15,8 @@ from lop.model.encoding import encode
 from lop.model.find import assets
 from lop.model.importance import importance, order
 from lop.model.statistics import NeuronStatistics
+from lop.plugins.evaluate import EMBEDDED_TASKS, Evaluate, evaluate
 from lop.report.benchmark import METRICS, load_benchmark, probes, respond
-from lop.report.evaluate import EMBEDDED_TASKS, Evaluate, evaluate
 from lop.search.evaluator import Evaluator
 from lop.space.allocation import Allocation
 
@@ -56,8 +56,8 @@ def test_lmms_eval_gives_our_numbers(tmp_path: Path, shared_tiny: QwenVL, tiny_s
 def test_the_plugin_is_found_by_lmms_eval() -> None:
     from lmms_eval.models import MODEL_REGISTRY_V2
 
+    from lop.plugins.evaluate import manifest
     from lop.plugins.lmms_lop import LopQwenVL
-    from lop.report.evaluate import manifest
 
     for model in manifest():
         MODEL_REGISTRY_V2.register_manifest(model, overwrite=True)

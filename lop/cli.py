@@ -377,7 +377,7 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _rivals(options: argparse.Namespace) -> None:
-    from lop.methods.rivals import rivals_stage
+    from lop.stages.rivals import rivals_stage
 
     run = _run(options)
     for outcome in rivals_stage(run, seeds=run.config.tables.seeds):

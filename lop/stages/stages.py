@@ -21,7 +21,8 @@ from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.formats import Format, Recovery, check_format
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError, LopError
-from lop.methods.baselines import ALL_BASELINES, root_allocation
+from lop.methods.method import Root
+from lop.methods.registry import METHODS
 from lop.model.adapter import load_model
 from lop.model.elastic import ElasticModel
 from lop.model.encoding import encode
@@ -44,6 +45,7 @@ from lop.search.sensitivity import best_additive, measure_damages
 from lop.search.tree import Depth, SearchTree
 from lop.space.allocation import Allocation
 from lop.space.size import Target
+from lop.stages.rivals import rival_root
 from lop.storage.destination import check_new
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import check_fingerprints, fingerprint, fingerprint_file
@@ -109,7 +111,7 @@ def build_evaluator(config: Config, order: np.ndarray, samples: Sequence[Sample]
 
 
 def build_trees(run: Run) -> dict[float, SearchTree]:
-    """One tree for each target of the config, with its roots but for `sensitivity`, which evaluations must come before.
+    """One tree for each target of the config, with its roots but for those scanned, which evaluations must come before.
 
     Raises:
         LopError: a target is outside what the model's space allows, or two have the same budget.
@@ -118,7 +120,7 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
     budgets = {target: run.space.budget(target) for target in settings.targets.ratios}
     if len(set(budgets.values())) < len(budgets):
         raise LopError(f"search.targets.step {settings.targets.step} is too fine: two targets keep as many neurons")
-    names = ("uniform", *(name for name in settings.roots if name != "sensitivity"))
+    names = ("uniform", *(name for name in settings.roots if METHODS[name].root is not Root.SCANNED))
     return {
         target: SearchTree(
             run.space,
@@ -133,10 +135,9 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
 
 
 def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
-    if name in ALL_BASELINES:
-        return root_allocation(name, statistics_for(run, ALL_BASELINES[name]), run.space, budget)
-    from lop.methods.rivals import rival_root
-
+    method = METHODS[name]
+    if method.start is not None:
+        return method.start(statistics_for(run, method), run.space, budget)
     return rival_root(run, name, target)
 
 
@@ -153,7 +154,7 @@ def search_stage(run: Run, *, progress: bool = True) -> None:
     with _timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
         save_config(run.settled, run.folder / "config.yaml")
         with _workers(run) as workers, _watched(run, trees, shown=progress) as watcher:
-            if "sensitivity" in run.config.search.roots:
+            if run.config.search.scans:
                 levels = run.config.search.sensitivity_levels
                 damages = measure_damages(run.space, levels, workers, ledger, watcher=watcher)
                 for tree in trees.values():

@@ -10,7 +10,7 @@ import pytest
 
 import lop.model.elastic
 from lop.errors import LopError
-from lop.methods.rivals import Job, RivalWorker, _job_fingerprint
+from lop.stages.rivals import Job, RivalWorker, _job_fingerprint
 from lop.model.find import assets
 from lop.model.samples import SampleSets
 from lop.model.statistics import NeuronStatistics

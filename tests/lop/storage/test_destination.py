@@ -55,7 +55,7 @@ def test_every_entrance_refuses_before_any_work(
 ) -> None:
     for name in (
         "lop.stages.stages.load_model", "lop.stages.stages.recover_checkpoint", "lop.stages.stages.build_trees",
-        "lop.methods.rivals.map_on_workers",
+        "lop.stages.rivals.map_on_workers",
         "lop.report.evaluate._adapter", "lop.client.Client.make",
     ):  # fmt: skip
         monkeypatch.setattr(name, work)

@@ -1,0 +1,15 @@
+"""LOP's search: the best allocation that a run's own search has found for the budget."""
+
+from lop.methods.method import Method, Need, Side, look_up
+
+METHOD = Method(
+    "lop-search",
+    Side.LOP,
+    look_up,
+    needs=frozenset({Need.ACTIVATIONS, Need.SEARCH}),
+    in_report=True,
+    has_profile=True,
+    label="LOP search",
+)
+# In the curves, where it is one search among others.
+CURVE, CURVE_LABEL = "mcts", "MCTS with roots"

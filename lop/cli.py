@@ -366,13 +366,14 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from lop.report.report import write_report
-    from lop.report.tables import check_tables, write_tables
+    from lop.model.find import find_model
+    from lop.stages.compare import compare_stage, tables_stage
 
     run = _run(options)
-    check_tables(run, others=options.against)
-    print(write_report(run))
-    if (tables := write_tables(run, others=options.against)) is not None:
+    for name in options.against:
+        find_model(name)  # Before anything is done for nothing.
+    print(compare_stage(run))
+    if (tables := tables_stage(run, others=options.against)) is not None:
         print(tables)
 
 

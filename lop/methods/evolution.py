@@ -115,6 +115,7 @@ METHOD = Method(
     look_up,
     needs=frozenset({Need.ACTIVATIONS, Need.EVALUATIONS}),
     root=Root.FOUND,
-    search=Search(evolution, "evolution", shares=tuple(selection.share for selection in ROUNDS)),
+    search=Search(evolution, shares=tuple(selection.share for selection in ROUNDS)),
     has_profile=True,
+    in_curves="evolution",
 )

@@ -10,6 +10,5 @@ METHOD = Method(
     in_report=True,
     has_profile=True,
     label="LOP search",
+    in_curves="MCTS with roots",
 )
-# In the curves, where it is one search among others.
-CURVE, CURVE_LABEL = "mcts", "MCTS with roots"

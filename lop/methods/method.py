@@ -173,11 +173,9 @@ class Search:
         run: finds an allocation for each budget, from a seed: a function of its arguments.
         is_shared: one search serves all budgets, and nothing in it is drawn by chance.
         shares: of the samples that it evaluates on.
-        in_curves: its name where searches are compared with each other.
     """
 
     run: Callable[[Space, Reward, Sequence[int], int], Iterator[Discovery]]
-    in_curves: str
     is_shared: bool = False
     shares: tuple[float, ...] = (1.0,)
 
@@ -207,6 +205,7 @@ class Method:
         in_report: it is one of the few that `report.md` compares.
         has_profile: its widths differ from layer to layer in a way worth a picture.
         label: in pictures; the name if None.
+        in_curves: the label where searches are compared with each other, if it is one.
     """
 
     name: str
@@ -222,6 +221,7 @@ class Method:
     in_report: bool = False
     has_profile: bool = False
     label: str | None = None
+    in_curves: str | None = None
 
     def __call__(self, given: Given, budget: int) -> Choice:
         """What it does with `budget`.

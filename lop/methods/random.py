@@ -30,5 +30,6 @@ METHOD = Method(
     look_up,
     needs=frozenset({Need.ACTIVATIONS, Need.EVALUATIONS}),
     root=Root.FOUND,
-    search=Search(random_search, "random search"),
+    search=Search(random_search),
+    in_curves="random search",
 )

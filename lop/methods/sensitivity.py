@@ -27,6 +27,7 @@ METHOD = Method(
     look_up,
     needs=frozenset({Need.ACTIVATIONS, Need.EVALUATIONS}),
     root=Root.SCANNED,
-    search=Search(sensitivity_programme, "sensitivity programme", is_shared=True),
+    search=Search(sensitivity_programme, is_shared=True),
     has_profile=True,
+    in_curves="sensitivity programme",
 )

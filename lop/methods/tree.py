@@ -38,6 +38,7 @@ METHOD = Method(
     Side.RIVAL,
     look_up,
     needs=frozenset({Need.ACTIVATIONS, Need.EVALUATIONS}),
-    search=Search(tree_search, "MCTS without roots"),
+    search=Search(tree_search),
     is_compared=False,  # LOP itself, less its roots.
+    in_curves="MCTS without roots",
 )

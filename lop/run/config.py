@@ -95,8 +95,8 @@ class SearchSettings(_Settings):
 
     The reward decides (the paper's is accuracy), and the tie-breaker tells allocations of equal reward apart; see
     `lop.search.evaluation.Evaluation`.
-    Roots are methods of `lop.methods.registry`: most are read off the statistics, one is found by the search itself, and
-    those that search by themselves must have been run by `lop rivals` for its targets.
+    Roots are methods of `lop.methods.registry`: most are read off the statistics, one is found by the search itself,
+    and those that search by themselves must have been run by `lop rivals` for its targets.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     """
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from lop.checkpoint.export import verify
 from lop.errors import LopError
-from lop.report.report import write_report
 from lop.run.prediction import open_predictor
 from lop.run.run import Run
+from lop.stages.compare import compare_stage
 from lop.stages.stages import calibrate_stage, export_allocation, search_stage, train_stage
 from lop.storage.location import Location
 
@@ -26,7 +26,7 @@ def demo(run: Run) -> Path:
         ("search", lambda: search_stage(run)),
         ("train", lambda: train_stage(run)),
         ("prune", lambda: _prune_all(run)),
-        ("compare", lambda: write_report(run)),
+        ("compare", lambda: compare_stage(run)),
     )
     run.check_writable()
     for number, (name, stage) in enumerate(stages, start=1):

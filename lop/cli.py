@@ -374,19 +374,20 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from lop.report.report import write_report
-    from lop.report.tables import check_tables, write_tables
+    from lop.model.find import find_model
+    from lop.stages.compare import compare_stage, tables_stage
 
     run = _run(options)
     compute = _compute(run.config)
-    check_tables(run, others=options.against)
-    print(write_report(run, compute))
-    if (tables := write_tables(run, compute, others=options.against)) is not None:
+    for name in options.against:
+        find_model(name)  # Before anything is done for nothing.
+    print(compare_stage(run, compute))
+    if (tables := tables_stage(run, compute, others=options.against)) is not None:
         print(tables)
 
 
 def _rivals(options: argparse.Namespace) -> None:
-    from lop.methods.rivals import rivals_stage
+    from lop.stages.rivals import rivals_stage
 
     run = _run(options)
     for outcome in rivals_stage(run, _compute(run.config), seeds=run.config.tables.seeds):

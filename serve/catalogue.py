@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lop.errors import LopError
+from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.report.intervals import Interval, wilson
 from lop.run.config import find_config, load_config
 from lop.run.prediction import predictor_for
@@ -161,7 +162,7 @@ def _compared(run: Run) -> list[Curve]:
     # The averages are without recovery; with each there are fewer targets.
     plain = ({**average, "recovery": "none"} for average in data["averages"])
     for row in (*plain, *data.get("recoveries", ())):
-        if row["method"] == "lop-predictor":
+        if row["method"] == LOP_PREDICTOR.name:
             points = measured.setdefault(row["recovery"], {dense["target"]: Interval(**dense["accuracy"])})
             points[row["target"]] = Interval(**row["accuracy"])
     source = "the predictor's allocations on the test samples"

@@ -1,16 +1,14 @@
-"""The evolutionary rival: EvoPress (Sieberling et al., 2024) over the same allocations, with the exact budget."""
+"""Evolution: EvoPress (Sieberling et al., 2024) over the same allocations, with the exact budget."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lop.space.allocation import Allocation, Space
+from lop.methods.method import Discovery, Method, Need, Reward, Root, Search, Side, Worth, look_up
+from lop.space.allocation import Allocation, Space, uniform
 
 _MOST_MOVES = 3
-
-# What an allocation is worth: more is better, later entries break ties.
-Worth = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -92,3 +90,32 @@ def evolve(
         if worths[0] >= best_worth:
             best, best_worth = candidates[0], worths[0]
         yield Step(spent, best, best_worth)
+
+
+def evolution(space: Space, reward: Reward, budgets: Sequence[int], seed: int) -> Iterator[Discovery]:
+    """From the uniform allocation, for each budget."""
+    for budget in budgets:
+        steps = list(
+            evolve(
+                uniform(space, budget),
+                space,
+                reward.worth,
+                evaluations=reward.evaluations,
+                seed=(seed, budget),
+                step=space.granularity,
+            )
+        )
+        curve = tuple((step.spent, step.worth[0]) for step in steps)
+        yield Discovery(budget, steps[-1].best, steps[-1].worth, curve)
+
+
+METHOD = Method(
+    "evolution",
+    Side.RIVAL,
+    look_up,
+    needs=frozenset({Need.ACTIVATIONS, Need.EVALUATIONS}),
+    root=Root.FOUND,
+    search=Search(evolution, shares=tuple(selection.share for selection in ROUNDS)),
+    has_profile=True,
+    in_curves="evolution",
+)

@@ -1,29 +1,33 @@
 """Scores of FFN neurons: which to keep first. Each takes the statistics and returns [L, F], higher is kept longer."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lop.errors import LopError
-from lop.model.statistics import NeuronStatistics
+
+# The settings of a run name importances, so their registry is read with no torch behind it.
+if TYPE_CHECKING:
+    from lop.model.statistics import NeuronStatistics
 
 
-def activation(statistics: NeuronStatistics) -> np.ndarray:
+def activation(statistics: "NeuronStatistics") -> np.ndarray:
     """`sqrt(Σ h_j²)`, the L2 norm of the neuron's activation over calibration tokens (LOP, A.2)."""
     return np.sqrt(statistics.squares)
 
 
-def contribution(statistics: NeuronStatistics) -> np.ndarray:
+def contribution(statistics: "NeuronStatistics") -> np.ndarray:
     """`sqrt(Σ h_j²)·‖W_down[:, j]‖₂`, the L2 norm over tokens of what the neuron adds to the residual stream."""
     return activation(statistics) * statistics.down_l2
 
 
-def magnitude(statistics: NeuronStatistics) -> np.ndarray:
+def magnitude(statistics: "NeuronStatistics") -> np.ndarray:
     """`‖W_down[:, j]‖₂`."""
     return statistics.down_l2
 
 
-def wanda(statistics: NeuronStatistics) -> np.ndarray:
+def wanda(statistics: "NeuronStatistics") -> np.ndarray:
     """`mean_i |W_down[i, j]|·sqrt(E[h_j²])` (Wanda, Sun et al. 2023; structured as in An et al. 2023).
 
     The same as FLAP's weighted input feature norm, WIFN.
@@ -31,12 +35,12 @@ def wanda(statistics: NeuronStatistics) -> np.ndarray:
     return statistics.down_l1 * np.sqrt(statistics.squares / statistics.count)
 
 
-def fluctuation(statistics: NeuronStatistics) -> np.ndarray:
+def fluctuation(statistics: "NeuronStatistics") -> np.ndarray:
     """`Var[h_j]`, the input feature variance IFV (FLAP, An et al. 2023)."""
     return statistics.variance
 
 
-def flap(statistics: NeuronStatistics) -> np.ndarray:
+def flap(statistics: "NeuronStatistics") -> np.ndarray:
     """`Var[h_j]·‖W_down[:, j]‖₂²`, the weighted input feature variance WIFV (FLAP, An et al. 2023).
 
     The exact token-weighted variance, where FLAP's published code uses a running approximation.
@@ -44,7 +48,7 @@ def flap(statistics: NeuronStatistics) -> np.ndarray:
     return statistics.variance * statistics.down_l2**2
 
 
-IMPORTANCES: dict[str, Callable[[NeuronStatistics], np.ndarray]] = {
+IMPORTANCES: "dict[str, Callable[[NeuronStatistics], np.ndarray]]" = {
     "activation": activation,
     "contribution": contribution,
     "magnitude": magnitude,
@@ -54,7 +58,7 @@ IMPORTANCES: dict[str, Callable[[NeuronStatistics], np.ndarray]] = {
 }
 
 
-def importance(name: str, statistics: NeuronStatistics) -> np.ndarray:
+def importance(name: str, statistics: "NeuronStatistics") -> np.ndarray:
     """The scores [L, F] of a named importance.
 
     Raises:

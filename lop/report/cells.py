@@ -2,10 +2,10 @@
 
 import base64
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,13 +18,24 @@ from lop.model.find import find_model
 from lop.model.importance import importance, order
 from lop.model.samples import Sample, fingerprint_samples
 from lop.model.statistics import NeuronStatistics
-from lop.run.compute import Compute
 from lop.run.config import Config
 from lop.run.run import Run
 from lop.search.evaluator import Evaluator
 from lop.space.allocation import Allocation
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import fingerprint
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Spread(Protocol):
+    """Does independent pieces of work, side by side where there are workers."""
+
+    def __call__(
+        self, build: Callable[[], Callable[[Item], Result]], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, Result]]:
+        """Pairs of item and result, as they come; `build` makes a worker, and is picklable."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ class CellWorker:
 
 
 def score_cells(
-    run: Run, compute: Compute, cells: Sequence[Cell], samples: Sequence[Sample], *, progress: bool = True
+    run: Run, cells: Sequence[Cell], samples: Sequence[Sample], spread: Spread, *, progress: bool = True
 ) -> dict[Cell, Scored]:
     """Scores every cell once; what an earlier call has scored is read from the run's folder.
 
@@ -99,7 +110,7 @@ def score_cells(
     waiting = [cell for cell in files if not files[cell].exists()]
     # Cells of one importance stand together: sorting is what a change of it costs.
     waiting.sort(key=lambda cell: cell.importance)
-    results = compute.map(partial(CellWorker, run.settled, run.statistics, samples), waiting, run.config)
+    results = spread(partial(CellWorker, run.settled, run.statistics, samples), waiting)
     for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
         write_json(files[cell], scored.as_dict())
         run.keep(files[cell])

@@ -1,12 +1,11 @@
 """LOP against the baselines on the test samples: same neurons, same budgets, accuracies with intervals, seconds."""
 
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,26 +13,20 @@ from tqdm import tqdm
 
 from lop.checkpoint.formats import Recovery
 from lop.checkpoint.recovery import recover_elastic
-from lop.errors import LopError
-from lop.methods.baselines import BASELINES, Baseline
+from lop.methods.method import Need, Seconds, Side
+from lop.methods.registry import IN_REPORT, METHODS
 from lop.model.adapter import QwenVL, load_model
 from lop.model.elastic import ElasticModel
 from lop.model.encoding import Encoded, encode
 from lop.model.importance import importance, order
 from lop.model.samples import FORMS, Sample, check_answers, fingerprint_samples
-from lop.model.statistics import NeuronStatistics, calibrate
+from lop.model.statistics import calibrate
+from lop.report.entries import given
 from lop.report.intervals import Interval, paired_bootstrap, wilson
-from lop.run.prediction import open_predictor
-from lop.run.results import read_search
 from lop.run.run import Run
 from lop.search.evaluator import Evaluator
 from lop.space.allocation import Allocation, dense
 from lop.storage.fingerprint import fingerprint, fingerprint_file
-
-log = logging.getLogger(__name__)
-T = TypeVar("T")
-LOP_METHODS = ("lop-search", "lop-predictor")
-METHODS = ("dense", *BASELINES, *LOP_METHODS)
 
 
 @dataclass(frozen=True)
@@ -79,17 +72,25 @@ class Recovered:
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """What a method spends: `calibrate` once for a model, `allocate` and `apply` for each target (medians).
-
-    For `lop-search` allocate is the search's time for one target; `lop-predictor` has that search, and the training,
-    behind it once for all targets.
-    """
+class Spent:
+    """What a method takes, medians over targets."""
 
     method: str
-    calibrate: float
-    allocate: float
-    apply: float
+    seconds: Seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"method": self.method, **asdict(self.seconds)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Spent":
+        """The inverse of `as_dict`."""
+        values = dict(data)
+        method = values.pop("method")
+        if "apply" in values:  # Earlier comparisons timed what is sorting and what is pruning as one.
+            values = {**values, "sort": 0.0, "prune": values["apply"]}
+            del values["apply"]
+        return cls(method, Seconds(**values))
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,14 @@ class Comparison:
     rows: tuple[Row, ...]
     averages: tuple[Average, ...]
     recoveries: tuple[Recovered, ...]
-    seconds: tuple[Seconds, ...]
+    seconds: tuple[Spent, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        names = ("rows", "seconds", "averages", "recoveries")
+        names = ("rows", "averages", "recoveries")
         lists = {name: [asdict(value) for value in getattr(self, name)] for name in names}
-        return {"fingerprints": dict(self.fingerprints), **lists}
+        spent = [value.as_dict() for value in self.seconds]
+        return {"fingerprints": dict(self.fingerprints), **lists, "seconds": spent}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Comparison":
@@ -125,21 +127,11 @@ class Comparison:
             rows=tuple(Row(**row) for row in data["rows"]),
             averages=tuple(average(values) for values in data["averages"]),
             recoveries=tuple(map(recovered, data["recoveries"])),
-            seconds=tuple(Seconds(**values) for values in data["seconds"]),
+            seconds=tuple(map(Spent.from_dict, data["seconds"])),
         )
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """What a method would do at a target, and the seconds that choosing took."""
-
-    allocation: Allocation
-    scores: np.ndarray
-    recovery: Recovery
-    seconds: float
-
-
-def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
+def compare(run: Run, *, progress: bool = True) -> Comparison:
     """Evaluates every method at every target of the config, and with every recovery at those meant for it.
 
     Raises:
@@ -157,55 +149,53 @@ def compare_stage(run: Run, *, progress: bool = True) -> Comparison:
     evaluator = Evaluator(elastic, encoded)
 
     recover = partial(recover_elastic, elastic, means=run.statistics.mean, calibration=calibration)
-    choose = _choosers(run)
+    known = {name: given(run, METHODS[name], progress=progress) for name in IN_REPORT}
     hits = {("dense", 0.0): evaluator.scores().correct}
     widths = {("dense", 0.0): dense(run.space).widths}
-    allocate: dict[str, list[float]] = {name: [] for name in choose}
-    apply: dict[str, list[float]] = {name: [] for name in choose}
+    spent: dict[str, list[Seconds]] = {name: [] for name in IN_REPORT}
     recovered: dict[tuple[str, float, Recovery], np.ndarray] = {}
-    known: dict[tuple[bytes, Allocation, Recovery], np.ndarray] = {}
+    scores: dict[tuple[str, Allocation, Recovery], np.ndarray] = {}
 
-    def scored(rows: np.ndarray, allocation: Allocation, recovery: Recovery) -> np.ndarray:
+    def scored(importance: str, allocation: Allocation, recovery: Recovery) -> np.ndarray:
         # LOP's search and predictor often choose the same.
-        key = (rows.tobytes(), allocation, recovery)
-        if key not in known:
+        key = (importance, allocation, recovery)
+        if key not in scores:
             recover(allocation, recovery)
-            known[key] = evaluator.scores().correct
-        return known[key]
+            scores[key] = evaluator.scores().correct
+        return scores[key]
 
     targets, recoveries = config.compare.targets, config.compare.recoveries
     recovery_targets = config.compare.recovery_targets if recoveries else ()
-    pairs = [(name, target) for target in dict.fromkeys((*targets, *recovery_targets)) for name in choose]
+    pairs = [(name, target) for target in dict.fromkeys((*targets, *recovery_targets)) for name in IN_REPORT]
     for name, target in tqdm(pairs, desc="compare", unit="method", disable=not progress):
-        choice = choose[name](run.space.budget(target))
-        rows = order(choice.scores)
+        choice = METHODS[name](known[name], run.space.budget(target))
+        published: Recovery = "bias" if choice.bias else "none"
         start = time.perf_counter()
-        elastic.sort(rows)
+        elastic.sort(order(importance(choice.importance, run.statistics)))
+        sorted_at = time.perf_counter()
         if target in targets:
-            recover(choice.allocation, choice.recovery)
-            apply[name].append(time.perf_counter() - start)
-            allocate[name].append(choice.seconds)
-            hits[name, target] = scored(rows, choice.allocation, choice.recovery)
+            recover(choice.allocation, published)
+            first = calibrate_seconds if Need.ACTIVATIONS in METHODS[name].needs else 0.0
+            pruned = time.perf_counter() - sorted_at
+            spent[name].append(Seconds(first, choice.seconds, sorted_at - start, pruned))
+            hits[name, target] = scored(choice.importance, choice.allocation, published)
             widths[name, target] = choice.allocation.widths
         if target in recovery_targets:
             for recovery in recoveries:
-                recovered[name, target, recovery] = scored(rows, choice.allocation, recovery)
+                recovered[name, target, recovery] = scored(choice.importance, choice.allocation, recovery)
         elastic.restore()
     return Comparison(
         fingerprints=comparison_fingerprints(run),
         rows=tuple(row for (name, target), correct in hits.items() for row in _rows(questions, name, target, correct)),
         averages=tuple(_averages(questions, hits, widths)),
         recoveries=tuple(_recoveries(questions, recovered)),
-        seconds=tuple(
-            Seconds(
-                name,
-                0.0 if name == "magnitude" else calibrate_seconds,
-                statistics.median(allocate[name]),
-                statistics.median(apply[name]),
-            )
-            for name in choose
-        ),
+        seconds=tuple(Spent(name, _medians(each)) for name, each in spent.items()),
     )
+
+
+def _medians(spent: Sequence[Seconds]) -> Seconds:
+    names = ("calibrate", "allocate", "sort", "prune")
+    return Seconds(*(statistics.median(getattr(each, name) for each in spent) for name in names))
 
 
 def comparison_fingerprints(run: Run) -> dict[str, str]:
@@ -225,40 +215,6 @@ def _time_calibration(run: Run, model: QwenVL) -> tuple[float, Encoded]:
     encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens, images=run.config.images)
     calibrate(model, encoded)
     return time.perf_counter() - start, encoded
-
-
-def _choosers(run: Run) -> dict[str, Callable[[int], _Choice]]:
-    """For each method, what it does with a budget."""
-    found = {run.space.budget(result.target): result for result in read_search(run)}
-    search_seconds = run.seconds().get("search", 0.0) / len(found)
-    predictor = open_predictor(run, run.predictor_folder)
-    scores = importance(run.config.importance, run.statistics)
-
-    def searched(budget: int) -> _Choice:
-        if budget not in found:
-            raise LopError(
-                f"the search has no target {run.space.ratio(budget):.4g}: "
-                "name those that it has in compare.targets and compare.recovery_targets"
-            )
-        return _Choice(found[budget].best, scores, "none", search_seconds)
-
-    def predicted(budget: int) -> _Choice:
-        predictor.allocate(budget)  # The first call pays for set-up that later ones do not.
-        seconds, allocation = _timed(lambda: predictor.allocate(budget))
-        return _Choice(allocation, scores, "none", seconds)
-
-    baselines = {name: _baseline_chooser(run, baseline) for name, baseline in BASELINES.items()}
-    return {**baselines, "lop-search": searched, "lop-predictor": predicted}
-
-
-def _baseline_chooser(run: Run, baseline: Baseline) -> Callable[[int], _Choice]:
-    collected: NeuronStatistics = run.statistics
-
-    def choose(budget: int) -> _Choice:
-        seconds, allocation = _timed(lambda: baseline.allocate(collected, run.space, budget))
-        return _Choice(allocation, baseline.score(collected), "bias" if baseline.bias else "none", seconds)
-
-    return choose
 
 
 def _rows(samples: Sequence[Sample], method: str, target: float, correct: np.ndarray) -> list[Row]:
@@ -281,8 +237,8 @@ def _averages(
     accuracies = {key: interval(correct) for key, correct in hits.items()}
     averages = []
     for (method, target), correct in hits.items():
-        rivals = [name for name in BASELINES if (name, target) in hits] or [method]
-        best = max(rivals, key=lambda name: accuracies[name, target].value)
+        baselines = [name for name in IN_REPORT if METHODS[name].side is Side.BASELINE and (name, target) in hits]
+        best = max(baselines or [method], key=lambda name: accuracies[name, target].value)
         difference = interval(correct.astype(np.int64) - hits[best, target].astype(np.int64))
         averages.append(Average(method, target, widths[method, target], accuracies[method, target], best, difference))
     return averages
@@ -306,9 +262,3 @@ def _bootstrap(samples: Sequence[Sample]) -> Callable[[np.ndarray], Interval]:
     forms = np.unique([sample.form for sample in samples], return_inverse=True)[1]
     images = np.unique([sample.image_key for sample in samples], return_inverse=True)[1]
     return lambda values: paired_bootstrap(values.astype(np.float64), forms, images)
-
-
-def _timed(action: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
-    value = action()
-    return time.perf_counter() - start, value

@@ -9,11 +9,11 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from lop.methods.method import Side
+from lop.methods.registry import METHODS
 from lop.report.compare import Average
 from lop.run.results import Found
 from lop.storage.files import atomic_file
-
-_LABELS = {"lop-search": "LOP search", "lop-predictor": "LOP predictor", "flap": "FLAP", "wanda": "Wanda-sp"}
 
 
 def plot_accuracy(averages: Sequence[Average], path: Path) -> None:
@@ -26,7 +26,7 @@ def plot_accuracy(averages: Sequence[Average], path: Path) -> None:
         mine = sorted((a for a in averages if a.method == method), key=lambda average: average.target)
         values = np.array([[a.accuracy.value, a.accuracy.low, a.accuracy.high] for a in mine]) * 100
         spread = np.abs(values[:, 1:].T - values[:, 0])
-        is_lop = method.startswith("lop")
+        is_lop = METHODS[method].side is Side.LOP
         axes.errorbar(
             # Side by side, so that the intervals can be told apart.
             [100 * a.target + 0.4 * (index - len(methods) / 2) for a in mine],
@@ -36,7 +36,7 @@ def plot_accuracy(averages: Sequence[Average], path: Path) -> None:
             linewidth=2.4 if is_lop else 1.2,
             linestyle="-" if is_lop else "--",
             capsize=3,
-            label=_LABELS.get(method, method),
+            label=METHODS[method].label or method,
         )
     axes.set(xlabel="FFN neurons removed (%)", ylabel="accuracy, mean over forms (%)")
     axes.set_title("Accuracy on the test samples")

@@ -1,6 +1,5 @@
 """What `lop compare` and `lop demo` leave for people: a table, plots, and the same numbers as JSON."""
 
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -8,36 +7,25 @@ import numpy as np
 from rich.table import Table
 
 from lop.console import PlainConsole
-from lop.errors import LopError
+from lop.methods.registry import IN_REPORT
 from lop.model.samples import FORMS
-from lop.report.compare import METHODS, Average, Comparison, Recovered, Seconds, compare_stage, comparison_fingerprints
+from lop.report.compare import Average, Comparison, Recovered, Spent
 from lop.report.intervals import Interval
 from lop.report.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
-from lop.run.compute import Compute, on_worker
 from lop.run.results import read_search
 from lop.run.run import Run
-from lop.storage.files import atomic_file, read_as, read_json, write_json
+from lop.storage.files import atomic_file, read_json
 
 _FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
 
 
-def write_report(run: Run, compute: Compute) -> Path:
-    """Compares, and writes `results.json`, the plots and `report.md` into the run's folder; prints the table.
+def write_report(run: Run, comparison: Comparison) -> Path:
+    """Writes the plots and `report.md` into the run's folder; prints the table.
 
     Raises:
         LopError: an earlier stage has not been run.
     """
     found = read_search(run)
-    if not run.predictor_folder.exists():
-        raise LopError(f"{run.predictor_folder} is missing: run `lop train` first")
-    run.check_writable()
-    results = run.folder / "results.json"
-    fingerprints = comparison_fingerprints(run)
-    if results.exists() and read_as(results, itemgetter("fingerprints")) == fingerprints:
-        comparison = read_as(results, Comparison.from_dict)
-    else:
-        comparison = on_worker(compare_stage, run, compute)
-        write_json(results, comparison.as_dict())
     ratios = np.array([result.best.ratios(run.space) for result in found])
     plot_accuracy(comparison.averages, run.folder / "accuracy.png")
     plot_allocations(found, ratios, run.folder / "allocations.png")
@@ -60,7 +48,7 @@ def print_table(comparison: Comparison) -> None:
     by_key = {(average.method, average.target): average for average in comparison.averages}
     dense = by_key["dense", 0.0]
     table.add_row("dense", *[_percent(dense)] * len(targets))
-    for method in METHODS[1:]:
+    for method in IN_REPORT:
         table.add_row(method, *(_percent(by_key[method, target]) for target in targets))
     PlainConsole().print(table)
 
@@ -145,7 +133,7 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
         row |= {f"{result.recovery} − {other}": _points(value) for other, value in result.differences.items()}
     rows = [
         [method, f"{target:.0%}", *(row[column] for column in columns)]
-        for (method, target), row in sorted(cells.items(), key=lambda item: (item[0][1], METHODS.index(item[0][0])))
+        for (method, target), row in sorted(cells.items(), key=lambda item: (item[0][1], IN_REPORT.index(item[0][0])))
     ]
     return [
         "## Recovery",
@@ -157,8 +145,11 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
     ]
 
 
-def _seconds_table(seconds: tuple[Seconds, ...]) -> str:
-    rows = [[s.method, f"{s.calibrate:.3f}", f"{s.allocate:.6f}", f"{s.apply:.4f}"] for s in seconds]
+def _seconds_table(spent: tuple[Spent, ...]) -> str:
+    rows = [
+        [of.method, f"{of.seconds.calibrate:.3f}", f"{of.seconds.allocate:.6f}", f"{of.seconds.apply:.4f}"]
+        for of in spent
+    ]
     return _table(["method", "calibrate", "allocate", "apply"], rows)
 
 

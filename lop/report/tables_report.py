@@ -9,9 +9,13 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from lop.methods.method import Side
+from lop.methods.registry import IN_REPORT, METHODS
+from lop.report.board import Value
 from lop.report.intervals import Interval
 from lop.report.plots import save_figure
-from lop.report.tables import Model, Seconds, Tables, Value
+from lop.report.speed import Speed
+from lop.report.tables import Model, Tables
 from lop.run.run import Run
 from lop.storage.files import atomic_file, write_json
 
@@ -23,16 +27,8 @@ _NAMES = {
     "pope": "POPE-like",
     "average": "average",
 }
-_RADAR_METHODS = ("lop-search", "lop-predictor", "uniform", "magnitude", "wanda", "flap")
+_RADAR_METHODS = sorted(IN_REPORT, key=lambda name: METHODS[name].side is not Side.LOP)
 _RADAR_TARGETS = (0.2, 0.3, 0.5, 0.6)
-_ALLOCATION_METHODS = ("lop-search", "lop-predictor", "flap", "owl", "alphapruning", "sensitivity", "evolution")
-_CURVES = {
-    "mcts": "MCTS with roots",
-    "mcts-noroots": "MCTS without roots",
-    "evolution": "evolution",
-    "random": "random search",
-    "sensitivity": "sensitivity programme",
-}
 _GRID = 100
 Row = list[str]
 
@@ -104,26 +100,26 @@ def _markdown(run: Run, tables: Tables, pictures: dict[str, tuple[Row, list[Row]
 
 
 def _table1(tables: Tables, columns: Sequence[str]) -> tuple[Row, list[Row]]:
-    speedups = {seconds.method: seconds for seconds in tables.seconds}
+    speeds = {speed.method: speed for speed in tables.seconds}
     header = ["pruned", "method", *(_NAMES[column] for column in columns), "speed-up"]
     rows = []
     cells = {(value.target, value.method, value.column): value for value in tables.values}
     for target, method in dict.fromkeys((v.target, v.method) for v in _shown(tables.values)):
-        mine = speedups.get(method)
-        speed = f"{_ratio(mine.speedup_paper)} / {_ratio(mine.speedup_cached)}" if mine else ""
+        mine = speeds.get(method)
+        speed = f"{_ratio(mine.paper)} / {_ratio(mine.cached)}" if mine else ""
         rows.append([f"{target:.0%}", method, *(_cell(cells[target, method, column]) for column in columns), speed])
     return header, rows
 
 
 def _shown(values: Iterable[Value]) -> list[Value]:
-    return sorted((value for value in values if value.family != "architecture"), key=lambda value: value.target)
+    return sorted((value for value in values if value.side is not Side.ARCHITECTURE), key=lambda value: value.target)
 
 
 def _cell(value: Value) -> str:
     number = f"{value.metric:.1f}"
     if value.column == "average":
         number += f" ±{50 * (value.share.high - value.share.low):.1f}"
-    text = number if value.family == "dense" else f"{number} ({-value.drop:+.1f})"
+    text = number if value.side is Side.DENSE else f"{number} ({-value.drop:+.1f})"
     return f"**{text}**" if value.bold else text
 
 
@@ -138,7 +134,7 @@ def _behind(values: Sequence[Value]) -> str:
             f"{value.p:.3f}",
         ]
         for value in _shown(values)
-        if value.family == "lop" and not value.bold
+        if value.side is Side.LOP and not value.bold
     ]
     if not rows:
         return "Nowhere."
@@ -176,7 +172,7 @@ def _table3(tables: Tables, columns: Sequence[str]) -> tuple[Row, list[Row]]:
     values = {
         (value.method, value.target): value
         for value in tables.values
-        if value.family == "architecture" and value.column == columns[-1]
+        if value.side is Side.ARCHITECTURE and value.column == columns[-1]
     }
     targets = sorted({target for _, target in values})
     rows = []
@@ -193,16 +189,12 @@ def _with_seeds(value: Value) -> str:
     return f"{text} ±{100 * np.std(value.seeds, ddof=1):.1f}" if len(value.seeds) > 1 else text
 
 
-def _seconds_table(seconds: Sequence[Seconds]) -> tuple[Row, list[Row]]:
-    rows = [
-        [
-            entry.method,
-            *(f"{value:.2g}" for value in (entry.calibrate, entry.allocate, entry.sort, entry.prune)),
-            _ratio(entry.speedup_paper),
-            _ratio(entry.speedup_cached),
-        ]
-        for entry in seconds
-    ]
+def _seconds_table(speeds: Sequence[Speed]) -> tuple[Row, list[Row]]:
+    rows = []
+    for speed in speeds:
+        own = speed.seconds
+        parts = [f"{value:.2g}" for value in (own.calibrate, own.allocate, own.sort, own.prune)]
+        rows.append([speed.method, *parts, _ratio(speed.paper), _ratio(speed.cached)])
     return ["method", "calibrate", "allocate", "sort", "prune", "speed-up (paper)", "speed-up (cached)"], rows
 
 
@@ -245,12 +237,11 @@ def _draw_radar(values: Sequence[Value], columns: Sequence[str], path: Path) -> 
     )
     for axes, target in zip(grid[0], targets):
         lines = {method: [shares.get((method, target, c), np.nan) for c in columns] for method in _RADAR_METHODS}
-        lines["dense"] = [shares["dense", 0.0, column] for column in columns]
         for method, line in lines.items():
-            style = {"color": "0.6", "linestyle": ":"} if method == "dense" else {}
-            axes.plot(
-                [*angles, angles[0]], [*line, line[0]], label=method, linewidth=2 if "lop" in method else 1.2, **style
-            )
+            style = {"linewidth": 2 if METHODS[method].side is Side.LOP else 1.2}
+            axes.plot([*angles, angles[0]], [*line, line[0]], label=method, **style)
+        dense = [shares["dense", 0.0, column] for column in columns]
+        axes.plot([*angles, angles[0]], [*dense, dense[0]], label="dense", color="0.6", linestyle=":", linewidth=1.2)
         axes.set_xticks(angles, [_NAMES[column].replace(" ", "\n") for column in columns], fontsize=8)
         axes.set_theta_offset(np.pi / 2)  # The first column on top, where its name has room.
         axes.tick_params(axis="x", pad=10)
@@ -261,7 +252,7 @@ def _draw_radar(values: Sequence[Value], columns: Sequence[str], path: Path) -> 
 
 
 def _draw_allocations(tables: Tables, path: Path) -> None:
-    records = [record for record in tables.allocations if record["method"] in _ALLOCATION_METHODS]
+    records = [record for record in tables.allocations if METHODS[record["method"]].has_profile]
     targets = sorted({record["target"] for record in records})
     figure, grid = plt.subplots(
         len(targets), 1, figsize=(7.5, 2.1 * len(targets) + 0.6), sharex=True, squeeze=False, layout="constrained"
@@ -270,7 +261,7 @@ def _draw_allocations(tables: Tables, path: Path) -> None:
         for record in records:
             if record["target"] == target:
                 ratios = 100 * np.array(record["ratios"])
-                is_lop = record["method"].startswith("lop")
+                is_lop = METHODS[record["method"]].side is Side.LOP
                 axes.plot(
                     ratios, label=record["method"], linewidth=2.2 if is_lop else 1, marker="o" if is_lop else None
                 )
@@ -287,20 +278,21 @@ def _draw_curves(tables: Tables, path: Path) -> None:
     common = set.intersection(
         *({c.target for c in tables.curves if c.rival == r} for r in {c.rival for c in tables.curves})
     )
-    for rival, label in _CURVES.items():
-        mine = [curve for curve in tables.curves if curve.rival == rival and curve.target in common]
+    for method in METHODS.values():
+        mine = [curve for curve in tables.curves if curve.rival == method.name and curve.target in common]
         if not mine:
             continue
         seeds = sorted({curve.seed for curve in mine})
-        if rival == "sensitivity":
-            axes.plot(mine[0].curve[-1][0], np.mean([curve.reward for curve in mine]), "D", label=label)
+        if method.search and method.search.is_shared:  # All that it spends, it spends at once.
+            reward = np.mean([curve.reward for curve in mine])
+            axes.plot(mine[0].curve[-1][0], reward, "D", label=method.in_curves)
             continue
         last = max(curve.curve[-1][0] for curve in mine)
         grid = np.linspace(1, last, _GRID)
         by_seed = np.array(
             [np.mean([_at(curve.curve, grid) for curve in mine if curve.seed == seed], axis=0) for seed in seeds]
         )
-        (line,) = axes.plot(grid, by_seed.mean(0), label=label)
+        (line,) = axes.plot(grid, by_seed.mean(0), label=method.in_curves)
         if len(seeds) > 1:
             half = 1.96 * by_seed.std(0, ddof=1) / np.sqrt(len(seeds))
             axes.fill_between(grid, by_seed.mean(0) - half, by_seed.mean(0) + half, alpha=0.2, color=line.get_color())

@@ -1,30 +1,40 @@
 """The settings of a run: YAML files from `configs/`, validated on load, with `--set key=value` on top."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetPydanticSchema, ValidationError, model_validator
+from pydantic_core import core_schema
 
 from lop.checkpoint.formats import Recovery
 from lop.errors import LopError
+from lop.methods.method import Root as RootKind
+from lop.methods.registry import BASELINES, METHODS, ROOTS, SEARCHES
 from lop.model.find import EMBEDDED, SHIPPED, settled
 from lop.model.image_settings import ImageSettings
+from lop.model.importance import IMPORTANCES
+from lop.predictor.inference import NETWORKS
 from lop.search.tree import TreeOptions
 from lop.storage.files import atomic_file
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
-Importance = Literal["activation", "contribution", "magnitude", "wanda", "flap", "fluctuation"]
-# `sensitivity` is found by the search itself; the last two must have been run by `lop rivals` for its targets.
-Root = Literal[
-    "uniform", "magnitude", "wanda", "flap", "flap-ifv-al-am", "owl", "alphapruning",
-    "sensitivity", "random", "evolution",
-]  # fmt: skip
-Rival = Literal["random", "sensitivity", "evolution", "mcts-noroots"]
+
+
+def _one_of(names: Iterable[str]) -> GetPydanticSchema:
+    """The keys of a registry, as what a setting may be."""
+    return GetPydanticSchema(lambda _source, _handler: core_schema.literal_schema(list(names)))
+
+
+Importance = Annotated[str, _one_of(IMPORTANCES)]
+Root = Annotated[str, _one_of(ROOTS)]
+Baseline = Annotated[str, _one_of(BASELINES)]
+Rival = Annotated[str, _one_of(SEARCHES)]
+Architecture = Annotated[str, _one_of(NETWORKS)]
 
 
 _Item = TypeVar("_Item")
@@ -85,6 +95,8 @@ class SearchSettings(_Settings):
 
     The reward decides (the paper's is accuracy), and the tie-breaker tells allocations of equal reward apart; see
     `lop.search.evaluation.Evaluation`.
+    Roots are methods of `lop.methods.registry`: most are read off the statistics, one is found by the search itself,
+    and those that search by themselves must have been run by `lop rivals` for its targets.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     """
 
@@ -114,7 +126,12 @@ class SearchSettings(_Settings):
     @property
     def needs_divergence(self) -> bool:
         """Whether evaluations are compared with the dense model's distributions."""
-        return "divergence" in (self.reward, self.tie_breaker) or "sensitivity" in self.roots
+        return "divergence" in (self.reward, self.tie_breaker) or self.scans
+
+    @property
+    def scans(self) -> bool:
+        """Whether layers are scanned one by one before the trees begin, for a root."""
+        return any(METHODS[name].root is RootKind.SCANNED for name in self.roots)
 
     @property
     def needs_answers(self) -> bool:
@@ -143,7 +160,7 @@ class TrainSettings(_Settings):
     epoch with the least validation error is kept.
     """
 
-    architectures: Several[Literal["mlp", "lstm", "transformer"]] = ("mlp", "lstm", "transformer")
+    architectures: Several[Architecture] = ("mlp", "lstm", "transformer")
     batch: Positive = 40
     epochs: Positive = 256
     learning_rates: Several[Annotated[float, Field(gt=0)]] = (1e-3,)
@@ -165,13 +182,13 @@ class CompareSettings(_Settings):
 class TablesSettings(_Settings):
     """What `lop compare` makes of the benchmark: the paper's tables and figures.
 
-    `baselines` are names of `lop.methods.baselines`; None means all. `rivals` search as long as LOP does; they are run
+    `baselines` are names of `lop.methods.registry`; None means all. `rivals` search as long as LOP does; they are run
     by `lop rivals`, and by `lop compare` where they have not been. `limit` takes only so many groups of questions of
     each part of a task.
     """
 
     targets: Several[Ratio] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-    baselines: Several[str] | None = None
+    baselines: Several[Baseline] | None = None
     rivals: Distinct[Rival] = ("random", "sensitivity", "evolution", "mcts-noroots")
     seeds: Positive = 1
     limit: Positive | None = None

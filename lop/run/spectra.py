@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from lop.methods.baselines import Baseline
+from lop.methods.method import Method, Need
 from lop.model.adapter import place_and_dtype
 from lop.model.statistics import NeuronStatistics
 from lop.model.tensors import ffn_layer, ffn_part
@@ -52,13 +52,13 @@ def layer_spectra(run: Run, *, progress: bool = True) -> Spectra:
     return spectra
 
 
-def statistics_for(run: Run, baseline: Baseline, *, progress: bool = True) -> NeuronStatistics:
-    """What a baseline reads: the run's statistics, with the spectra where it wants them.
+def statistics_for(run: Run, method: Method, *, progress: bool = True) -> NeuronStatistics:
+    """What a method reads: the run's statistics, with the spectra where it needs them.
 
     Raises:
         LopError: the statistics are missing or of another model, or a file is damaged.
     """
-    if not baseline.by_spectra:
+    if Need.SPECTRA not in method.needs:
         return run.statistics
     return replace(run.statistics, exponents=layer_spectra(run, progress=progress).exponents)
 

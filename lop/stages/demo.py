@@ -6,11 +6,11 @@ from typing import Any
 
 from lop.checkpoint.export import verify
 from lop.errors import LopError
-from lop.report.report import write_report
 from lop.run.compute import Compute
 from lop.run.prediction import open_predictor
 from lop.run.run import Run
 from lop.stages.calibrate import calibrate_stage
+from lop.stages.compare import compare_stage
 from lop.stages.prune import export_allocation
 from lop.stages.search import search_stage
 from lop.stages.train import train_stage
@@ -30,7 +30,7 @@ def demo(run: Run, compute: Compute) -> Path:
         ("search", lambda: search_stage(run, compute)),
         ("train", lambda: train_stage(run, compute)),
         ("prune", lambda: _prune_all(run)),
-        ("compare", lambda: write_report(run, compute)),
+        ("compare", lambda: compare_stage(run, compute)),
     )
     run.check_writable()
     for number, (name, stage) in enumerate(stages, start=1):

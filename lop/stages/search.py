@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from lop.errors import LopError
-from lop.methods.baselines import ALL_BASELINES, root_allocation
+from lop.methods.method import Root
+from lop.methods.registry import METHODS
 from lop.model.samples import check_answers
 from lop.run.compute import Compute
 from lop.run.config import save_config
@@ -23,6 +24,7 @@ from lop.search.progress import SearchProgress, Sink, bar_sink, log_sink, status
 from lop.search.sensitivity import best_additive, measure_damages
 from lop.search.tree import SearchTree
 from lop.space.allocation import Allocation
+from lop.stages.rivals import rival_root
 from lop.stages.timing import timed
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import fingerprint
@@ -46,7 +48,7 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
     with timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
         save_config(run.settled, run.folder / "config.yaml")
         with compute.evaluators(run) as workers, _watched(run, trees, compute.sinks(), shown=progress) as watcher:
-            if "sensitivity" in run.config.search.roots:
+            if run.config.search.scans:
                 levels = run.config.search.sensitivity_levels
                 damages = measure_damages(run.space, levels, workers, ledger, watcher=watcher)
                 for tree in trees.values():
@@ -64,7 +66,7 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
 
 
 def build_trees(run: Run) -> dict[float, SearchTree]:
-    """One tree for each target of the config, with its roots but for `sensitivity`, which evaluations must come before.
+    """One tree for each target of the config, with its roots but for those scanned, which evaluations must come before.
 
     Raises:
         LopError: a target is outside what the model's space allows, or two have the same budget.
@@ -73,7 +75,7 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
     budgets = {target: run.space.budget(target) for target in settings.targets.ratios}
     if len(set(budgets.values())) < len(budgets):
         raise LopError(f"search.targets.step {settings.targets.step} is too fine: two targets keep as many neurons")
-    names = ("uniform", *(name for name in settings.roots if name != "sensitivity"))
+    names = ("uniform", *(name for name in settings.roots if METHODS[name].root is not Root.SCANNED))
     return {
         target: SearchTree(
             run.space,
@@ -88,10 +90,9 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
 
 
 def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
-    if name in ALL_BASELINES:
-        return root_allocation(name, statistics_for(run, ALL_BASELINES[name]), run.space, budget)
-    from lop.methods.rivals import rival_root
-
+    method = METHODS[name]
+    if method.start is not None:
+        return method.start(statistics_for(run, method), run.space, budget)
     return rival_root(run, name, target)
 
 

@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lop.errors import LopError
-from lop.methods.baselines import ALL_BASELINES, VARIANTS, alpha_pruning, global_threshold, owl, root_allocation
+from lop.methods.alphapruning import alpha_pruning
+from lop.methods.flap import VARIANTS
+from lop.methods.method import Given
+from lop.methods.owl import owl
+from lop.methods.registry import BASELINES, METHODS
+from lop.methods.spread import global_threshold
 from lop.model.importance import activation, contribution, flap, fluctuation, importance, magnitude, order, wanda
 from lop.model.statistics import NeuronStatistics
 from lop.run.spectra import tail_exponent
@@ -51,11 +56,17 @@ def test_one_threshold_over_standardised_scores() -> None:
 
 
 def test_flap_has_every_setting_once() -> None:
-    assert len(VARIANTS) == 3 * 2 * 2 - 2  # FLAP as published, and Wanda-sp, stand under their own names.
-    assert VARIANTS["flap-ifv-ul-um-bias"].bias
-    assert not VARIANTS["flap-ifv-al-am"].bias
+    variants = {method.name: method for method in VARIANTS}
+    # FLAP as published, and Wanda-sp, stand under their own names.
+    assert len(variants) == len(VARIANTS) == 3 * 2 * 2 - 2
+    assert variants["flap-ifv-ul-um-bias"].bias
+    assert not variants["flap-ifv-al-am"].bias
     space = Space(2, 3, 1, 0.7)
-    assert VARIANTS["flap-wifv-ul-um"].allocate(HAND, space, 4).widths == (2, 2)
+    plain = variants["flap-wifv-ul-um"]
+    assert plain(Given(space, "activation", HAND), 4).allocation.widths == (2, 2)
+    assert {(method.importance, method.bias) for method in VARIANTS if "al-am" not in method.name} == {
+        ("flap", True), ("flap", False), ("wanda", True), ("fluctuation", True), ("fluctuation", False)
+    }  # fmt: skip
 
 
 def spread_scores(rows: list[list[float]]) -> NeuronStatistics:
@@ -93,16 +104,18 @@ def test_the_tail_exponent_worked_by_hand() -> None:
     assert tail_exponent(wide.T) == pytest.approx(expected, rel=1e-5)
 
 
-@given(st.integers(0, 1000), st.floats(0, 0.9), st.sampled_from(list(ALL_BASELINES)))
+@given(st.integers(0, 1000), st.floats(0, 0.9), st.sampled_from(BASELINES))
 def test_every_baseline_meets_the_budget(seed: int, target: float, name: str) -> None:
     random = np.random.default_rng(seed)
     space = Space(4, 32, 4, 0.9)
     statistics = by_hand(random.normal(size=(4, 10, 32)), random.normal(size=(4, 6, 32)))
     statistics = replace(statistics, exponents=random.normal(3, 1, 4))
     budget = space.budget(min(target, space.max_target))
+    method = METHODS[name]
+    assert method.start is not None
     for allocation in (
-        ALL_BASELINES[name].allocate(statistics, space, budget),
-        root_allocation(name, statistics, space, budget),
+        method(Given(space, "activation", statistics), budget).allocation,
+        method.start(statistics, space, budget),
     ):
         assert allocation.budget == budget
         assert min(allocation.widths) >= space.min_width

@@ -11,15 +11,19 @@ import torch
 from safetensors import safe_open
 
 from lop.errors import LopError
-from lop.methods.baselines import ALL_BASELINES
+from lop.methods.method import Side
+from lop.methods.registry import METHODS
 from lop.model.adapter import QwenVL
 from lop.model.encoding import encode
 from lop.model.find import assets
 from lop.model.samples import SampleSets
 from lop.model.statistics import calibrate
+from lop.report.cells import Cell, Scored
+from lop.report.entries import Entry, given
+from lop.report.speed import speeds
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
-from lop.run.spectra import layer_spectra, statistics_for, tail_exponent
+from lop.run.spectra import layer_spectra, tail_exponent
 from lop.stages.search import build_trees
 
 
@@ -65,9 +69,10 @@ def test_they_are_measured_for_alphapruning_alone_and_once(run: Run, monkeypatch
     first, second = layer_spectra(again), layer_spectra(again)
     assert len(calls) == 3 * run.space.layers
     assert first.seconds == second.seconds > 0
-    baseline = ALL_BASELINES["alphapruning"]
-    allocation = baseline.allocate(statistics_for(again, baseline), run.space, run.space.budget(0.5))
-    assert len(set(allocation.widths)) > 1
+    method = METHODS["alphapruning"]
+    choice = method(given(again, method), run.space.budget(0.5))
+    assert len(set(choice.allocation.widths)) > 1
+    assert len(calls) == 3 * run.space.layers
 
 
 def test_calibration_measures_no_spectra(
@@ -95,16 +100,13 @@ def test_a_damaged_file_is_one_line(run: Run, content: str) -> None:
 
 
 def test_the_seconds_are_alphaprunings(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lop.report import tables
-    from lop.report.cells import Cell, Scored
-
     spectra = replace(layer_spectra(run, progress=False), seconds=1000.0)
-    monkeypatch.setattr("lop.report.tables.layer_spectra", lambda run: spectra)
+    monkeypatch.setattr("lop.report.speed.layer_spectra", lambda run: spectra)
     cell = Cell("activation", (8,) * run.space.layers)
     entries = [
-        tables.Entry(name, "baseline", 0.5, 0, cell, name != "magnitude", 0.1)
+        Entry(name, Side.BASELINE, 0.5, 0, cell, METHODS[name].needs, 0.1)
         for name in ("magnitude", "flap", "alphapruning")
     ]
     scored = {cell: Scored(np.ones(1, bool), 0.1, 0.1)}
-    spent = {found.method: found.calibrate for found in tables._seconds(run, entries, scored)}
+    spent = {found.method: found.seconds.calibrate for found in speeds(run, entries, scored)}
     assert spent == {"magnitude": 0.0, "flap": 0.0, "alphapruning": 1000.0}

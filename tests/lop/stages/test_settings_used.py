@@ -10,19 +10,20 @@ import pytest
 
 import lop.model.elastic
 from lop.errors import LopError
-from lop.methods.rivals import Job, RivalWorker, _job_fingerprint
+from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.model.find import assets
 from lop.model.samples import SampleSets
 from lop.model.statistics import NeuronStatistics
 from lop.predictor.training import Fit
 from lop.report.cells import Cell, CellWorker
-from lop.report.compare import _choosers, comparison_fingerprints
-from lop.report.tables import _lop_entries
+from lop.report.compare import comparison_fingerprints
+from lop.report.entries import given, lop_entries
 from lop.run.building import build_evaluator
 from lop.run.config import Config, find_config, load_config
 from lop.run.prediction import open_predictor, predictor_for
 from lop.run.run import Run
 from lop.stages.local import Local
+from lop.stages.rivals import Job, RivalWorker, _job_fingerprint
 from lop.stages.train import train_stage
 
 
@@ -69,8 +70,8 @@ def test_every_way_to_ask_the_predictor_keeps_to_the_widths_allowed(setting: str
     assert all(mine.space.min_width <= width <= mine.space.max_width(budget) for width in wanted.widths)
     assert all(width % mine.space.granularity == 0 for width in wanted.widths)
     assert predictor_for(None, mine.config).allocate(budget) == wanted  # What ships is the same predictor.
-    assert _choosers(mine)["lop-predictor"](budget).allocation == wanted
-    entries = {entry.method: entry.cell.widths for entry in _lop_entries(mine, [0.5])}
+    assert LOP_PREDICTOR(given(mine, LOP_PREDICTOR), budget).allocation == wanted
+    entries = {entry.method: entry.cell.widths for entry in lop_entries(mine, [0.5])}
     assert entries["lop-predictor"] == wanted.widths
     assert comparison_fingerprints(mine) != comparison_fingerprints(run())
 

@@ -1,0 +1,131 @@
+"""What the tables compare: every method at every target with every seed, and the cell that scores it."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
+from lop.methods.method import Given, Method, Need, Side
+from lop.methods.registry import BASELINES, METHODS
+from lop.report.cells import Cell
+from lop.run.outcomes import Outcome
+from lop.run.prediction import open_predictor
+from lop.run.results import read_search
+from lop.run.run import Run
+from lop.run.spectra import statistics_for
+from lop.space.allocation import Allocation, dense
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method at a target with one seed.
+
+    Attributes:
+        method: the name in the registry, `dense`, or `predictor` with an architecture (for table 3).
+        needs: what the method needs.
+        allocate_seconds: to choose the widths.
+    """
+
+    method: str
+    side: Side
+    target: float
+    seed: int
+    cell: Cell
+    needs: frozenset[Need]
+    allocate_seconds: float
+
+
+def given(
+    run: Run, method: Method, *, found: Mapping[int, tuple[Allocation, float]] | None = None, progress: bool = True
+) -> Given:
+    """What a method that chooses is given of a run.
+
+    Args:
+        found: by budget, what the method's own search has found, and its seconds.
+
+    Raises:
+        LopError: what it needs has not been made yet.
+    """
+    return Given(
+        run.space,
+        run.config.importance,
+        statistics_for(run, method, progress=progress),
+        _searched(run) if Need.SEARCH in method.needs else found or {},
+        open_predictor(run, run.predictor_folder) if Need.PREDICTOR in method.needs else None,
+    )
+
+
+def dense_entry(run: Run) -> Entry:
+    """The unpruned model."""
+    cell = Cell(run.config.importance, dense(run.space).widths)
+    return Entry("dense", Side.DENSE, 0.0, run.config.seed, cell, frozenset(), 0.0)
+
+
+def baseline_entries(run: Run, targets: Sequence[float], *, progress: bool) -> Iterator[Entry]:
+    """The methods that read their allocation off the statistics; all, or those that the config names."""
+    for name in run.config.tables.baselines or BASELINES:
+        yield from _entries(METHODS[name], given(run, METHODS[name], progress=progress), targets, run.config.seed)
+
+
+def rival_entries(run: Run, outcomes: Sequence[Outcome]) -> Iterator[Entry]:
+    """The methods that search by themselves, at the targets that they have."""
+    by_job: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        by_job[outcome.rival, outcome.seed].append(outcome)
+    for (name, seed), mine in by_job.items():
+        method = METHODS[name]
+        assert method.search is not None
+        # One search may serve all targets.
+        shared = len(mine) if method.search.is_shared else 1
+        found = {
+            run.space.budget(outcome.target): (Allocation(outcome.widths), outcome.seconds / shared) for outcome in mine
+        }
+        if method.is_compared:
+            yield from _entries(method, given(run, method, found=found), [outcome.target for outcome in mine], seed)
+
+
+def lop_entries(run: Run, targets: Sequence[float]) -> Iterator[Entry]:
+    """LOP's own methods, and each architecture that was trained, as a method by itself."""
+    for method in METHODS.values():
+        if method.side is Side.LOP:
+            yield from _entries(method, given(run, method), targets, run.config.seed)
+    for architecture in run.config.train.architectures:
+        if (folder := run.predictors_folder / architecture).exists():
+            known = Given(run.space, run.config.importance, predictor=open_predictor(run, folder))
+            named = f"predictor {architecture}"
+            yield from _entries(LOP_PREDICTOR, known, targets, run.config.seed, name=named, side=Side.ARCHITECTURE)
+
+
+def grouped(entries: Iterable[Entry]) -> dict[tuple[str, float], list[Entry]]:
+    """The seeds of each method and target together."""
+    groups: dict[tuple[str, float], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[entry.method, entry.target].append(entry)
+    return groups
+
+
+def cells(group: Iterable[Entry]) -> list[Cell]:
+    """The entries' cells."""
+    return [entry.cell for entry in group]
+
+
+def _entries(
+    method: Method,
+    known: Given,
+    targets: Sequence[float],
+    seed: int,
+    *,
+    name: str | None = None,
+    side: Side | None = None,
+) -> Iterator[Entry]:
+    for target in targets:
+        choice = method(known, known.space.budget(target))
+        cell = Cell(choice.importance, choice.allocation.widths, choice.bias)
+        yield Entry(name or method.name, side or method.side, target, seed, cell, method.needs, choice.seconds)
+
+
+def _searched(run: Run) -> dict[int, tuple[Allocation, float]]:
+    """What the run's search found by budget, with one target's share of the search's time."""
+    found = read_search(run)
+    seconds = run.seconds().get("search", 0.0) / len(found)
+    return {run.space.budget(result.target): (result.best, seconds) for result in found}

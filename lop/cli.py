@@ -1,33 +1,25 @@
-"""The command line: parse, call one function of the library, print."""
+"""The command line: its options, and what its end comes to as an exit code."""
 
 import argparse
 import atexit
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from tqdm import tqdm
-
-from lop import __version__
+from lop import __version__, commands
 from lop.checkpoint.formats import FORMATS, RECOVERIES
 from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
-from lop.model.find import EMBEDDED, SHIPPED, find_model
-from lop.run.config import Config, config_for, find_config, load_config
-from lop.space.size import Target, parse_count
-from lop.storage.places import check_lasting
+from lop.model.find import EMBEDDED, SHIPPED
 from lop.terminal import prepare_streams, say, settle_streams
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
 if TYPE_CHECKING:
-    from lop.run.compute import Compute
-    from lop.run.run import Run
+    pass
 
 log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], None]
@@ -53,7 +45,7 @@ def run_stages(options: argparse.Namespace) -> int:
         LopError, OSError: one of them fails; the others after it are not run.
     """
     for stage in options.stages:
-        with _at(options):
+        with commands.at_run(options):
             stage(options)
     return 0
 
@@ -97,66 +89,70 @@ def build_parser() -> argparse.ArgumentParser:
         description="Prune a Qwen2.5-VL checkpoint to any size: search allocations once, then predict them.",
     )
     parser.add_argument("--version", action="version", version=f"lop {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, summary: str, *actions: Command, common: bool = True) -> argparse.ArgumentParser:
-        stage = commands.add_parser(name, help=summary, description=f"{summary}.")
+        stage = subparsers.add_parser(name, help=summary, description=f"{summary}.")
         stage.set_defaults(stages=actions, default_config=None)
         if common:
             _add_common(stage)
         return stage
 
-    calibrate = add("calibrate", "collect the statistics of every FFN neuron on the calibration samples", _calibrate)
+    calibrate = add(
+        "calibrate", "collect the statistics of every FFN neuron on the calibration samples", commands.calibrate
+    )
     _add_workers(calibrate)
-    search = add("search", "run one UCB tree per target on the reward samples, or go on with it", _search)
+    search = add("search", "run one UCB tree per target on the reward samples, or go on with it", commands.search)
     _add_workers(search)
     _add_max_width(search)
-    train = add("train", "train the predictors on what the search found", _train)
+    train = add("train", "train the predictors on what the search found", commands.train)
     _add_workers(train)
-    predict = add("predict", "print the allocation for a target", _predict)
+    predict = add("predict", "print the allocation for a target", commands.predict)
     _add_target(predict)
     _add_form(predict)
     _add_max_width(predict)
     predict.add_argument("--json", action="store_true", help="print one JSON object")
-    prune = add("prune", "write the pruned checkpoint for a target", _prune)
+    prune = add("prune", "write the pruned checkpoint for a target", commands.prune)
     _add_target(prune)
     _add_form(prune)
     _add_max_width(prune)
     prune.add_argument(
         "--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder"
     )
-    inspect = add("inspect", "tell what a checkpoint is, and check its files", _inspect, common=False)
+    inspect = add("inspect", "tell what a checkpoint is, and check its files", commands.inspect, common=False)
     inspect.add_argument(
         "model", type=_name, metavar="MODEL", help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
     )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    rivals = add("rivals", "run the rivals that search, each with as many evaluations as a tree", _rivals)
+    rivals = add("rivals", "run the rivals that search, each with as many evaluations as a tree", commands.rivals)
     _add_workers(rivals)
     rivals.add_argument("--seeds", type=int, metavar="N", help="repeat with N seeds")
-    compare = add("compare", "evaluate LOP and the baselines on the test samples and write report and tables", _compare)
+    compare = add(
+        "compare", "evaluate LOP and the baselines on the test samples and write report and tables", commands.compare
+    )
     _add_workers(compare)
     _add_compare(compare)
-    stages = (_calibrate, _search, _train, _compare)
+    stages = (commands.calibrate, commands.search, commands.train, commands.compare)
     pipeline = add("pipeline", "run calibrate, search, train and compare, up to the first that fails", *stages)
     _add_workers(pipeline)
     _add_max_width(pipeline)
     _add_compare(pipeline)
-    evaluate = add("evaluate", "evaluate a checkpoint under lmms-eval", _evaluate, common=False)
+    evaluate = add("evaluate", "evaluate a checkpoint under lmms-eval", commands.evaluate, common=False)
     _add_evaluate(evaluate)
-    ledger = add("ledger", "print a search's evaluations, while it runs or later", _ledger, common=False)
+    ledger = add("ledger", "print a search's evaluations, while it runs or later", commands.ledger, common=False)
     ledger.add_argument("place", type=_name, metavar="RUN", help="the run's folder or URI")
     ledger.add_argument("--json", action="store_true", help="print one JSON object a line")
-    watch = add("watch", "show a search that runs or has ended", _watch, common=False)
+    watch = add("watch", "show a search that runs or has ended", commands.watch, common=False)
     watch.add_argument("place", type=_name, metavar="RUN", help="the run's folder or URI")
     watch.add_argument("--once", action="store_true", help="show it as it is now, and end")
-    serve = add("serve", "start the service on this machine", _serve, common=False)
+    serve = add("serve", "start the service on this machine", commands.serve, common=False)
     serve.add_argument("--run", type=_local, action="append", default=[], dest="runs", metavar="DIR", help=_SERVED_HELP)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need API keys")
     serve.add_argument("--port", type=int, default=8000)
     serve.add_argument("--storage", type=_local, metavar="DIR", help="where checkpoints are kept (runs/service)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="API keys, one a line")
     serve.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one service setting")
-    demo = add("demo", "run the whole path in minutes and write a report", _demo)
+    demo = add("demo", "run the whole path in minutes and write a report", commands.demo)
     _add_workers(demo)
     demo.set_defaults(default_config="demo")
     return parser
@@ -229,241 +225,8 @@ def _add_form(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
 
 
-def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
-    """The settings that a stage's command would run with, and its options for a process with another working directory.
-
-    Raises:
-        LopError: they are not valid, or what the stage writes would be lost.
-    """
-    with _at(options):
-        run = _run(options)
-        return run.config, argparse.Namespace(**{**vars(options), "run": run.location.uri})
-
-
-def _config(options: argparse.Namespace) -> Config:
-    """The named config, else the run's own, else the one made for the model."""
-    named_config = options.config or options.default_config
-    path = find_config(named_config) if named_config else config_for(options.model, folder=options.folder)
-    seeds = getattr(options, "seeds", None)
-    overrides = [*options.set, *([] if seeds is None else [f"tables.seeds={seeds}"])]
-    named = {name: getattr(options, name, None) for name in ("model", "workers", "recovery", "max_width_ratio")}
-    return load_config(path, overrides, **named)
-
-
-@contextmanager
-def _at(options: argparse.Namespace) -> Iterator[None]:
-    """Makes the run that `--run` names a local folder inside the block."""
-    options.folder, options.origin = None, None
-    if not getattr(options, "run", None):
-        yield
-        return
-    from lop.storage.mirror import local_run
-
-    check_lasting("--run", options.run)
-    with local_run(options.run) as (options.folder, options.origin):
-        yield
-
-
-def _named_run(options: argparse.Namespace, config: Config) -> "Run | None":
-    from lop.run.run import Run
-
-    return Run(config, options.folder, options.origin) if options.folder else None
-
-
-def _run(options: argparse.Namespace, default: Path | None = None) -> "Run":
-    config = _config(options)
-    from lop.run.run import Run
-
-    if named := _named_run(options, config):
-        return named
-    folder = default or Path("runs") / Path(config.model).name
-    check_lasting("without --run, the folder", folder)
-    return Run(config, folder)
-
-
-def _compute(config: Config) -> "Compute":
-    """Where stages compute: in this process, or on Ray's actors."""
-    if config.workers == 0:
-        from lop.stages.local import Local
-
-        return Local()
-    from ray_jobs.compute import OnRay
-
-    return OnRay()
-
-
-def _target(options: argparse.Namespace) -> Target:
-    if options.parameters is not None:
-        return Target(parameters=parse_count(options.parameters, what="parameters"))
-    if options.bytes is not None:
-        return Target(bytes=parse_count(options.bytes, what="bytes"))
-    try:
-        return Target(ratio=float(options.target))
-    except ValueError:
-        raise LopError(f"target {options.target!r} is not a number such as 0.3") from None
-
-
-def _calibrate(options: argparse.Namespace) -> None:
-    from lop.stages.calibrate import calibrate_stage
-
-    run = _run(options)
-    calibrate_stage(run)
-    print(run.location / run.statistics_file.name)
-
-
 # They compute with the model themselves and start nothing else: a job runs them where the GPUs are.
-COMPUTING: tuple[Command, ...] = (_calibrate,)
-
-
-def _search(options: argparse.Namespace) -> None:
-    from lop.stages.search import search_stage
-
-    run = _run(options)
-    search_stage(run, _compute(run.config))
-    print(run.location / run.search_file.name)
-
-
-def _train(options: argparse.Namespace) -> None:
-    from lop.stages.train import train_stage
-
-    run = _run(options)
-    train_stage(run, _compute(run.config))
-    print(run.location / run.predictor_folder.name)
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from lop.checkpoint.footprint import Footprint
-    from lop.run.prediction import predictor_for
-
-    config, target = _config(options), _target(options)
-    predictor = predictor_for(_named_run(options, config), config)
-    footprint = Footprint(predictor.size, options.format, config.recovery)
-    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
-    answer = footprint.describe(allocation, predictor.space)
-    if options.json:
-        print(json.dumps(answer))
-        return
-    print(f"{answer['parameters']:,} parameters, {answer['bytes']:,} bytes, ratio {answer['ratio']:.4f}")
-    for layer, (ratio, width) in enumerate(zip(answer["ratios"], answer["widths"])):
-        print(f"layer {layer:>2}  {width:>6}  {'█' * round(40 * (1 - ratio)):<40}  {ratio:.1%} pruned")
-
-
-def _prune(options: argparse.Namespace) -> None:
-    from lop.stages.prune import prune_stage
-
-    check_lasting("--out", options.out)
-    config = _config(options)
-    run = _named_run(options, config)
-    with _bars() as progress:
-        manifest = prune_stage(run, config, _target(options), options.out, format=options.format, progress=progress)
-    if options.format == "padded":
-        log.info("padding: %s bytes of zeros", f"{manifest['padding_bytes']:,}")
-    print(options.out)
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from lop.checkpoint.inspection import inspect, print_inspection
-
-    found = inspect(find_model(options.model))
-    if options.json:
-        print(json.dumps(found.as_dict()))
-    else:
-        print_inspection(found)
-    if found.damage:
-        raise LopError(found.damage)
-
-
-def _compare(options: argparse.Namespace) -> None:
-    from lop.model.find import find_model
-    from lop.stages.compare import compare_stage, tables_stage
-
-    run = _run(options)
-    compute = _compute(run.config)
-    for name in options.against:
-        find_model(name)  # Before anything is done for nothing.
-    print(compare_stage(run, compute))
-    if (tables := tables_stage(run, compute, others=options.against)) is not None:
-        print(tables)
-
-
-def _rivals(options: argparse.Namespace) -> None:
-    from lop.stages.rivals import rivals_stage
-
-    run = _run(options)
-    for outcome in rivals_stage(run, _compute(run.config), seeds=run.config.tables.seeds):
-        print(f"{outcome.rival:<14} {outcome.target:>6.1%}  seed {outcome.seed}  reward {outcome.reward:.4f}")
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from lop.plugins.evaluate import Evaluate, evaluate
-
-    data = {}
-    for entry in options.data:
-        task, equals, folder = entry.partition("=")
-        if not equals or not Path(folder).is_dir():
-            raise LopError(f"--data {entry!r}: write TASK=FOLDER with a folder that is there")
-        data[task] = Path(folder)
-    if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
-        raise LopError(f"--batch-size {options.batch_size} and --limit {options.limit} must be at least 1")
-    settings = Evaluate(options.batch_size, options.device, options.dtype, options.limit, data, options.cache)
-    results = evaluate(options.model, options.tasks.split(","), settings)
-    if options.json:
-        print(json.dumps(results))
-        return
-    for task, metrics in results.items():
-        for metric, value in metrics.items():
-            print(f"{task:<16} {metric:<12} {value:.4f}")
-
-
-def _demo(options: argparse.Namespace) -> None:
-    from lop.stages.demo import demo
-
-    run = _run(options, Path("runs/demo"))
-    print(demo(run, _compute(run.config)))
-
-
-def _ledger(options: argparse.Namespace) -> None:
-    from lop.search.watch import print_ledger
-    from lop.storage.location import Location
-
-    print_ledger(Location.parse(options.place), as_json=options.json)
-
-
-def _watch(options: argparse.Namespace) -> None:
-    from lop.search.watch import watch
-    from lop.storage.location import Location
-
-    watch(Location.parse(options.place), once=options.once)
-
-
-@contextmanager
-def _bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback that shows each step as a progress bar of its own."""
-    bars: dict[str, tqdm[Any]] = {}
-
-    def update(step: str, done: int, total: int) -> None:
-        if step not in bars:
-            unit = {"unit": "B", "unit_scale": True} if step == "export" else {"unit": "layer"}
-            bars[step] = tqdm(total=total, desc=step, **unit)
-        bars[step].update(done - bars[step].n)
-
-    try:
-        yield update
-    finally:
-        for bar in bars.values():
-            bar.close()
-
-
-def _serve(options: argparse.Namespace) -> None:
-    from ray_jobs.cluster import connected
-    from serve.app import app
-    from serve.launch import check_address, launch, service_settings
-
-    settings = service_settings(options.runs, options.set, storage=options.storage, keys_file=options.keys)
-    check_address(settings, options.host, options.port)
-    application = app(settings)  # What is wrong with a model or the storage is told before anything is started.
-    with connected():
-        launch(application, host=options.host, port=options.port)
+COMPUTING: tuple[Command, ...] = (commands.calibrate,)
 
 
 def set_up_logging() -> None:

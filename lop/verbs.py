@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.formats import Format, Recovery
 from lop.model.find import find_model
 from lop.run.config import Config, config_for, load_config
-from lop.run.prediction import predictor_for
+from lop.run.prediction import answer
 from lop.run.run import Run
 from lop.space.size import Target, parse_count
 from lop.storage.mirror import local_run
@@ -47,7 +46,7 @@ def predict(
     """
     target = _target(ratio, parameters, bytes)
     named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}
-    return _with_run(run, named, lambda found, config: _describe(found, config, target, format))
+    return _with_run(run, named, lambda found, config: answer(found, config, target, format))
 
 
 def prune(
@@ -106,13 +105,6 @@ def _target(ratio: float | None, parameters: int | str | None, bytes: int | str 
         return parse_count(value, what=what) if isinstance(value, str) else value
 
     return Target(ratio=ratio, parameters=count(parameters, "parameters"), bytes=count(bytes, "bytes"))
-
-
-def _describe(run: Run | None, config: Config, target: Target, format: Format) -> dict[str, Any]:
-    predictor = predictor_for(run, config)
-    footprint = Footprint(predictor.size, format, config.recovery)
-    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
-    return footprint.describe(allocation, predictor.space)
 
 
 def _with_run(

@@ -21,7 +21,7 @@ from lop.model.find import assets
 from lop.model.samples import SampleSets
 from lop.run.config import find_config, load_config
 from lop.run.run import Run
-from lop.stages import stages
+from lop.stages import calibrate
 
 
 def test_the_load_of_all_samples_is_told_from_a_few(shared_tiny: QwenVL, samples: SampleSets) -> None:
@@ -91,7 +91,7 @@ def test_the_embedded_samples_are_said_to_be_no_other_models(
     def stop(*_: object, **__: object) -> None:
         raise LopError("far enough")
 
-    monkeypatch.setattr(stages, "load_model", stop)
+    monkeypatch.setattr(calibrate, "load_model", stop)
     with pytest.raises(LopError, match="far enough"), caplog.at_level(logging.WARNING):
-        stages.calibrate_stage(Run(config, tmp_path / "run"))
+        calibrate.calibrate_stage(Run(config, tmp_path / "run"))
     assert ("your own" in caplog.text) == warned

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lop.cli import build_parser, main, settle
+from lop.cli import build_parser, main
+from lop.commands import settle
 from lop.errors import LopError
 from lop.model.find import assets, find_model, find_samples
 from lop.run.config import find_config, load_config, save_config

@@ -1,0 +1,253 @@
+"""What each command does: reads its options, calls one function of the library, prints."""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from lop.errors import LopError
+from lop.model.find import find_model
+from lop.run.config import Config, config_for, find_config, load_config
+from lop.space.size import Target, parse_count
+from lop.storage.places import check_lasting
+
+# Commands import what they run, torch with it: help and refusals need not wait for that.
+if TYPE_CHECKING:
+    from lop.run.compute import Compute
+    from lop.run.run import Run
+
+log = logging.getLogger(__name__)
+
+
+def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
+    """The settings that a stage's command would run with, and its options for a process with another working directory.
+
+    Raises:
+        LopError: they are not valid, or what the stage writes would be lost.
+    """
+    with at_run(options):
+        run = _run(options)
+        return run.config, argparse.Namespace(**{**vars(options), "run": run.location.uri})
+
+
+@contextmanager
+def at_run(options: argparse.Namespace) -> Iterator[None]:
+    """Makes the run that `--run` names a local folder inside the block."""
+    options.folder, options.origin = None, None
+    if not getattr(options, "run", None):
+        yield
+        return
+    from lop.storage.mirror import local_run
+
+    check_lasting("--run", options.run)
+    with local_run(options.run) as (options.folder, options.origin):
+        yield
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    from lop.stages.calibrate import calibrate_stage
+
+    run = _run(options)
+    calibrate_stage(run)
+    print(run.location / run.statistics_file.name)
+
+
+def search(options: argparse.Namespace) -> None:
+    from lop.stages.search import search_stage
+
+    run = _run(options)
+    search_stage(run, _compute(run.config))
+    print(run.location / run.search_file.name)
+
+
+def train(options: argparse.Namespace) -> None:
+    from lop.stages.train import train_stage
+
+    run = _run(options)
+    train_stage(run, _compute(run.config))
+    print(run.location / run.predictor_folder.name)
+
+
+def predict(options: argparse.Namespace) -> None:
+    from lop.run.prediction import answer
+
+    config, target = _config(options), _target(options)
+    found = answer(_named_run(options, config), config, target, options.format)
+    if options.json:
+        print(json.dumps(found))
+        return
+    print(f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, ratio {found['ratio']:.4f}")
+    for layer, (ratio, width) in enumerate(zip(found["ratios"], found["widths"])):
+        print(f"layer {layer:>2}  {width:>6}  {'█' * round(40 * (1 - ratio)):<40}  {ratio:.1%} pruned")
+
+
+def prune(options: argparse.Namespace) -> None:
+    from lop.stages.prune import prune_stage
+
+    check_lasting("--out", options.out)
+    config = _config(options)
+    run = _named_run(options, config)
+    with _bars() as progress:
+        manifest = prune_stage(run, config, _target(options), options.out, format=options.format, progress=progress)
+    if options.format == "padded":
+        log.info("padding: %s bytes of zeros", f"{manifest['padding_bytes']:,}")
+    print(options.out)
+
+
+def inspect(options: argparse.Namespace) -> None:
+    from lop.checkpoint.inspection import inspect, print_inspection
+
+    found = inspect(find_model(options.model))
+    if options.json:
+        print(json.dumps(found.as_dict()))
+    else:
+        print_inspection(found)
+    if found.damage:
+        raise LopError(found.damage)
+
+
+def compare(options: argparse.Namespace) -> None:
+    from lop.model.find import find_model
+    from lop.stages.compare import compare_stage, tables_stage
+
+    run = _run(options)
+    compute = _compute(run.config)
+    for name in options.against:
+        find_model(name)  # Before anything is done for nothing.
+    print(compare_stage(run, compute))
+    if (tables := tables_stage(run, compute, others=options.against)) is not None:
+        print(tables)
+
+
+def rivals(options: argparse.Namespace) -> None:
+    from lop.stages.rivals import rivals_stage
+
+    run = _run(options)
+    for outcome in rivals_stage(run, _compute(run.config), seeds=run.config.tables.seeds):
+        print(f"{outcome.rival:<14} {outcome.target:>6.1%}  seed {outcome.seed}  reward {outcome.reward:.4f}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from lop.plugins.evaluate import Evaluate, evaluate
+
+    data = {}
+    for entry in options.data:
+        task, equals, folder = entry.partition("=")
+        if not equals or not Path(folder).is_dir():
+            raise LopError(f"--data {entry!r}: write TASK=FOLDER with a folder that is there")
+        data[task] = Path(folder)
+    if options.batch_size < 1 or (options.limit is not None and options.limit < 1):
+        raise LopError(f"--batch-size {options.batch_size} and --limit {options.limit} must be at least 1")
+    settings = Evaluate(options.batch_size, options.device, options.dtype, options.limit, data, options.cache)
+    results = evaluate(options.model, options.tasks.split(","), settings)
+    if options.json:
+        print(json.dumps(results))
+        return
+    for task, metrics in results.items():
+        for metric, value in metrics.items():
+            print(f"{task:<16} {metric:<12} {value:.4f}")
+
+
+def demo(options: argparse.Namespace) -> None:
+    from lop.stages.demo import demo
+
+    run = _run(options, Path("runs/demo"))
+    print(demo(run, _compute(run.config)))
+
+
+def ledger(options: argparse.Namespace) -> None:
+    from lop.search.watch import print_ledger
+    from lop.storage.location import Location
+
+    print_ledger(Location.parse(options.place), as_json=options.json)
+
+
+def watch(options: argparse.Namespace) -> None:
+    from lop.search.watch import watch
+    from lop.storage.location import Location
+
+    watch(Location.parse(options.place), once=options.once)
+
+
+def serve(options: argparse.Namespace) -> None:
+    from ray_jobs.cluster import connected
+    from serve.app import app
+    from serve.launch import check_address, launch, service_settings
+
+    settings = service_settings(options.runs, options.set, storage=options.storage, keys_file=options.keys)
+    check_address(settings, options.host, options.port)
+    application = app(settings)  # What is wrong with a model or the storage is told before anything is started.
+    with connected():
+        launch(application, host=options.host, port=options.port)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """The named config, else the run's own, else the one made for the model."""
+    named_config = options.config or options.default_config
+    path = find_config(named_config) if named_config else config_for(options.model, folder=options.folder)
+    seeds = getattr(options, "seeds", None)
+    overrides = [*options.set, *([] if seeds is None else [f"tables.seeds={seeds}"])]
+    named = {name: getattr(options, name, None) for name in ("model", "workers", "recovery", "max_width_ratio")}
+    return load_config(path, overrides, **named)
+
+
+def _named_run(options: argparse.Namespace, config: Config) -> "Run | None":
+    from lop.run.run import Run
+
+    return Run(config, options.folder, options.origin) if options.folder else None
+
+
+def _run(options: argparse.Namespace, default: Path | None = None) -> "Run":
+    config = _config(options)
+    from lop.run.run import Run
+
+    if named := _named_run(options, config):
+        return named
+    folder = default or Path("runs") / Path(config.model).name
+    check_lasting("without --run, the folder", folder)
+    return Run(config, folder)
+
+
+def _compute(config: Config) -> "Compute":
+    """Where stages compute: in this process, or on Ray's actors."""
+    if config.workers == 0:
+        from lop.stages.local import Local
+
+        return Local()
+    from ray_jobs.compute import OnRay
+
+    return OnRay()
+
+
+def _target(options: argparse.Namespace) -> Target:
+    if options.parameters is not None:
+        return Target(parameters=parse_count(options.parameters, what="parameters"))
+    if options.bytes is not None:
+        return Target(bytes=parse_count(options.bytes, what="bytes"))
+    try:
+        return Target(ratio=float(options.target))
+    except ValueError:
+        raise LopError(f"target {options.target!r} is not a number such as 0.3") from None
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that shows each step as a progress bar of its own."""
+    bars: dict[str, tqdm[Any]] = {}
+
+    def update(step: str, done: int, total: int) -> None:
+        if step not in bars:
+            unit = {"unit": "B", "unit_scale": True} if step == "export" else {"unit": "layer"}
+            bars[step] = tqdm(total=total, desc=step, **unit)
+        bars[step].update(done - bars[step].n)
+
+    try:
+        yield update
+    finally:
+        for bar in bars.values():
+            bar.close()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import ray
 import torch
+from ray.exceptions import RayError
 
 from lop.errors import LopError, first_line
 from lop.search.evaluation import Evaluation
@@ -53,6 +54,16 @@ def describe_error(error: BaseException) -> str:
     """An error in one line: its type and the first line of its message; of a LopError the message alone."""
     message, name = first_line(error), type(error).__name__
     return message if isinstance(error, LopError) or message == name else f"{name}: {message}"
+
+
+def told(error: BaseException) -> str:
+    """What was raised on the actor, in one line; where only its traceback came here, that one's last line."""
+    if not isinstance(error, RayError):
+        return describe_error(error)
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return describe_error(cause)
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def _answer(evaluator: Racer, candidate: Candidate) -> Answer:

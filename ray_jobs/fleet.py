@@ -17,27 +17,17 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
-    RayError,
 )
 
 from lop.errors import LopError
 from lop.search.evaluation import Evaluation
 from lop.search.racing import Candidate, Racer
 from lop.space.allocation import Allocation
-from ray_jobs.actor import Answer, EvaluatorActor, describe_error
+from ray_jobs.actor import Answer, EvaluatorActor, told
+from ray_jobs.blame import ATTEMPTS, GIVEN_UP_AT_FIRST, Blame
 from ray_jobs.needs import ONE_CPU, Needs, Wait
 
 log = logging.getLogger(__name__)
-_ATTEMPTS = 3
-# An allocation is at fault for its workers' deaths once chance would explain them with less than this probability.
-_CHANCE = 1e-5
-_MOST_DEATHS = 25
-# So many deaths in a row, and none evaluated between them, are not the allocations' fault.
-_DEATHS_AT_FIRST = 10
-_DEATHS_LATER = 100
-# So many allocations given up in a row, and none evaluated between them, are not the allocations' fault.
-_GIVEN_UP_AT_FIRST = 3
-_GIVEN_UP_LATER = 20
 # Calls to an actor cost about a millisecond in all: short evaluations travel together.
 _SECONDS_A_CALL = 0.05
 _LARGEST_CALL = 64
@@ -67,22 +57,10 @@ class _Member:
     gone: bool = False
     running: dict[_Call, None] = field(default_factory=dict)
     queued: deque[_Call] = field(default_factory=deque)
-    failed: set[Candidate] = field(default_factory=set)
-    failing: set[Candidate] = field(default_factory=set)
-    others_then: int = 0
 
     @property
     def calls(self) -> int:
         return len(self.running) + len(self.queued)
-
-
-@dataclass
-class _Trouble:
-    """What an allocation has against it; `replaced` is after how many failures an actor was last replaced for it."""
-
-    raised_on: list[_Member] = field(default_factory=list)
-    deaths: int = 0
-    replaced: int = 0
 
 
 class Fleet:
@@ -126,14 +104,10 @@ class Fleet:
         self._free: tuple[dict[_Member, None], ...] = ({}, {}, {})
         self._arrived: SimpleQueue[tuple[_Member, _Call | None, Future[Any]]] = SimpleQueue()
         self._waiting: deque[Candidate] = deque()
-        self._troubles: dict[Candidate, _Trouble] = {}
+        self._blame = Blame()
         self._alone: set[Candidate] = set()
-        self._given_up: dict[Candidate, str] = {}
         self._mean_seconds = math.inf
-        self._evaluated = 0
         self._ready = 0
-        self._deaths = 0
-        self._deaths_in_a_row = 0
         self._deaths_at_start = 0
         self._failed_to_start = False
         self._checked = time.monotonic()
@@ -148,7 +122,7 @@ class Fleet:
     @property
     def capacity(self) -> int:
         """What the ready actors take, running and waiting; at least enough to tell a bad allocation from bad actors."""
-        return max(2 * _GIVEN_UP_AT_FIRST, 2 * self._concurrency * self._ready * self._call_size)
+        return max(2 * GIVEN_UP_AT_FIRST, 2 * self._concurrency * self._ready * self._call_size)
 
     @property
     def alive(self) -> int:
@@ -252,14 +226,12 @@ class Fleet:
 
     def _choose(self, candidate: Candidate) -> _Member | None:
         """The least busy actor with a free place; one that has failed goes only to an actor that has not tried it."""
-        trouble = self._troubles.get(candidate)
-        if trouble is None:
+        if candidate not in self._blame:
             return next((member for places in self._free for member in places), None)
         ready = [member for member in self._members if member.pid is not None]
-        untried = [member for member in ready if candidate not in member.failed]
-        if ready and not untried and trouble.replaced < len(trouble.raised_on):
+        untried = [member for member in ready if not self._blame.has_tried(candidate, member)]
+        if ready and not untried and self._blame.wants_another(candidate):
             # Another one takes this one's place, perhaps on another machine, and tries it anew.
-            trouble.replaced = len(trouble.raised_on)
             self._dismiss(min(ready, key=lambda member: member.calls))
         free = [member for member in untried if member.calls < 2 * self._concurrency]
         return min(free, key=lambda member: member.calls, default=None)
@@ -267,11 +239,11 @@ class Fleet:
     def _companions(self, first: Candidate, most: int) -> list[Candidate]:
         """The next allocations in line that may go in the same call."""
         chosen: list[Candidate] = []
-        if first in self._alone or first in self._troubles:
+        if first in self._alone or first in self._blame:
             return chosen
         while len(chosen) < most and self._waiting:
             following = self._waiting[0]
-            if following in self._alone or following in self._troubles:
+            if following in self._alone or following in self._blame:
                 break
             chosen.append(self._waiting.popleft())
         return chosen
@@ -315,7 +287,7 @@ class Fleet:
         # Before `prepare` runs, an actor may fail to unpickle `build`: so would its replacements. Once is forgiven, as
         # an import may fail where a thread of Ray's own imports the same module at that moment.
         if not isinstance(error, _LOST) or (isinstance(error, RayActorError) and error.actor_init_failed):
-            message = f"a worker could not be set up: {_reason(error)}"
+            message = f"a worker could not be set up: {told(error)}"
             if self._failed_to_start or isinstance(getattr(error, "cause", None), LopError):
                 raise LopError(message) from error
             log.warning("%s; another takes its place", message)
@@ -325,9 +297,9 @@ class Fleet:
         log.warning("a worker died before it was ready: another takes its place")
         if not _went_with_its_machine(error):
             self._deaths_at_start += 1
-        if self._deaths_at_start > _ATTEMPTS * min(self._count, 10):
+        if self._deaths_at_start > ATTEMPTS * min(self._count, 10):
             how = f"{self._deaths_at_start} workers in a row died before they could evaluate anything"
-            raise LopError(f"{how}: {_reason(error)}") from error
+            raise LopError(f"{how}: {told(error)}") from error
         self._dismiss(member)
 
     def _receive(self, member: _Member, call: _Call, future: "Future[Any]", results: Results) -> None:
@@ -340,80 +312,55 @@ class Fleet:
             if not member.gone and not member.calls and not self._waiting and len(self._members) > self._wanted:
                 self._dismiss(member)
         elif isinstance(error, _LOST):
-            self._bury(member, error, results)
+            self._bury(member, error)
         else:  # It never came to `evaluate`, or its answer could not be sent.
             self._finish(member, call)
             for candidate in call.candidates:
-                self._take(member, candidate, Answer(None, _reason(error), 0.0), results)
+                self._take(member, candidate, Answer(None, told(error), 0.0), results)
 
     def _take(self, member: _Member, candidate: Candidate, answer: Answer, results: Results) -> None:
         if answer.evaluation is None:
-            self._blame(member, candidate, answer.error, results)
+            self._failed(member, candidate, answer.error)
             return
-        self._evaluated += 1
-        self._deaths_in_a_row = 0
+        self._blame.succeeded(candidate, member)
         is_first = math.isinf(self._mean_seconds)
         self._mean_seconds = answer.seconds if is_first else 0.95 * self._mean_seconds + 0.05 * answer.seconds
-        member.failing.clear()
-        self._troubles.pop(candidate, None)
         self._alone.discard(candidate)
         results.append((candidate.allocation, answer.evaluation))
         self._release_given_up(results)
 
-    def _blame(self, member: _Member, candidate: Candidate, reason: str, results: Results) -> None:
-        """Notes that an allocation failed on an actor, and finds out which of the two is at fault."""
+    def _failed(self, member: _Member, candidate: Candidate, reason: str) -> None:
+        """An allocation failed on an actor: either may be at fault."""
         log.warning("evaluation of %s failed: %s", candidate.allocation.widths, reason)
-        if not member.failing:
-            member.others_then = self._evaluated
-        member.failed.add(candidate)
-        member.failing.add(candidate)
-        trouble = self._troubles.setdefault(candidate, _Trouble())
-        trouble.raised_on.append(member)
-        if len(trouble.raised_on) >= _ATTEMPTS:
-            self._give_up(candidate, reason, results)
-        else:
+        if self._blame.failed(candidate, member, reason):
             self._waiting.appendleft(candidate)
-        if len(member.failing) >= _ATTEMPTS and self._evaluated > member.others_then and not member.gone:
+        else:
+            self._alone.discard(candidate)
+        if not member.gone and self._blame.is_at_fault(member):
             log.warning("a worker fails at everything while others do not: another takes its place")
-            for other in self._troubles.values():
-                other.raised_on = [tried for tried in other.raised_on if tried is not member]
             self._dismiss(member)
 
-    def _give_up(self, candidate: Candidate, reason: str, results: Results) -> None:
-        """Holds a failure back until something succeeds, to tell a bad allocation from a bad cluster."""
-        del self._troubles[candidate]
-        self._alone.discard(candidate)
-        self._given_up[candidate] = reason
-        if len(self._given_up) >= (_GIVEN_UP_LATER if self._evaluated else _GIVEN_UP_AT_FIRST):
-            raise LopError(f"allocation {candidate.allocation.widths} failed {_ATTEMPTS} times: {reason}")
-
     def _release_given_up(self, results: Results) -> None:
-        for candidate, reason in self._given_up.items():
+        for candidate, reason in self._blame.release().items():
             log.warning("allocation %s is recorded as failed: %s", candidate.allocation.widths, reason)
             results.append((candidate.allocation, Evaluation.failed(reason, candidate.rival)))
-        self._given_up.clear()
 
-    def _bury(self, member: _Member, error: BaseException, results: Results) -> None:
+    def _bury(self, member: _Member, error: BaseException) -> None:
         """An actor died: what it was doing may have killed it."""
         log.warning("a worker died: another takes its place, and its %d calls", member.calls)
         running = next(iter(member.running), None)
         self._dismiss(member)
         if running is None or _went_with_its_machine(error):
             return
-        self._deaths += 1
-        self._deaths_in_a_row += 1
-        if self._deaths_in_a_row >= (_DEATHS_LATER if self._evaluated else _DEATHS_AT_FIRST):
-            raise LopError(f"{self._deaths_in_a_row} workers in a row died before they could evaluate anything")
+        self._blame.died()
         candidate = self._suspect(running)
         if candidate is None:
             return
-        trouble = self._troubles.setdefault(candidate, _Trouble())
-        trouble.deaths += 1
-        if trouble.deaths >= self._deaths_that_tell(trouble.deaths):
-            self._give_up(candidate, "its worker died each time", results)
-        else:
+        if self._blame.killed(candidate):
             # Last in line, so that others show meanwhile whether workers die of themselves.
             self._waiting.append(candidate)
+        else:
+            self._alone.discard(candidate)
 
     def _suspect(self, call: _Call) -> Candidate | None:
         """A dismissed actor's call's only candidate, out of line; several are first sent alone, to tell which."""
@@ -424,12 +371,6 @@ class Fleet:
         self._waiting.remove(candidate)
         return candidate
 
-    def _deaths_that_tell(self, own: int) -> int:
-        """How many workers must die of one allocation until it is at fault, by how often others' workers die."""
-        others = self._deaths - own
-        share = (others + 1) / (self._evaluated + others + 2)
-        return min(_MOST_DEATHS, max(_ATTEMPTS, math.ceil(math.log(_CHANCE) / math.log(share))))
-
     def _check(self, results: Results) -> None:
         """What must be looked for, because no actor says it."""
         now = time.monotonic()
@@ -438,32 +379,22 @@ class Fleet:
             for member in list(self._members):
                 oldest = next(iter(member.running), None)
                 if oldest and now - oldest.started > self._seconds:
-                    self._end_stuck(member, oldest, results)
+                    self._end_stuck(member, oldest)
             self._recruit()
             self._dispatch()
-        if self._given_up and not self._waiting and not any(member.calls for member in self._members):
+        if self._blame.has_given_up and not self._waiting and not any(member.calls for member in self._members):
             self._release_given_up(results)  # The search would wait for them for ever.
         if not self._ready:
             self._wait.remind()
 
-    def _end_stuck(self, member: _Member, call: _Call, results: Results) -> None:
+    def _end_stuck(self, member: _Member, call: _Call) -> None:
         log.warning("a worker has been at one evaluation for more than %g s: another takes its place", self._seconds)
         self._dismiss(member)
         candidate = self._suspect(call)
         if candidate is not None:
-            self._blame(member, candidate, f"it took longer than {self._seconds:g} s", results)
+            self._failed(member, candidate, f"it took longer than {self._seconds:g} s")
 
 
 def _went_with_its_machine(error: BaseException) -> bool:
     is_gone = isinstance(error, (ActorUnavailableError, NodeDiedError, ObjectLostError))
     return is_gone or getattr(error, "preempted", False) or "node has died" in str(error).lower()
-
-
-def _reason(error: BaseException) -> str:
-    """What was raised on the actor, in one line; where only its traceback came here, that one's last line."""
-    if not isinstance(error, RayError):
-        return describe_error(error)
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        return describe_error(cause)
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -5,7 +5,6 @@ Ray Serve, and tests call it as it is.
 """
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib.resources import files
@@ -14,14 +13,10 @@ from typing import Annotated, Any, cast
 
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request, Response
-from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
-from starlette.datastructures import Headers
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-from starlette.staticfiles import NotModifiedResponse
-from starlette.types import Receive, Scope, Send
 
 import lop
 from lop.checkpoint.footprint import Footprint
@@ -31,9 +26,10 @@ from lop.report.intervals import Interval
 from lop.space.allocation import Allocation, uniform
 from serve import schemas
 from serve.catalogue import Curve, ServedModel
+from serve.downloads import ID, RETRY_SECONDS, Id, add_events, add_files, describe, find_job, problem_response, url_of
 from serve.exporting import FORMATS, RECOVERIES
-from serve.guard import problem
-from serve.jobs import UNFINISHED, Asked, Job, JobStore, QueueFullError, TooLargeError
+from serve.job import Asked, Job, QueueFullError, TooLargeError
+from serve.jobs import JobStore
 from serve.schemas import problems
 
 log = logging.getLogger("ray.serve")
@@ -42,15 +38,8 @@ log = logging.getLogger("ray.serve")
 Predict = Callable[[str, int], Awaitable[tuple[int, ...]]]
 Check = Callable[[], Awaitable[object]]
 
-_ID = r"^[0-9a-f]{32}$"
-_FILE = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"
-_POLL_SECONDS = 0.2
-_HEARTBEAT_SECONDS = 15
-_STREAM_SECONDS = 3600
-_RETRY_SECONDS = 10
 _READY_SECONDS = 5
 _COMMON = (400, 401, 403, 408, 413, 429)
-Id = Annotated[str, PathParameter(pattern=_ID, examples=["0" * 32])]
 
 DESCRIPTION = """\
 Ask for a size, get a model. A **target** is a pruning ratio, a number of parameters or a number of bytes;
@@ -81,8 +70,8 @@ def build_api(
     _add_errors(api)
     _add_models(api, models, predict)
     _add_checkpoints(api, models, store, predict)
-    _add_files(api, store)
-    _add_events(api, store, streams)
+    add_files(api, store)
+    add_events(api, store, streams)
     _add_health(api, models, store, predict, check_pruner)
     _add_page(api)
     api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
@@ -140,17 +129,17 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
         try:
             job = await run_sync(store.submit, job)
         except QueueFullError:
-            headers = {"Retry-After": str(_RETRY_SECONDS)}
+            headers = {"Retry-After": str(RETRY_SECONDS)}
             raise HTTPException(429, "as many exports are waiting as may", headers) from None
         except TooLargeError:
             raise HTTPException(422, "the checkpoint would be larger than the storage's quota") from None
-        response.headers["Location"] = _url(job.id)
-        return _checkpoint(job, store)
+        response.headers["Location"] = url_of(job.id)
+        return describe(job, store)
 
     @api.get("/v1/checkpoints", summary="All checkpoints", responses=problems(422))
     def list_checkpoints(
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        after: Annotated[str | None, Query(pattern=_ID, description="`next` of the page before")] = None,
+        after: Annotated[str | None, Query(pattern=ID, description="`next` of the page before")] = None,
     ) -> schemas.Checkpoints:
         jobs = store.all()
         if after is not None:
@@ -158,12 +147,12 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
             if start is None:
                 raise HTTPException(422, "after: there is no such checkpoint any more")
             jobs = jobs[start:]
-        page = [_checkpoint(job, store) for job in jobs[:limit]]
+        page = [describe(job, store) for job in jobs[:limit]]
         return schemas.Checkpoints(checkpoints=page, next=page[-1].id if len(jobs) > limit else None)
 
     @api.get("/v1/checkpoints/{id}", summary="A checkpoint's state", responses=problems(404, 422))
     def show(id: Id) -> schemas.Checkpoint:
-        return _checkpoint(_job(store, id), store)
+        return describe(find_job(store, id), store)
 
     @api.delete(
         "/v1/checkpoints/{id}", status_code=204, summary="Cancel or remove a checkpoint", responses=problems(404, 422)
@@ -171,131 +160,6 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
     def remove(id: Id) -> None:
         if not store.remove(id):
             raise HTTPException(404, "there is no such checkpoint")
-
-
-def _add_files(api: FastAPI, store: JobStore) -> None:
-    @api.head("/v1/checkpoints/{id}/files/{name}", include_in_schema=False)
-    @api.get(
-        "/v1/checkpoints/{id}/files/{name}",
-        summary="Download a file",
-        description="Goes on where a download broke off: takes `Range`, with `If-Range`; the `ETag` is the file's "
-        "SHA-256. A checkpoint that is not complete has no files yet (409): wait for it, and have the client fail "
-        "(`curl --fail`) rather than keep the error as if it were the file.",
-        response_class=FileResponse,
-        responses={
-            200: {"content": {"application/octet-stream": {}}, "description": "The file"},
-            206: {"content": {"application/octet-stream": {}}, "description": "A part of the file"},
-            304: {"description": "The client has it already (`If-None-Match`)"},
-            **problems(404, 409, 416, 422),
-        },
-    )
-    def download(
-        id: Id, name: Annotated[str, PathParameter(pattern=_FILE, examples=["model.safetensors"])]
-    ) -> FileResponse:
-        job = _job(store, id)
-        if job.state in UNFINISHED:
-            raise HTTPException(409, f"the checkpoint is {job.state}", {"Retry-After": str(_RETRY_SECONDS)})
-        if job.state != "complete":
-            raise HTTPException(409, f"the checkpoint is {job.state}")
-        if name not in job.files:
-            raise HTTPException(404, "the checkpoint has no such file")
-        path = store.folder(job) / name
-        try:
-            stat = path.stat()
-        except FileNotFoundError:
-            raise HTTPException(404, "the checkpoint has been removed") from None
-        store.touch(job)
-        headers = {"ETag": f'"{job.files[name]["sha256"]}"'}
-        return _File(path, headers=headers, media_type="application/octet-stream", filename=name, stat_result=stat)
-
-
-class _File(FileResponse):
-    """Knows what the client has already, and reads `Range` as RFC 9110 has it; errors are problem documents."""
-
-    chunk_size = 1024 * 1024
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = Headers(scope=scope)
-        known = [tag.strip().removeprefix("W/") for tag in asked.get("if-none-match", "").split(",")]
-        if self.headers["etag"] in known or "*" in known:
-            await NotModifiedResponse(self.headers)(scope, receive, send)
-            return
-        if scope["method"] != "GET" or not asked.get("range", "").lower().startswith("bytes="):
-            # There are no ranges of other methods, and other units are to be ignored.
-            scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
-        started: dict[str, Any] = {}
-
-        async def watched(message: Any) -> None:
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                started.update(message)
-            elif not started:
-                await send(message)
-
-        await super().__call__(scope, receive, watched)
-        if started:
-            size = self.stat_result.st_size if self.stat_result else 0
-            detail = f"Range: the file has {size} bytes" if started["status"] == 416 else "Range cannot be read"
-            headers = {"Content-Range": f"bytes */{size}"} if started["status"] == 416 else None
-            request_id = scope["state"]["request_id"]
-            await _problem(started["status"], detail, request_id, headers)(scope, receive, send)
-
-
-def _add_events(api: FastAPI, store: JobStore, streams: int) -> None:
-    slots = asyncio.Semaphore(streams)
-
-    @api.get(
-        "/v1/checkpoints/{id}/events",
-        summary="Follow a checkpoint",
-        description="Server-sent events: `checkpoint` with the state each time that something changes, the "
-        "last of them "
-        "with a final state; `removed` if it is deleted meanwhile.",
-        response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}, "description": "Events"}, **problems(404, 422)},
-    )
-    async def follow(id: Id) -> StreamingResponse:
-        await run_sync(_job, store, id)
-        if slots.locked():
-            raise HTTPException(429, "too many event streams", {"Retry-After": str(_RETRY_SECONDS)})
-        await slots.acquire()
-        return _Events(_events(store, id), slots)
-
-
-class _Events(StreamingResponse):
-    """Gives its slot back however it ends."""
-
-    def __init__(self, content: AsyncIterator[str], slots: asyncio.Semaphore) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._slots = slots
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._slots.release()
-
-
-async def _events(store: JobStore, id: str) -> AsyncIterator[str]:
-    loop = asyncio.get_running_loop()
-    last, sent, end = "", loop.time(), loop.time() + _STREAM_SECONDS
-    while loop.time() < end:
-        job = await run_sync(store.get, id)
-        if job is None:
-            yield _event("removed", json.dumps({"id": id}))
-            return
-        text = (await run_sync(_checkpoint, job, store)).model_dump_json()
-        if text != last:
-            yield _event("checkpoint", text)
-            last, sent = text, loop.time()
-        elif loop.time() - sent > _HEARTBEAT_SECONDS:
-            yield ": still here\n\n"
-            sent = loop.time()
-        if job.state not in UNFINISHED:
-            return
-        await asyncio.sleep(_POLL_SECONDS)
-
-
-def _event(name: str, data: str) -> str:
-    return f"event: {name}\ndata: {data}\n\n"
 
 
 def _add_health(
@@ -356,29 +220,25 @@ def _add_errors(api: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         # What was sent is not repeated: it may be NaN, which is no JSON, or enormous.
         wrong = [f"{'.'.join(map(_part, item['loc']))}: {item['msg']}" for item in error.errors()[:5]]
-        return _problem(422, "; ".join(wrong), request.state.request_id)
+        return problem_response(422, "; ".join(wrong), request.state.request_id)
 
     @api.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers) if error.headers else None
-        return _problem(error.status_code, str(error.detail), request.state.request_id, headers)
+        return problem_response(error.status_code, str(error.detail), request.state.request_id, headers)
 
     @api.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
         # Starlette raises it again; the guard logs it.
-        return _problem(500, "internal error", request.state.request_id)
+        return problem_response(500, "internal error", request.state.request_id)
 
     @api.exception_handler(LopError)
     async def wrong(request: Request, error: LopError) -> Response:
-        return _problem(422, str(error), request.state.request_id)
+        return problem_response(422, str(error), request.state.request_id)
 
 
 def _part(part: object) -> str:
     return ascii(part)[1:-1][:40] if isinstance(part, str) else str(part)
-
-
-def _problem(status: int, detail: str, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(problem(status, detail, request_id), status, headers, "application/problem+json")
 
 
 def _find(models: Mapping[str, ServedModel], name: str) -> ServedModel:
@@ -446,39 +306,6 @@ def _curve(curve: Curve) -> schemas.AccuracyCurve:
 
 def _interval(interval: Interval) -> dict[str, float]:
     return {"value": interval.value, "low": interval.low, "high": interval.high}
-
-
-def _job(store: JobStore, id: str) -> Job:
-    job = store.get(id)
-    if job is None:
-        raise HTTPException(404, "there is no such checkpoint")
-    return job
-
-
-def _checkpoint(job: Job, store: JobStore) -> schemas.Checkpoint:
-    progress = store.progress(job.id) if job.state == "running" else None
-    return schemas.Checkpoint(
-        id=job.id,
-        state=job.state,
-        model=job.asked.model,
-        target=dict(job.asked.target),
-        format=job.asked.format,
-        recovery=job.asked.recovery,
-        allocation=schemas.Allocation(**job.allocation),
-        progress=schemas.Progress(**progress) if progress else None,
-        error=job.error,
-        bytes=job.bytes,
-        files={name: schemas.File(**about, url=f"{_url(job.id)}/files/{name}") for name, about in job.files.items()},
-        path=str(store.folder(job)) if job.state == "complete" else None,
-        url=_url(job.id),
-        created=job.created,
-        started=job.started,
-        finished=job.finished,
-    )
-
-
-def _url(id: str) -> str:
-    return f"/v1/checkpoints/{id}"
 
 
 def _openapi(api: FastAPI) -> dict[str, Any]:

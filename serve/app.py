@@ -24,7 +24,8 @@ from serve.api import build_api
 from serve.batching import Batcher
 from serve.catalogue import ServedModel, load_catalogue, open_run
 from serve.guard import Guard, Limits, is_loopback
-from serve.jobs import FOLDERS, Job, JobStore
+from serve.job import Job
+from serve.jobs import FOLDERS, JobStore
 from serve.keys import VARIABLE, load_keys
 from serve.pruning import Worker
 from serve.settings import ServiceSettings

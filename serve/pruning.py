@@ -17,7 +17,8 @@ from lop.run.run import Run
 from lop.space.allocation import Allocation
 from serve.catalogue import fingerprints_of
 from serve.exporting import write_checkpoint
-from serve.jobs import Claim, Job, JobStore, WithdrawnError
+from serve.job import Job, WithdrawnError
+from serve.jobs import Claim, JobStore
 
 log = logging.getLogger("ray.serve")
 _POLL_SECONDS = 0.2

@@ -19,7 +19,8 @@ from serve.api import build_api
 from serve.app import open_store
 from serve.catalogue import ServedModel, load_catalogue, open_run
 from serve.guard import Guard, Limits
-from serve.jobs import Job, JobStore
+from serve.job import Job
+from serve.jobs import JobStore
 from serve.keys import Keys
 from serve.pruning import Worker
 from serve.settings import ServiceSettings

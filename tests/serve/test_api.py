@@ -29,7 +29,7 @@ from lop.storage.fingerprint import fingerprint_file
 from lop.storage.headers import read_tensors
 from serve import schemas
 from serve.catalogue import ServedModel, load_catalogue
-from serve.jobs import Job
+from serve.job import Job
 from serve.settings import ServiceSettings
 from tests.serve.conftest import Answer, Service, Start
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.jobs import Asked, Job, JobStore
+from serve.job import Asked, Job
+from serve.jobs import JobStore
 
 ROOM = 3
 STEPS = st.lists(st.tuples(st.integers(0, 6), st.floats(0, 2e9), st.booleans()), min_size=1, max_size=14)

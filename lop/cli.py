@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
-from lop.checkpoint.formats import FORMATS, RECOVERIES
+from lop.checkpoint.formats import FORMATS
+from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
 from lop.model.find import EMBEDDED, SHIPPED, find_model

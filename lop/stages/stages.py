@@ -18,7 +18,8 @@ from tqdm import tqdm
 from lop import __version__
 from lop.checkpoint.export import export
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import Format, Recovery, check_format
+from lop.checkpoint.formats import Format, check_format
+from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError, LopError
 from lop.methods.method import Root
@@ -291,7 +292,7 @@ def export_allocation(
             raise CancelledError("the export was cancelled")
         progress("recover", done, total)
 
-    if recovery == "refit":
+    if RECOVERIES[recovery].refits:
         _warn_of_samples(run)
     with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
         recovered = recover_checkpoint(

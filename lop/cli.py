@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lop import __version__, commands
-from lop.checkpoint.formats import FORMATS, RECOVERIES
+from lop.checkpoint.formats import FORMATS
+from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
 from lop.model.find import EMBEDDED, SHIPPED

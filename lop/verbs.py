@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lop.checkpoint.formats import Format, Recovery
+from lop.checkpoint.formats import Format
+from lop.checkpoint.recoveries import Recovery
 from lop.model.find import find_model
 from lop.run.config import Config, config_for, load_config
 from lop.run.prediction import answer

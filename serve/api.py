@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request, Response
@@ -20,7 +20,6 @@ from starlette.exceptions import HTTPException
 
 import lop
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import Format, Recovery
 from lop.errors import LopError
 from lop.report.intervals import Interval
 from lop.space.allocation import Allocation, uniform
@@ -263,7 +262,7 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
 
 
 def _footprint(model: ServedModel, asked: schemas.AllocationRequest) -> Footprint:
-    return Footprint(model.size, cast(Format, asked.format), cast(Recovery, asked.recovery or model.recovery))
+    return Footprint(model.size, asked.format, asked.recovery or model.recovery)
 
 
 def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[str, Any] | None:
@@ -275,7 +274,7 @@ def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[st
 
 def _model(model: ServedModel) -> schemas.Model:
     space, size = model.space, model.size
-    footprint = Footprint(size, recovery=cast(Recovery, model.recovery))
+    footprint = Footprint(size, recovery=model.recovery)
     least, most = ([width] * space.layers for width in (space.min_width, space.neurons))
     return schemas.Model(
         name=model.name,

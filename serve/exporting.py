@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from lop.checkpoint.formats import FORMATS, RECOVERIES, Format, Recovery
+from lop.checkpoint.formats import FORMATS
+from lop.checkpoint.recoveries import RECOVERIES
 from lop.run.run import Run
 from lop.space.allocation import Allocation
 from lop.stages.prune import export_allocation
@@ -39,8 +40,8 @@ def write_checkpoint(
         allocation,
         out,
         target=run.space.ratio(allocation.budget),
-        format=cast(Format, format),
-        recovery=cast(Recovery, recovery),
+        format=format,
+        recovery=recovery,
         scratch=scratch,
         progress=on_progress,
     )

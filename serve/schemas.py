@@ -1,6 +1,6 @@
 """What requests and answers look like; the OpenAPI document is made of these."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -131,7 +131,7 @@ AnyTarget = Annotated[
 ]
 
 
-def _offered(names: tuple[str, ...]) -> Callable[[str], str]:
+def _offered(names: Collection[str]) -> Callable[[str], str]:
     def check(name: str) -> str:
         if name not in names:
             raise ValueError(f"is not one of {', '.join(names)}")
@@ -152,8 +152,8 @@ class AllocationRequest(_Request):
     model_config = _examples(_EXAMPLE)
     model: Name
     target: AnyTarget
-    format: Annotated[str, AfterValidator(_offered(FORMATS)), Field(json_schema_extra={"enum": list(FORMATS)})] = (
-        FORMATS[0]
+    format: Annotated[str, AfterValidator(_offered(FORMATS)), Field(json_schema_extra={"enum": list(FORMATS)})] = next(
+        iter(FORMATS)
     )
     recovery: _Recovery = None
 
@@ -161,7 +161,7 @@ class AllocationRequest(_Request):
 class CheckpointRequest(AllocationRequest):
     """What `POST /v1/checkpoints` takes."""
 
-    model_config = _examples({**_EXAMPLE, "format": FORMATS[0]})
+    model_config = _examples({**_EXAMPLE, "format": next(iter(FORMATS))})
 
 
 class Accuracy(_Answer):

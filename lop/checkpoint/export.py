@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lop.checkpoint.card import CARD, model_card
-from lop.checkpoint.formats import Format, check_format, cut_tensors, pruned_config
+from lop.checkpoint.formats import FORMATS, Format, check_format, cut_tensors, pruned_config
 from lop.checkpoint.shards import Cut, ShardWriter, plan_shards, write_all
 from lop.errors import CancelledError, LopError
 from lop.model.sources import MANIFEST, MODELING, check_checkpoint
@@ -221,7 +221,7 @@ def _companions(source: Path, format: Format) -> dict[str, bytes]:
         for file in source.glob(pattern)
         if file.name not in _OWN
     }
-    if format == "hf":
+    if not FORMATS[format].is_padded:
         found[MODELING] = (Path(str(files("lop"))) / "model" / "remote_qwen2_5_vl.py").read_bytes()
     return found
 

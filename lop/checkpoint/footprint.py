@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lop.checkpoint.formats import Format, Recovery, check_format
+from lop.checkpoint.formats import FORMATS, Format, check_format
+from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.errors import LopError
 from lop.space.allocation import Allocation, Space, uniform
 from lop.space.size import ModelSize, Target
@@ -45,7 +46,7 @@ class Footprint:
         Zeros that pad a layer to the widest one take as much room as neurons would. Where the room is what is limited,
         every allocation that fits is therefore part of the uniform one of the greatest width that does.
         """
-        return self.format == "padded" and target.ratio is None
+        return FORMATS[self.format].is_padded and target.ratio is None
 
     def budget(self, target: Target, space: Space) -> int:
         """The neurons to keep: the most that the target allows.
@@ -93,8 +94,8 @@ class Footprint:
 
     def _stored(self, widths: Sequence[int]) -> int:
         """Neurons on disk, those of zeros included."""
-        return max(widths) * len(widths) if self.format == "padded" else sum(widths)
+        return max(widths) * len(widths) if FORMATS[self.format].is_padded else sum(widths)
 
     @property
     def _biases(self) -> int:
-        return self.size.layers if self.recovery == "bias" else 0
+        return self.size.layers if RECOVERIES[self.recovery].adds_bias else 0

@@ -2,22 +2,40 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.shards import Cut
 from lop.errors import LopError
 from lop.model.sources import MODEL_CLASS, MODELING
 from lop.model.tensors import ffn_layer, ffn_part
 from lop.storage.headers import TensorInfo
 
-Recovery = Literal["none", "bias", "refit"]
-RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
-Format = Literal["hf", "padded"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 # Of a config as the first Qwen2.5-VL checkpoints have it, flat: what is not the language backbone's.
 _NOT_TEXT = {"architectures", "auto_map", "model_type", "transformers_version", "vision_config"}
+
+
+# A key of `FORMATS`.
+Format = str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a format stores layers.
+
+    Attributes:
+        is_padded: each as wide as the widest, filled up with zeros.
+        holds_bias: there is a place for a bias of `down_proj`.
+    """
+
+    is_padded: bool
+    holds_bias: bool
+
+
+FORMATS = {"hf": Layout(is_padded=False, holds_bias=True), "padded": Layout(is_padded=True, holds_bias=False)}
 
 
 def check_format(format: Format, recovery: Recovery) -> None:
@@ -26,8 +44,10 @@ def check_format(format: Format, recovery: Recovery) -> None:
     Raises:
         LopError: the format has no place for what the recovery adds.
     """
-    if format == "padded" and recovery == "bias":
-        raise LopError("format 'padded' has no place for a bias: choose recovery 'refit' or 'none', or format 'hf'")
+    if RECOVERIES[recovery].adds_bias and not FORMATS[format].holds_bias:
+        fits = " or ".join(repr(name) for name in reversed(RECOVERIES) if not RECOVERIES[name].adds_bias)
+        others = " or ".join(repr(name) for name, layout in FORMATS.items() if layout.holds_bias)
+        raise LopError(f"format {format!r} has no place for a bias: choose recovery {fits}, or format {others}")
 
 
 def cut_tensors(
@@ -71,7 +91,7 @@ def _cut(
     if kept is None:
         return Cut(source, expected)
     chosen = np.arange(len(kept)) if recovered else kept
-    full = shape(max(widths)) if format == "padded" else expected
+    full = shape(max(widths)) if FORMATS[format].is_padded else expected
     return Cut(source, full, columns=chosen) if part == "down_proj" else Cut(source, full, rows=chosen)
 
 
@@ -88,7 +108,7 @@ def pruned_config(dense: Mapping[str, Any], widths: Sequence[int], *, format: Fo
         bias: whether the layers' `down_proj` have one.
     """
     config = copy.deepcopy(dict(dense))
-    if format == "padded":
+    if FORMATS[format].is_padded:
         config.get("text_config", config)["intermediate_size"] = max(widths)
         return config
     if "text_config" not in config:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lop.checkpoint.forecast import tell_refit
-from lop.checkpoint.formats import Recovery
+from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.model.backbone import ROWS, Backbone, Layer
 from lop.model.elastic import ElasticFfn, ElasticModel
 from lop.model.encoding import Encoded, encode
@@ -42,8 +42,9 @@ def recover_elastic(
         means: [L, F] `E[h]` in the dense model's numbering, for `bias`.
         calibration: for `refit`.
     """
-    elastic.prune(allocation, means if recovery == "bias" else None)
-    if recovery == "refit":
+    mending = RECOVERIES[recovery]
+    elastic.prune(allocation, means if mending.adds_bias else None)
+    if mending.refits:
         for _ in refit(elastic.backbone, elastic.backbone.layers, calibration, allocation.widths):
             pass
 
@@ -83,10 +84,11 @@ def recover_checkpoint(
     Raises:
         LopError: the checkpoint is damaged or no dense Qwen2.5-VL.
     """
-    if recovery == "none":
+    mending = RECOVERIES[recovery]
+    if not (mending.adds_bias or mending.refits):
         return {}
     down = down_projections(check_checkpoint(checkpoint, dense=True))
-    if recovery == "bias":
+    if mending.adds_bias:
         new = _biases(down, allocation, order, means)
         names = [name.removesuffix("weight") + "bias" for name, _ in down]
     else:

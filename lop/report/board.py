@@ -156,7 +156,7 @@ def values(board: Board, entries: Sequence[Entry]) -> Iterator[Value]:
             )
 
 
-def tests(board: Board, entries: Sequence[Entry]) -> Iterator[Test]:
+def pairwise_tests(board: Board, entries: Sequence[Entry]) -> Iterator[Test]:
     """LOP's methods against each other method at each target."""
     groups = grouped(entries)
     for (method, target), group in groups.items():

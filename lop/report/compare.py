@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lop.checkpoint.formats import Recovery
+from lop.checkpoint.recoveries import Recovery
 from lop.checkpoint.recovery import recover_elastic
 from lop.methods.method import Need, Seconds, Side
 from lop.methods.registry import IN_REPORT, METHODS

@@ -18,7 +18,7 @@ from lop.methods.lop_search import METHOD as LOP_SEARCH
 from lop.methods.method import Side
 from lop.model.find import find_model
 from lop.report.benchmark import Question, Verdict, fingerprint_benchmark, probes, respond
-from lop.report.board import Board, Test, Value, details, tests, values
+from lop.report.board import Board, Test, Value, details, pairwise_tests, values
 from lop.report.cells import Spread, score_cells
 from lop.report.entries import Entry, baseline_entries, cells, dense_entry, grouped, lop_entries, rival_entries
 from lop.report.speed import Speed, speeds
@@ -102,7 +102,7 @@ def make_tables(
         seeds=tuple(seed_run.config.seed for seed_run in runs),
         values=tuple(values(board, [full, *entries])),
         details=tuple(details(verdicts, [full, *entries])),
-        tests=tuple(tests(board, entries)),
+        tests=tuple(pairwise_tests(board, entries)),
         seconds=tuple(speeds(run, entries, scored)),
         models=(*_own_models(run, board, full, entries), *_other_models(board, questions, written)),
         allocations=tuple(_allocations(run, entries)),

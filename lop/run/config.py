@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetPydanticSchema, ValidationError, model_validator
 from pydantic_core import core_schema
 
-from lop.checkpoint.formats import Recovery
+from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
 from lop.methods.method import Root as RootKind
 from lop.methods.registry import BASELINES, METHODS, ROOTS, SEARCHES
@@ -18,6 +18,7 @@ from lop.model.find import EMBEDDED, SHIPPED, settled
 from lop.model.image_settings import ImageSettings
 from lop.model.importance import IMPORTANCES
 from lop.predictor.inference import NETWORKS
+from lop.search.rewards import REWARDS, TIE_BREAKERS
 from lop.search.tree import TreeOptions
 from lop.storage.files import atomic_file
 
@@ -30,6 +31,9 @@ def _one_of(names: Iterable[str]) -> GetPydanticSchema:
     return GetPydanticSchema(lambda _source, _handler: core_schema.literal_schema(list(names)))
 
 
+Recovery = Annotated[str, _one_of(RECOVERIES)]
+Reward = Annotated[str, _one_of(REWARDS)]
+TieBreaker = Annotated[str, _one_of(TIE_BREAKERS)]
 Importance = Annotated[str, _one_of(IMPORTANCES)]
 Root = Annotated[str, _one_of(ROOTS)]
 Baseline = Annotated[str, _one_of(BASELINES)]
@@ -111,13 +115,13 @@ class SearchSettings(_Settings):
     window: Positive = 2
     roots: Distinct[Root] = ("uniform", "magnitude", "wanda", "flap", "sensitivity")
     sensitivity_levels: Positive = 20
-    reward: Literal["accuracy", "log_probability", "margin", "divergence"] = "log_probability"
-    tie_breaker: Literal["log_probability", "margin", "divergence"] = "log_probability"
+    reward: Reward = "log_probability"
+    tie_breaker: TieBreaker = "log_probability"
     racing: RacingSettings | None = None
 
     @model_validator(mode="after")
     def _races_for_accuracy(self) -> "SearchSettings":
-        if self.racing and self.reward != "accuracy":
+        if self.racing and not REWARDS[self.reward].is_count:
             raise ValueError(
                 f"racing compares accuracies, and the reward is {self.reward}: set it to accuracy, or do not race"
             )
@@ -126,7 +130,7 @@ class SearchSettings(_Settings):
     @property
     def needs_divergence(self) -> bool:
         """Whether evaluations are compared with the dense model's distributions."""
-        return "divergence" in (self.reward, self.tie_breaker) or self.scans
+        return any(REWARDS[name].of_dense for name in (self.reward, self.tie_breaker)) or self.scans
 
     @property
     def scans(self) -> bool:
@@ -136,7 +140,7 @@ class SearchSettings(_Settings):
     @property
     def needs_answers(self) -> bool:
         """Whether evaluations are told apart by what is right or wrong, which prose never is."""
-        return bool({"accuracy", "margin"} & {self.reward, self.tie_breaker})
+        return any(REWARDS[name].of_answers for name in (self.reward, self.tie_breaker))
 
     def tree_options(self) -> TreeOptions:
         """What a tree needs of these settings."""

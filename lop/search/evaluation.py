@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lop.search.racing import Rival
+from lop.search.rewards import REWARDS
 
 # Nats, of a failed evaluation, by any finer reward: finite, because a tree averages.
 _WORST = 24.0
@@ -52,7 +53,7 @@ class Evaluation:
         value = getattr(self, name)
         if value is None:
             return -_WORST  # It failed.
-        return float(-value if name == "divergence" else value)
+        return float(-value if REWARDS[name].is_loss else value)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values: those that are there."""

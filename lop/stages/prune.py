@@ -10,7 +10,8 @@ import torch
 from lop import __version__
 from lop.checkpoint.export import export
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import Format, Recovery, check_format
+from lop.checkpoint.formats import Format, check_format
+from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError
 from lop.run.config import Config
@@ -107,7 +108,7 @@ def export_allocation(
             raise CancelledError("the export was cancelled")
         progress("recover", done, total)
 
-    if recovery == "refit":
+    if RECOVERIES[recovery].refits:
         warn_of_samples(run)
     with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
         recovered = recover_checkpoint(

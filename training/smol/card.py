@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lop.checkpoint.formats import Recovery
+from lop.checkpoint.recoveries import Recovery
 from lop.checkpoint.recovery import recover_elastic
 from lop.model.adapter import load_model
 from lop.model.elastic import ElasticModel

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from lop.checkpoint.export import export
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import FORMATS, RECOVERIES, Format, Recovery
+from lop.checkpoint.formats import FORMATS, Format
+from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.cli import main
 from lop.errors import LopError
 from lop.model.tensors import down_projections, model_size

@@ -49,8 +49,9 @@ class Sleeps:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
         """A made-up result."""
+        allocation = candidate.allocation
         if self._seconds:
             time.sleep(self._seconds)
         return answer(allocation)

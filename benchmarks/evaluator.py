@@ -33,6 +33,7 @@ from lop.model.samples import Sample, load_sample_sets, prompt_text
 from lop.model.statistics import calibrate
 from lop.run.config import find_config, load_config
 from lop.search.evaluator import Evaluator
+from lop.search.racing import Candidate
 from lop.space.allocation import Allocation, Space, dense, project, uniform
 
 _CONFIGS = {"tiny": "tiny", "7b": "qwen2_5_vl_7b"}
@@ -94,9 +95,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     encode_seconds = time.perf_counter() - started
     evaluator = Evaluator(elastic, encoded)
 
-    ours = statistics.mean(clock(lambda a=each: evaluator.evaluate(a), model) for each in allocations)  # type: ignore[misc]
-    whole = clock(lambda: evaluator.evaluate(dense(space)), model, repeats=5)
-    half = clock(lambda: evaluator.evaluate(uniform(space, space.budget(0.5))), model, repeats=5)
+    ours = statistics.mean(clock(lambda a=each: evaluator.evaluate(Candidate(a)), model) for each in allocations)  # type: ignore[misc]
+    whole = clock(lambda: evaluator.evaluate(Candidate(dense(space))), model, repeats=5)
+    half = clock(lambda: evaluator.evaluate(Candidate(uniform(space, space.budget(0.5)))), model, repeats=5)
     agreement = [
         agree(elastic, evaluator, encoded, samples, model, allocation, naive)
         for allocation, *naives in zip(chosen, singles, batches)
@@ -334,7 +335,7 @@ def profile_parts(evaluator: Evaluator, allocation: Allocation, model: QwenVL) -
     """Shares of an evaluation's time by part: on a GPU of the kernels' time, on a CPU of the operators'."""
     on_gpu = model.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
-        evaluator.evaluate(allocation)
+        evaluator.evaluate(Candidate(allocation))
         synchronize(model)
     shares = dict.fromkeys([*_PARTS, "rest"], 0.0)
     for event in recorded.key_averages():

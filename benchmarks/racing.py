@@ -20,31 +20,24 @@ from lop.model.find import assets
 from lop.run.building import build_evaluator
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
-from lop.search.evaluation import Evaluation
+from lop.search.evaluation import Evaluation, Scorer
 from lop.search.ledger import Ledger
 from lop.search.loop import InProcess, run_search
-from lop.search.racing import Racer, Rival
-from lop.space.allocation import Allocation
+from lop.search.racing import Candidate
 from lop.stages.search import build_trees
 
 
 class Counting:
     """An evaluator that counts the samples that it scores."""
 
-    def __init__(self, evaluator: Racer, samples: int) -> None:
+    def __init__(self, evaluator: Scorer, samples: int) -> None:
         self.scored = 0
         self._evaluator = evaluator
         self._samples = samples
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
         """As the evaluator's own."""
-        return self._count(self._evaluator.evaluate(allocation))
-
-    def race(self, allocation: Allocation, rival: Rival) -> Evaluation:
-        """As the evaluator's own."""
-        return self._count(self._evaluator.race(allocation, rival))
-
-    def _count(self, evaluation: Evaluation) -> Evaluation:
+        evaluation = self._evaluator.evaluate(candidate)
         self.scored += self._samples if evaluation.scored is None else evaluation.scored
         return evaluation
 

@@ -19,6 +19,7 @@ from lop.run.building import build_evaluator
 from lop.run.config import find_config, load_config
 from lop.run.results import Found, read_search
 from lop.run.run import Run
+from lop.search.racing import Candidate
 from lop.space.allocation import Allocation
 
 REWARDS = ("accuracy", "log_probability", "divergence", "margin")
@@ -48,7 +49,7 @@ def differences(
 
     @cache
     def accuracy(allocation: Allocation) -> float:
-        return 100 * evaluator.evaluate(allocation).accuracy
+        return 100 * evaluator.evaluate(Candidate(allocation)).accuracy
 
     rows = []
     for result in found:

@@ -10,8 +10,8 @@ import torch
 from ray.exceptions import RayError
 
 from lop.errors import LopError, first_line
-from lop.search.evaluation import Evaluation
-from lop.search.racing import Candidate, Racer
+from lop.search.evaluation import Evaluation, Scorer
+from lop.search.racing import Candidate
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Answer:
 class EvaluatorActor:
     """Loads nothing until `prepare` is called, so that a failure to load reaches the driver as the error it is."""
 
-    def __init__(self, build: Callable[[], Racer]) -> None:
+    def __init__(self, build: Callable[[], Scorer]) -> None:
         self._build = build
-        self._evaluator: Racer | None = None
+        self._evaluator: Scorer | None = None
 
     def prepare(self) -> int:
         """Builds the evaluator, and returns the process id."""
@@ -66,10 +66,10 @@ def told(error: BaseException) -> str:
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
-def _answer(evaluator: Racer, candidate: Candidate) -> Answer:
+def _answer(evaluator: Scorer, candidate: Candidate) -> Answer:
     start = time.perf_counter()
     try:
-        evaluation = candidate.evaluate(evaluator)
+        evaluation = evaluator.evaluate(candidate)
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()  # Fragments of a failed pass must not make the next one fail.

@@ -20,8 +20,8 @@ from ray.exceptions import (
 )
 
 from lop.errors import LopError
-from lop.search.evaluation import Evaluation
-from lop.search.racing import Candidate, Racer
+from lop.search.evaluation import Evaluation, Scorer
+from lop.search.racing import Candidate
 from lop.space.allocation import Allocation
 from ray_jobs.actor import Answer, EvaluatorActor, told
 from ray_jobs.blame import ATTEMPTS, GIVEN_UP_AT_FIRST, Blame
@@ -86,7 +86,7 @@ class Fleet:
 
     def __init__(
         self,
-        build: Callable[[], Racer],
+        build: Callable[[], Scorer],
         *,
         count: int,
         needs: Needs = ONE_CPU,
@@ -343,7 +343,7 @@ class Fleet:
     def _release_given_up(self, results: Results) -> None:
         for candidate, reason in self._blame.release().items():
             log.warning("allocation %s is recorded as failed: %s", candidate.allocation.widths, reason)
-            results.append((candidate.allocation, Evaluation.failed(reason, candidate.rival)))
+            results.append((candidate.allocation, Evaluation.failed(reason, candidate.opponent)))
 
     def _bury(self, member: _Member, error: BaseException) -> None:
         """An actor died: what it was doing may have killed it."""

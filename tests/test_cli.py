@@ -24,6 +24,7 @@ from lop.run.config import load_config
 from lop.run.results import read_search
 from lop.run.run import Run
 from lop.search.ledger import read_ledger
+from lop.search.racing import Candidate
 from lop.storage.headers import read_tensors
 from tests.commands import FEW, lop_command
 
@@ -67,7 +68,7 @@ def test_the_predictor_with_the_best_rewards_at_the_searched_targets_is_chosen(f
     rewards = {}
     for entry in report["architectures"]:
         predictor = load_predictor(finished / "predictors" / entry["architecture"])
-        found = [evaluator.evaluate(predictor.allocate(run.space.budget(target))) for target in targets]
+        found = [evaluator.evaluate(Candidate(predictor.allocate(run.space.budget(target)))) for target in targets]
         rewards[entry["architecture"]] = np.mean([evaluation.log_probability for evaluation in found])
         assert entry["reward"] == pytest.approx(rewards[entry["architecture"]])
     best = max(rewards, key=lambda architecture: rewards[architecture])

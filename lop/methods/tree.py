@@ -20,7 +20,7 @@ def tree_search(space: Space, reward: Reward, budgets: Sequence[int], seed: int)
         tree = SearchTree(
             space,
             [uniform(space, budget)],
-            replace(reward.options, rival=0),  # Whoever is compared scores all samples: no races.
+            replace(reward.options, opponent=0),  # Whoever is compared scores all samples: no races.
             seed=(seed, budget),
             reward=reward.reward,
             tie_breaker=reward.tie_breaker,

@@ -153,7 +153,7 @@ class SearchSettings(_Settings):
             children=self.children,
             depth=self.depth,
             window=self.window,
-            rival=self.racing.rank if self.racing else 0,
+            opponent=self.racing.rank if self.racing else 0,
         )
 
 

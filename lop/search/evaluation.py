@@ -1,9 +1,9 @@
 """What scoring an allocation comes to: the value that trees learn from and ledgers keep."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from lop.search.racing import Rival
+from lop.search.racing import Candidate, Opponent
 from lop.search.rewards import REWARDS
 
 # Nats, of a failed evaluation, by any finer reward: finite, because a tree averages.
@@ -16,13 +16,13 @@ class Evaluation:
 
     Attributes:
         accuracy: share of the questions, which prose is not, answered exactly; 0 if there are none. Where a race was
-            given up: estimated, as the rival's plus the mean difference to it on the questions scored.
+            given up: estimated, as the opponent's plus the mean difference to it on the questions scored.
         log_probability: mean of `Scores.log_probability` over the samples scored.
         error: why the allocation could not be evaluated; empty where it was.
         margin: mean of `Scores.margin` over the questions scored; None if there are none.
         divergence: mean of `Scores.divergence` over the samples scored, if it was asked for.
         hits: what later candidates race against; see `lop.search.racing.pack`.
-        rival: the widths of the allocation that this one raced against.
+        opponent: the widths of the allocation that this one raced against.
         scored: the samples scored before the race was given up; None if that was all.
     """
 
@@ -32,16 +32,16 @@ class Evaluation:
     margin: float | None = None
     divergence: float | None = None
     hits: str | None = None
-    rival: tuple[int, ...] | None = None
+    opponent: tuple[int, ...] | None = None
     scored: int | None = None
 
     @classmethod
-    def failed(cls, error: str, rival: Rival | None = None) -> "Evaluation":
+    def failed(cls, error: str, opponent: Opponent | None = None) -> "Evaluation":
         """What stands for an allocation that cannot be evaluated: the worst result.
 
         No answer right, and each as improbable as two tokens guessed among 150,000.
         """
-        return cls(0.0, -_WORST, error=error, rival=None if rival is None else rival.allocation.widths)
+        return cls(0.0, -_WORST, error=error, opponent=None if opponent is None else opponent.allocation.widths)
 
     @property
     def is_complete(self) -> bool:
@@ -62,5 +62,13 @@ class Evaluation:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
         """The inverse of `as_dict`, read from JSON."""
-        rival = values.get("rival")
-        return cls(**{**values, "rival": None if rival is None else tuple(rival)})
+        values = dict(values)
+        opponent = values.pop("rival", values.pop("opponent", None))  # As earlier records call it.
+        return cls(**values, opponent=None if opponent is None else tuple(opponent))
+
+
+class Scorer(Protocol):
+    """Whatever evaluates candidates."""
+
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        """The result on all samples, or given up early where the candidate loses to its opponent."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from lop.model.elastic import ElasticModel
 from lop.model.encoding import Batch, Encoded, on_device
 from lop.search.evaluation import Evaluation
-from lop.search.racing import Racing, Rival, gives_up, pack, unpack
+from lop.search.racing import Candidate, Opponent, Racing, gives_up, pack, unpack
 from lop.space.allocation import Allocation
 
 
@@ -68,16 +68,10 @@ class Evaluator:
         self._divergence = divergence
         self._cached_layers = _spread_layers(elastic, encoded, cache_bytes)
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
-        """The allocation's result on all samples; the model is dense again afterwards."""
-        return self._evaluate(allocation, None)
-
-    def race(self, allocation: Allocation, rival: Rival) -> Evaluation:
-        """The allocation's result, given up early where it loses to its rival; the model is dense again afterwards."""
-        return self._evaluate(allocation, rival)
-
     @torch.inference_mode()
-    def _evaluate(self, allocation: Allocation, rival: Rival | None) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        """The candidate's result, given up early where it loses to its opponent; then the model is dense again."""
+        allocation, opponent = candidate.allocation, candidate.opponent
         start = self._start(allocation)
         states = self._dense_states[start] if start else None
         distributions = self._dense_distributions if self._divergence else None
@@ -89,9 +83,9 @@ class Evaluator:
                     dense = None if distributions is None else distributions[index]
                     for part, logits in self._logits(batch, x, start):
                         tally.add(batch, part, logits, None if dense is None else dense[part].to(self._device))
-                if self._loses(tally, rival):
+                if self._loses(tally, opponent):
                     break
-        return self._evaluation(tally, rival)
+        return self._evaluation(tally, opponent)
 
     @torch.inference_mode()
     def scores(self) -> Scores:
@@ -147,21 +141,21 @@ class Evaluator:
             for batch in on_device(self._encoded.batches, self._device)
         ]
 
-    def _loses(self, tally: "_Tally", rival: Rival | None) -> bool:
-        if self._racing is None or rival is None or tally.seen.all():
+    def _loses(self, tally: "_Tally", opponent: Opponent | None) -> bool:
+        if self._racing is None or opponent is None or tally.seen.all():
             return False
         asked = self._encoded.asked
         return gives_up(
-            self._racing, tally.correct[asked], tally.seen[asked], unpack(rival.hits, self._encoded.count)[asked]
+            self._racing, tally.correct[asked], tally.seen[asked], unpack(opponent.hits, self._encoded.count)[asked]
         )
 
-    def _evaluation(self, tally: "_Tally", rival: Rival | None) -> Evaluation:
+    def _evaluation(self, tally: "_Tally", opponent: Opponent | None) -> Evaluation:
         scores, seen = tally.scores(), tally.seen
         asked = self._encoded.asked
         answered = seen & asked
         accuracy = float(scores.correct[asked].mean()) if asked.any() else 0.0
-        if rival is not None and not seen.all() and answered.any():
-            hits = unpack(rival.hits, self._encoded.count)
+        if opponent is not None and not seen.all() and answered.any():
+            hits = unpack(opponent.hits, self._encoded.count)
             gain = scores.correct[answered].mean() - hits[answered].mean()
             accuracy = float(max(hits[asked].mean() + gain, 0))
         return Evaluation(
@@ -170,7 +164,7 @@ class Evaluator:
             margin=float(scores.margin[answered].mean()) if answered.any() else None,
             divergence=float(scores.divergence[seen].mean()) if self._divergence else None,
             hits=None if self._racing is None else pack(scores.correct),
-            rival=None if rival is None else rival.allocation.widths,
+            opponent=None if opponent is None else opponent.allocation.widths,
             scored=None if seen.all() else int(seen.sum()),
         )
 

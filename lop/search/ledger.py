@@ -15,7 +15,7 @@ from typing import Any
 
 from lop.errors import LopError
 from lop.search.evaluation import Evaluation
-from lop.search.racing import Rival
+from lop.search.racing import Opponent
 from lop.space.allocation import Allocation
 from lop.storage.fingerprint import check_fingerprints
 from lop.storage.location import Location
@@ -29,7 +29,7 @@ _SECONDS_REMOTE = 2.0
 # So many segments of one size are merged into one, which is then one of the next size.
 _MERGE = 64
 
-# An allocation that races is evaluated anew against another rival: its widths and the rival's tell evaluations apart.
+# An allocation that races is evaluated anew against another opponent: both one's widths tell evaluations apart.
 _Key = tuple[Allocation, tuple[int, ...] | None]
 
 
@@ -100,9 +100,9 @@ class Ledger:
         finally:
             self._unlock()
 
-    def get(self, allocation: Allocation, rival: Rival | None = None) -> Evaluation | None:
-        """The allocation's result, if it is in storage; where it races, against the same rival."""
-        return self._known.get((allocation, None if rival is None else rival.allocation.widths))
+    def get(self, allocation: Allocation, opponent: Opponent | None = None) -> Evaluation | None:
+        """The allocation's result, if it is in storage; where it races, against the same opponent."""
+        return self._known.get((allocation, None if opponent is None else opponent.allocation.widths))
 
     @property
     def due(self) -> float:
@@ -113,7 +113,7 @@ class Ledger:
 
     def append(self, allocation: Allocation, evaluation: Evaluation) -> None:
         """Collects a result; it is in storage after the next `flush`."""
-        self._pending[allocation, evaluation.rival] = evaluation
+        self._pending[allocation, evaluation.opponent] = evaluation
 
     def flush(self) -> None:
         """Writes what is collected.
@@ -139,7 +139,7 @@ class Ledger:
         segments = _read_segments(self.location) if any(is_torn for *_, is_torn in segments) else segments
         for name, data, _ in segments:
             check_fingerprints(f"{self.location}/{name}", _records(self.location, name, data)[0], fingerprints)
-        self._known = {(a, e.rival): e for a, e in _evaluations(self.location, segments)}
+        self._known = {(a, e.opponent): e for a, e in _evaluations(self.location, segments)}
         self._segments = [_Segment(name, *_numbers(name), 0, data.partition(b"\n")[2]) for name, data, _ in segments]
         self._next = 1 + max((segment.last for segment in self._segments), default=-1)
         if missing := _missing(self._segments):
@@ -317,7 +317,7 @@ def _evaluations(
         for record in _records(location, name, data)[1:]:
             allocation = Allocation(tuple(record.pop("widths")))
             evaluation = Evaluation.from_dict(record)
-            key = allocation, evaluation.rival
+            key = allocation, evaluation.opponent
             if key not in seen:  # In two segments, if the search was killed while it merged them.
                 seen.add(key)
                 yield allocation, evaluation

@@ -4,9 +4,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from lop.search.evaluation import Evaluation
+from lop.search.evaluation import Evaluation, Scorer
 from lop.search.ledger import Ledger
-from lop.search.racing import Candidate, Racer
+from lop.search.racing import Candidate
 from lop.search.tree import SearchTree
 from lop.space.allocation import Allocation
 
@@ -40,7 +40,7 @@ class InProcess:
     capacity = 1
     alive = 1
 
-    def __init__(self, evaluator: Racer) -> None:
+    def __init__(self, evaluator: Scorer) -> None:
         self._evaluator = evaluator
         self._waiting: deque[Candidate] = deque()
 
@@ -56,7 +56,7 @@ class InProcess:
         if not self._waiting:
             return []
         candidate = self._waiting.popleft()
-        return [(candidate.allocation, candidate.evaluate(self._evaluator))]
+        return [(candidate.allocation, self._evaluator.evaluate(candidate))]
 
 
 class Watcher(Protocol):
@@ -96,7 +96,7 @@ def run_search(
         # What the ledger knows is told at once, which may let the tree ask for more.
         asked = tree.advance()
         while asked:
-            known = [(candidate, ledger.get(candidate.allocation, candidate.rival)) for candidate in asked]
+            known = [(candidate, ledger.get(candidate.allocation, candidate.opponent)) for candidate in asked]
             waiting.extend(candidate for candidate, evaluation in known if evaluation is None)
             for candidate, evaluation in known:
                 if evaluation is not None:

@@ -1,22 +1,18 @@
-"""Racing: an allocation that will not beat its rival is given up before all samples are scored.
+"""Racing: an allocation that will not beat its opponent is given up before all samples are scored.
 
 Samples are scored in rounds, in a random order that never changes. After each round the candidate is compared with its
-rival, an allocation that has been scored on all samples, on the samples that both have answered, as in Hoeffding races
-(Maron & Moore 1994) and F-Race (Birattari et al. 2002). The rival's answers to the samples still to come are known: the
-candidate can only gain where the rival is wrong and only lose where it is right. What it will gain and lose there is
-predicted from what it gained and lost so far.
+opponent, an allocation that has been scored on all samples, on the samples that both have answered, as in Hoeffding
+races (Maron & Moore 1994) and F-Race (Birattari et al. 2002). The opponent's answers to the samples still to come are
+known: the candidate can only gain where the opponent is wrong and only lose where it is right. What it will gain and
+lose there is predicted from what it gained and lost so far.
 """
 
 import base64
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from lop.space.allocation import Allocation
-
-if TYPE_CHECKING:
-    from lop.search.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,7 @@ class Racing:
 
     Attributes:
         rounds: equal parts in which the samples are scored.
-        confidence: a candidate is given up once it loses to its rival with this probability.
+        confidence: a candidate is given up once it loses to its opponent with this probability.
     """
 
     rounds: int
@@ -33,11 +29,11 @@ class Racing:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Opponent:
     """Whom a candidate has to beat.
 
     Attributes:
-        allocation: the rival's.
+        allocation: the opponent's.
         hits: which of all samples it answers exactly; see `pack`.
     """
 
@@ -45,28 +41,12 @@ class Rival:
     hits: str
 
 
-class Racer(Protocol):
-    """Whatever evaluates allocations."""
-
-    def evaluate(self, allocation: Allocation) -> "Evaluation":
-        """The result on all samples."""
-
-    def race(self, allocation: Allocation, rival: Rival) -> "Evaluation":
-        """The result, given up early where the allocation loses to its rival."""
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """An allocation to evaluate: against a rival, or on all samples."""
+    """An allocation to evaluate: against an opponent, or on all samples."""
 
     allocation: Allocation
-    rival: Rival | None = None
-
-    def evaluate(self, racer: Racer) -> "Evaluation":
-        """Has the allocation evaluated."""
-        if self.rival is None:
-            return racer.evaluate(self.allocation)
-        return racer.race(self.allocation, self.rival)
+    opponent: Opponent | None = None
 
 
 def sample_rounds(samples: int, rounds: int, *, seed: int) -> list[np.ndarray]:
@@ -75,29 +55,29 @@ def sample_rounds(samples: int, rounds: int, *, seed: int) -> list[np.ndarray]:
     return np.array_split(order, min(rounds, samples))
 
 
-def gives_up(racing: Racing, correct: np.ndarray, seen: np.ndarray, rival: np.ndarray) -> bool:
-    """Whether a candidate loses to its rival with the confidence asked for.
+def gives_up(racing: Racing, correct: np.ndarray, seen: np.ndarray, opponent: np.ndarray) -> bool:
+    """Whether a candidate loses to its opponent with the confidence asked for.
 
     Args:
         correct: [n] bool, the candidate's hits; false where it has not been asked yet.
         seen: [n] bool, the samples that it has been asked.
-        rival: [n] bool, the rival's hits on all samples.
+        opponent: [n] bool, the opponent's hits on all samples.
     """
-    return chance(correct, seen, rival) < 1 - racing.confidence
+    return chance(correct, seen, opponent) < 1 - racing.confidence
 
 
-def chance(correct: np.ndarray, seen: np.ndarray, rival: np.ndarray) -> float:
-    """The probability that the candidate will have at least as many hits as its rival on all samples.
+def chance(correct: np.ndarray, seen: np.ndarray, opponent: np.ndarray) -> float:
+    """The probability that the candidate will have at least as many hits as its opponent on all samples.
 
-    What it wins of the rival's misses still to come, and what it loses of the rival's hits, are independent and
-    Beta-binomial, with Jeffreys' prior. Zero once the rival's misses still to come are too few.
+    What it wins of the opponent's misses still to come, and what it loses of the opponent's hits, are independent and
+    Beta-binomial, with Jeffreys' prior. Zero once the opponent's misses still to come are too few.
 
     Args:
-        correct, seen, rival: as in `gives_up`.
+        correct, seen, opponent: as in `gives_up`.
     """
-    wins, losses = int((seen & correct & ~rival).sum()), int((seen & ~correct & rival).sum())
-    gained = _beta_binomial(int((~seen & ~rival).sum()), wins, int((seen & ~rival).sum()) - wins)
-    lost = _beta_binomial(int((~seen & rival).sum()), losses, int((seen & rival).sum()) - losses)
+    wins, losses = int((seen & correct & ~opponent).sum()), int((seen & ~correct & opponent).sum())
+    gained = _beta_binomial(int((~seen & ~opponent).sum()), wins, int((seen & ~opponent).sum()) - wins)
+    lost = _beta_binomial(int((~seen & opponent).sum()), losses, int((seen & opponent).sum()) - losses)
     # P(gained − lost ≥ losses − wins), summed over what is lost.
     at_least = np.append(gained[::-1].cumsum()[::-1], 0.0)
     needed = np.clip(np.arange(len(lost)) + losses - wins, 0, len(gained))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lop.search.evaluation import Evaluation
-from lop.search.racing import Candidate, Rival
+from lop.search.racing import Candidate, Opponent
 from lop.space.allocation import Allocation, Space, project
 
 
@@ -25,7 +25,7 @@ class TreeOptions:
         children: children of a node before it counts as fully expanded (the root: besides the given starts).
         depth: the deepest a node may be.
         window: simulations in flight, a constant of the search and not of the cluster.
-        rival: a candidate races against the allocation that is the how-manieth best of the target when it is asked
+        opponent: a candidate races against the allocation that is the how-manieth best of the target when it is asked
             for; 0: no races.
     """
 
@@ -37,7 +37,7 @@ class TreeOptions:
     children: int
     depth: int
     window: int
-    rival: int = 0
+    opponent: int = 0
 
 
 @dataclass
@@ -145,14 +145,14 @@ class SearchTree:
     def advance(self) -> list[Candidate]:
         """Commits what has arrived, in order, and returns the new allocations to evaluate.
 
-        Each comes with its rival, which is chosen among what is committed now, and so depends on no worker.
+        Each comes with its opponent, which is chosen among what is committed now, and so depends on no worker.
         """
         wanted: list[Candidate] = []
         while True:
             while len(self._flights) < self._options.window and not self._exhausted:
                 allocation = self._simulate()
                 if allocation is not None:
-                    wanted.append(Candidate(allocation, self._rival()))
+                    wanted.append(Candidate(allocation, self._opponent()))
             if not self._flights or not self._commit():
                 return wanted
 
@@ -165,8 +165,8 @@ class SearchTree:
             level = [child for node in level for child in node.children]
         return found
 
-    def _rival(self) -> Rival | None:
-        rank = self._options.rival
+    def _opponent(self) -> Opponent | None:
+        rank = self._options.opponent
         if not rank:
             return None
         able = [(a, e) for a, e in self.results.items() if e.is_complete and e.hits is not None]
@@ -174,7 +174,7 @@ class SearchTree:
             return None
         allocation, evaluation = sorted(able, key=lambda item: self._value(item[1]), reverse=True)[rank - 1]
         assert evaluation.hits is not None
-        return Rival(allocation, evaluation.hits)
+        return Opponent(allocation, evaluation.hits)
 
     def _value(self, evaluation: Evaluation) -> tuple[float, float]:
         return self._reward(evaluation), self._tie_breaker(evaluation)

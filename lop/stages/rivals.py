@@ -29,6 +29,7 @@ from lop.run.outcomes import Outcome
 from lop.run.run import Run
 from lop.search.evaluator import Evaluator
 from lop.search.loop import InProcess
+from lop.search.racing import Candidate
 from lop.space.allocation import Allocation, Space
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import fingerprint
@@ -143,7 +144,7 @@ class RivalWorker:
             options=settings.tree_options(),
             reward=lambda evaluation: evaluation.worth(settings.reward),
             tie_breaker=lambda evaluation: evaluation.worth(settings.tie_breaker),
-            evaluate=lambda allocation, share: evaluators[share].evaluate(allocation),
+            evaluate=lambda allocation, share: evaluators[share].evaluate(Candidate(allocation)),
             workers=lambda: InProcess(evaluators[1.0]),
             with_divergence=lambda: InProcess(diverging),
         )

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 from lop.search.evaluation import Evaluation
+from lop.search.racing import Candidate
 from lop.space.allocation import Allocation
 from tests.lop.search.test_tree import score
 
@@ -17,7 +18,8 @@ class Logged:
     def __init__(self, log: Path, seconds: float = 0.01) -> None:
         self._log, self._seconds = log, seconds
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        allocation = candidate.allocation
         time.sleep(self._seconds)
         with self._log.open("a") as file:
             file.write("-".join(map(str, allocation.widths)) + "\n")
@@ -41,7 +43,8 @@ ERRORS = {
 class Troubled:
     """Some allocations cannot be evaluated, each in its own way."""
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        allocation = candidate.allocation
         kind = trouble(allocation)
         if kind == "raises":
             raise MemoryError("out of memory on purpose")
@@ -55,6 +58,7 @@ class Troubled:
 class CalmlyTroubled:
     """What `Troubled` comes to in the end."""
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        allocation = candidate.allocation
         kind = trouble(allocation)
         return Evaluation.failed(ERRORS[kind]) if kind else score(allocation)

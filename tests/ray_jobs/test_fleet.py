@@ -17,10 +17,10 @@ from typing import Any, cast
 import pytest
 
 from lop.errors import LopError
-from lop.search.evaluation import Evaluation
+from lop.search.evaluation import Evaluation, Scorer
 from lop.search.ledger import Ledger, read_ledger
 from lop.search.loop import InProcess, run_search
-from lop.search.racing import Candidate, Racer
+from lop.search.racing import Candidate
 from lop.space.allocation import Allocation
 from ray_jobs.fleet import Fleet
 from tests.lop.search.test_loop import make_trees, outcome
@@ -37,7 +37,8 @@ class Slow:
     def __init__(self) -> None:
         self._seconds = random.Random(os.getpid()).uniform(0.001, 0.02)
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        allocation = candidate.allocation
         time.sleep(self._seconds)
         return score(allocation)
 
@@ -48,7 +49,8 @@ class Held:
     def __init__(self, gate: Path) -> None:
         self._gate = gate
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        allocation = candidate.allocation
         wait_for(self._gate.exists, "the gate")
         time.sleep(0.01)
         return score(allocation)
@@ -60,7 +62,8 @@ class FailsTwice:
     def __init__(self, folder: Path, times: int = 2, every: int = 1) -> None:
         self._folder, self._times, self._every = folder, times, every
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        allocation = candidate.allocation
         if zlib.crc32(repr(allocation.widths).encode()) % self._every:
             return score(allocation)
         tries = self._folder / "-".join(map(str, allocation.widths))
@@ -80,7 +83,8 @@ class BadIn:
     def __init__(self, folder: Path) -> None:
         self._claim = folder / "bad"
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        allocation = candidate.allocation
         if allocation == WARM_UP:
             return score(allocation)
         try:
@@ -102,11 +106,11 @@ class CannotUnpickleError(Exception):
 
 
 class RaisesUnpicklable:
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
         raise CannotUnpickleError(3, "fell off the bus")
 
 
-def _missing() -> Callable[[], Racer]:
+def _missing() -> Callable[[], Scorer]:
     raise ModuleNotFoundError("no module named lop")
 
 
@@ -116,7 +120,7 @@ class CannotUnpickle:
     def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
         return _missing, ()
 
-    def __call__(self) -> Racer:
+    def __call__(self) -> Scorer:
         return Slow()
 
 
@@ -129,7 +133,7 @@ class Dies:
     def __init__(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
         raise AssertionError
 
 
@@ -194,7 +198,7 @@ def test_an_evaluation_that_fails_twice_is_tried_a_third_time(tmp_path: Path, ca
     assert any((tmp_path / "tries").iterdir())
 
 
-def stumbles(mark: Path) -> Racer:
+def stumbles(mark: Path) -> Scorer:
     """Cannot be built the first time."""
     if not mark.exists():
         mark.touch()
@@ -215,7 +219,7 @@ def test_a_worker_that_stumbles_once_at_its_start_is_replaced(tmp_path: Path, ca
         (Dies, "died before they could evaluate anything"),
     ],
 )
-def test_workers_that_cannot_start_are_named(tmp_path: Path, build: Callable[[], Racer], message: str) -> None:
+def test_workers_that_cannot_start_are_named(tmp_path: Path, build: Callable[[], Scorer], message: str) -> None:
     with Fleet(build, count=1) as fleet, pytest.raises(LopError, match=message):
         searched(tmp_path / "ledger", fleet)
 

@@ -32,5 +32,5 @@ def searched(folder: Path, workers: int, settings: list[str]) -> tuple[dict[str,
 def test_a_search_on_actors_is_the_search_of_one_process(tmp_path: Path, settings: list[str]) -> None:
     alone = searched(tmp_path / "alone", 0, settings)
     assert searched(tmp_path / "fleet", 2, settings) == alone
-    races = ["rival" in entry for target in alone[0]["targets"] for entry in target["evaluations"]]  # type: ignore[attr-defined]
+    races = ["opponent" in entry for target in alone[0]["targets"] for entry in target["evaluations"]]  # type: ignore[attr-defined]
     assert any(races) == bool(settings)

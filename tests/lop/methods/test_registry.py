@@ -21,6 +21,7 @@ from lop.run.config import load_config
 from lop.run.run import Run
 from lop.search.evaluation import Evaluation
 from lop.search.loop import InProcess
+from lop.search.racing import Candidate
 from lop.search.tree import TreeOptions
 from lop.space.allocation import Allocation, Space
 from lop.stages.rivals import Job, RivalWorker
@@ -76,8 +77,8 @@ class _Linear:
     def __init__(self, space: Space) -> None:
         self._space = space
 
-    def evaluate(self, allocation: Allocation, *_: Any) -> Evaluation:
-        worth = -float(np.dot(allocation.ratios(self._space), np.linspace(2, 1, self._space.layers)))
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        worth = -float(np.dot(candidate.allocation.ratios(self._space), np.linspace(2, 1, self._space.layers)))
         return Evaluation(0.0, worth, margin=worth, divergence=-worth)
 
 
@@ -96,7 +97,7 @@ def test_every_search_meets_any_budget_and_answers_alike_again(
         return evaluation.worth("log_probability")
 
     options = TreeOptions(
-        simulations=30, evaluations=20, exploration=0.1, step=0.3, decay=0.8, children=4, depth=4, window=2, rival=0
+        simulations=30, evaluations=20, exploration=0.1, step=0.3, decay=0.8, children=4, depth=4, window=2, opponent=0
     )
     reward = Reward(
         evaluations=20,
@@ -104,7 +105,7 @@ def test_every_search_meets_any_budget_and_answers_alike_again(
         options=options,
         reward=rate,
         tie_breaker=rate,
-        evaluate=lambda allocation, _: evaluator.evaluate(allocation),
+        evaluate=lambda allocation, _: evaluator.evaluate(Candidate(allocation)),
         workers=lambda: InProcess(evaluator),
         with_divergence=lambda: InProcess(evaluator),
     )
@@ -112,7 +113,7 @@ def test_every_search_meets_any_budget_and_answers_alike_again(
     (again,) = search.run(space, reward, [budget], seed)
     assert first == again
     assert first.best.budget == first.budget == budget
-    assert first.worth[0] == rate(evaluator.evaluate(first.best)) == first.curve[-1][1]
+    assert first.worth[0] == rate(evaluator.evaluate(Candidate(first.best))) == first.curve[-1][1]
     spent, best = zip(*first.curve)
     assert list(spent) == sorted(spent)
     assert list(best) == sorted(best)

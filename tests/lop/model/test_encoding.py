@@ -26,7 +26,7 @@ from lop.model.samples import Sample, SampleSets, check_answers, prompt_text
 from lop.model.statistics import NeuronStatistics, calibrate
 from lop.model.vision import _in_slices
 from lop.search.evaluator import Evaluator, Scores
-from lop.search.racing import Racing, Rival, sample_rounds
+from lop.search.racing import Candidate, Opponent, Racing, sample_rounds
 from lop.space.allocation import Allocation
 
 TEXTS = (
@@ -104,9 +104,9 @@ def test_prose_is_scored_by_every_token(shared_tiny: QwenVL, elastic: ElasticMod
 def test_prose_is_neither_right_nor_wrong(shared_tiny: QwenVL, elastic: ElasticModel, samples: SampleSets) -> None:
     some = samples.reward[:6]
     dense = Allocation(elastic.widths)
-    without = Evaluator(elastic, encode(shared_tiny, some, batch_tokens=500)).evaluate(dense)
+    without = Evaluator(elastic, encode(shared_tiny, some, batch_tokens=500)).evaluate(Candidate(dense))
     mixed = [PROSE[0], *some, PROSE[1]]
-    found = Evaluator(elastic, encode(shared_tiny, mixed, batch_tokens=500), divergence=True).evaluate(dense)
+    found = Evaluator(elastic, encode(shared_tiny, mixed, batch_tokens=500), divergence=True).evaluate(Candidate(dense))
     assert found.accuracy == without.accuracy > 0
     assert found.margin == pytest.approx(without.margin, abs=1e-4)
     assert found.log_probability < without.log_probability
@@ -114,11 +114,11 @@ def test_prose_is_neither_right_nor_wrong(shared_tiny: QwenVL, elastic: ElasticM
 
     rounds = sample_rounds(len(mixed), 2, seed=0)
     evaluator = Evaluator(elastic, encode(shared_tiny, mixed, batch_tokens=500, rounds=rounds), racing=Racing(2, 0.9))
-    first = evaluator.evaluate(dense)
+    first = evaluator.evaluate(Candidate(dense))
     assert first.hits is not None
-    assert evaluator.race(dense, Rival(dense, first.hits)).accuracy == without.accuracy
+    assert evaluator.evaluate(Candidate(dense, Opponent(dense, first.hits))).accuracy == without.accuracy
 
-    alone = Evaluator(elastic, encode(shared_tiny, PROSE, batch_tokens=500)).evaluate(dense)
+    alone = Evaluator(elastic, encode(shared_tiny, PROSE, batch_tokens=500)).evaluate(Candidate(dense))
     assert (alone.accuracy, alone.margin) == (0, None)
     with pytest.raises(LopError, match="all of them are prose"):
         check_answers(PROSE, "accuracy of the reward samples")
@@ -131,7 +131,7 @@ def test_many_answer_tokens_are_scored_part_by_part(
     encoded = encode(shared_tiny, [*PROSE, *samples.reward[:8]], batch_tokens=500)
     dense = Allocation(elastic.widths)
     whole = Evaluator(elastic, encoded, divergence=True)
-    expected, evaluation = whole.scores(), whole.evaluate(dense)
+    expected, evaluation = whole.scores(), whole.evaluate(Candidate(dense))
     seen: list[int] = []
     plain = Backbone.logits
     monkeypatch.setattr("lop.search.evaluator._LOGITS", 3)
@@ -140,7 +140,7 @@ def test_many_answer_tokens_are_scored_part_by_part(
     found = parts.scores()
     np.testing.assert_allclose(found.log_probability, expected.log_probability, atol=1e-5)
     np.testing.assert_array_equal(found.correct, expected.correct)
-    assert parts.evaluate(dense).divergence == pytest.approx(evaluation.divergence, abs=1e-5)
+    assert parts.evaluate(Candidate(dense)).divergence == pytest.approx(evaluation.divergence, abs=1e-5)
     assert max(seen) == 3
 
 

@@ -27,7 +27,7 @@ from lop.model.samples import Sample, SampleSets, prompt_text
 from lop.model.statistics import NeuronStatistics, calibrate, load_statistics
 from lop.model.tensors import model_size
 from lop.search.evaluator import Evaluator
-from lop.search.racing import sample_rounds
+from lop.search.racing import Candidate, sample_rounds
 from lop.space.allocation import Allocation, Space, dense, project, uniform
 from lop.storage.headers import read_tensors
 
@@ -172,10 +172,10 @@ def test_evaluating_leaves_no_trace(
     tiny: QwenVL, encoded: Encoded, importance_order: np.ndarray, uneven: Allocation
 ) -> None:
     evaluator = Evaluator(ElasticModel(tiny, importance_order), encoded)
-    first = evaluator.evaluate(dense(SPACE))
-    pruned = evaluator.evaluate(uneven)
-    assert evaluator.evaluate(dense(SPACE)) == first
-    assert evaluator.evaluate(uneven) == pruned
+    first = evaluator.evaluate(Candidate(dense(SPACE)))
+    pruned = evaluator.evaluate(Candidate(uneven))
+    assert evaluator.evaluate(Candidate(dense(SPACE))) == first
+    assert evaluator.evaluate(Candidate(uneven)) == pruned
     assert pruned != first
 
 

@@ -17,7 +17,7 @@ from lop.model.samples import SampleSets
 from lop.model.tensors import model_size
 from lop.search.evaluation import Evaluation
 from lop.search.evaluator import Evaluator
-from lop.search.racing import Racing, Rival, sample_rounds, unpack
+from lop.search.racing import Candidate, Opponent, Racing, sample_rounds, unpack
 from lop.space.allocation import Allocation, Space, dense, project
 from lop.storage.headers import read_tensors
 from tests.lop.model.test_model import inputs_of
@@ -96,9 +96,9 @@ def test_divergence_is_zero_for_dense_and_agrees_with_a_naive_sum(
     elastic: ElasticModel, whole: Encoded, shared_tiny: QwenVL, samples: SampleSets
 ) -> None:
     evaluator = Evaluator(elastic, whole, divergence=True)
-    untouched = evaluator.evaluate(dense(SPACE)).divergence
+    untouched = evaluator.evaluate(Candidate(dense(SPACE))).divergence
     assert untouched == pytest.approx(0, abs=1e-5)
-    found = evaluator.evaluate(pruned(0.4)).divergence
+    found = evaluator.evaluate(Candidate(pruned(0.4))).divergence
     reference = naive(shared_tiny, whole, samples)
     total = 0.0
     with elastic.pruned(pruned(0.4)), torch.inference_mode():
@@ -117,20 +117,20 @@ def test_kept_states_change_no_bit(elastic: ElasticModel, whole: Encoded, first:
     kept = Evaluator(elastic, whole, cache_bytes=int(size * SPACE.layers * share))
     plain = Evaluator(elastic, whole)
     for allocation in (pruned(0.02, first=first), pruned(0.3), dense(SPACE)):
-        assert kept.evaluate(allocation) == plain.evaluate(allocation)
+        assert kept.evaluate(Candidate(allocation)) == plain.evaluate(Candidate(allocation))
 
 
 def test_a_race_is_the_start_of_the_full_evaluation(elastic: ElasticModel, raced: Encoded) -> None:
     evaluator = Evaluator(elastic, raced, racing=RACING)
-    best, worse = evaluator.evaluate(dense(SPACE)), evaluator.evaluate(pruned(0.6))
+    best, worse = evaluator.evaluate(Candidate(dense(SPACE))), evaluator.evaluate(Candidate(pruned(0.6)))
     assert best.hits
     assert worse.hits
-    rival = Rival(dense(SPACE), best.hits)
-    given_up = evaluator.race(pruned(0.6), rival)
-    assert evaluator.race(pruned(0.6), rival) == given_up
+    opponent = Opponent(dense(SPACE), best.hits)
+    given_up = evaluator.evaluate(Candidate(pruned(0.6), opponent))
+    assert evaluator.evaluate(Candidate(pruned(0.6), opponent)) == given_up
     assert given_up.scored is not None
     assert given_up.scored < COUNT
-    assert given_up.rival == dense(SPACE).widths
+    assert given_up.opponent == dense(SPACE).widths
     seen = np.concatenate(sample_rounds(COUNT, RACING.rounds, seed=1))[: given_up.scored]
     hits, full = (unpack(text, COUNT) for text in (given_up.hits or "", worse.hits))
     assert (hits[seen] == full[seen]).all()
@@ -142,17 +142,17 @@ def test_a_race_is_the_start_of_the_full_evaluation(elastic: ElasticModel, raced
 
 def test_who_is_not_beaten_is_scored_in_full(elastic: ElasticModel, raced: Encoded) -> None:
     evaluator = Evaluator(elastic, raced, racing=RACING)
-    alone = evaluator.evaluate(pruned(0.05))
-    nobody = Rival(pruned(0.7), evaluator.evaluate(pruned(0.7)).hits or "")
-    against = evaluator.race(pruned(0.05), nobody)
+    alone = evaluator.evaluate(Candidate(pruned(0.05)))
+    nobody = Opponent(pruned(0.7), evaluator.evaluate(Candidate(pruned(0.7))).hits or "")
+    against = evaluator.evaluate(Candidate(pruned(0.05), nobody))
     assert against.is_complete
-    assert against.as_dict() == {**alone.as_dict(), "rival": nobody.allocation.widths}
+    assert against.as_dict() == {**alone.as_dict(), "opponent": nobody.allocation.widths}
 
 
 def test_an_evaluator_survives_pickling(elastic: ElasticModel, raced: Encoded) -> None:
     evaluator = Evaluator(elastic, raced, racing=RACING, divergence=True)
     again: Evaluator = pickle.loads(pickle.dumps(evaluator))
-    assert again.evaluate(pruned(0.3)) == evaluator.evaluate(pruned(0.3))
+    assert again.evaluate(Candidate(pruned(0.3))) == evaluator.evaluate(Candidate(pruned(0.3)))
 
 
 def test_widths_and_lengths_compile_once(
@@ -166,7 +166,7 @@ def test_widths_and_lengths_compile_once(
     evaluator = Evaluator(compiled, whole)
     plain = Evaluator(elastic, whole)
     for ratio in np.linspace(0, 0.8, 9):
-        found, expected = evaluator.evaluate(pruned(ratio)), plain.evaluate(pruned(ratio))
+        found, expected = evaluator.evaluate(Candidate(pruned(ratio))), plain.evaluate(Candidate(pruned(ratio)))
         assert found.log_probability == pytest.approx(expected.log_probability, abs=1e-4)
     fused_gated.cache_clear()
     assert 1 <= counter.frame_count <= 2
@@ -176,7 +176,7 @@ def test_an_evaluation_writes_to_no_weight_and_no_batch(elastic: ElasticModel, w
     tensors = [tensor for batch in whole.batches for tensor in batch.tensors().values()]
     tensors += _weights(elastic.backbone)
     before = [tensor.clone() for tensor in tensors]
-    Evaluator(elastic, whole, divergence=True, cache_bytes=1 << 30).evaluate(pruned(0.3, first=2))
+    Evaluator(elastic, whole, divergence=True, cache_bytes=1 << 30).evaluate(Candidate(pruned(0.3, first=2)))
     assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
 
 
@@ -191,7 +191,7 @@ def test_evaluations_of_older_ledgers_are_read() -> None:
     old = Evaluation.from_dict({"accuracy": 0.5, "log_probability": -1.0})
     assert old.is_complete
     assert old.as_dict() == {"accuracy": 0.5, "log_probability": -1.0}
-    full = Evaluation(0.5, -1.0, margin=0.2, divergence=0.3, hits="AA==", rival=(8, 16), scored=4)
+    full = Evaluation(0.5, -1.0, margin=0.2, divergence=0.3, hits="AA==", opponent=(8, 16), scored=4)
     assert Evaluation.from_dict(full.as_dict()) == full
     assert full.worth("divergence") == -0.3
 

@@ -425,7 +425,7 @@ def test_failures_are_recorded_with_their_error(tmp_path: Path) -> None:
 def test_a_race_that_was_given_up_is_told_from_what_was_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given_up = Evaluation(0.9, -0.1, rival=(8, 16), scored=5)
+    given_up = Evaluation(0.9, -0.1, opponent=(8, 16), scored=5)
     with Ledger(tmp_path / "ledger", {**PRINTS, "shape": "2x64"}) as ledger:
         ledger.append(*ENTRIES[0])
         ledger.append(Allocation((16, 8)), given_up)

@@ -11,16 +11,16 @@ from lop.run.config import find_config, load_config
 from lop.search.evaluation import Evaluation
 from lop.search.ledger import Ledger, read_ledger
 from lop.search.loop import InProcess, run_search
-from lop.search.racing import Candidate, Racing, Rival, chance, gives_up, pack, sample_rounds, unpack
+from lop.search.racing import Candidate, Opponent, Racing, chance, gives_up, pack, sample_rounds, unpack
 from lop.search.tree import SearchTree, TreeOptions
-from lop.space.allocation import Allocation, Space, uniform
+from lop.space.allocation import Space, uniform
 
 SPACE = Space(5, 64, 4, 0.9)
 SAMPLES = 240
 RACING = Racing(rounds=8, confidence=0.95)
 ROUNDS = sample_rounds(SAMPLES, RACING.rounds, seed=4)
 OPTIONS = TreeOptions(
-    simulations=70, evaluations=50, exploration=0.05, step=0.4, decay=0.9, children=4, depth=6, window=3, rival=1
+    simulations=70, evaluations=50, exploration=0.05, step=0.4, decay=0.9, children=4, depth=6, window=3, opponent=1
 )
 bits = st.lists(st.booleans(), min_size=1, max_size=60).map(np.array)
 
@@ -43,7 +43,7 @@ def test_hits_come_back_from_text(hits: np.ndarray) -> None:
 @settings(deadline=None)
 def test_chance_agrees_with_a_naive_sum(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 12))
-    rival, correct, seen = (
+    opponent, correct, seen = (
         np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size))) for _ in range(3)
     )
     correct = correct & seen
@@ -56,22 +56,22 @@ def test_chance_agrees_with_a_naive_sum(data: st.DataObject) -> None:
 
         return [math.comb(trials, k) * beta(k + a, trials - k + b) / beta(a, b) for k in range(trials + 1)]
 
-    wins, losses = (correct & ~rival).sum(), (seen & ~correct & rival).sum()
-    gained = predicted((~seen & ~rival).sum(), wins, (seen & ~rival).sum() - wins)
-    lost = predicted((~seen & rival).sum(), losses, (seen & rival).sum() - losses)
+    wins, losses = (correct & ~opponent).sum(), (seen & ~correct & opponent).sum()
+    gained = predicted((~seen & ~opponent).sum(), wins, (seen & ~opponent).sum() - wins)
+    lost = predicted((~seen & opponent).sum(), losses, (seen & opponent).sum() - losses)
     expected = sum(
         more * less for g, more in enumerate(gained) for f, less in enumerate(lost) if wins + g >= losses + f
     )
-    assert chance(correct, seen, rival) == pytest.approx(expected, abs=1e-9)
+    assert chance(correct, seen, opponent) == pytest.approx(expected, abs=1e-9)
 
 
 def test_what_is_certain_is_given_up_and_what_is_open_is_not() -> None:
-    rival = np.ones(100, dtype=bool)
+    opponent = np.ones(100, dtype=bool)
     seen = np.arange(100) < 20
     one_less = seen & (np.arange(100) > 0)
-    assert chance(one_less, seen, rival) == 0  # The rival has no miss left that it could make good with.
-    assert gives_up(RACING, one_less, seen, rival)
-    assert not gives_up(RACING, seen, seen, rival)
+    assert chance(one_less, seen, opponent) == 0  # The opponent has no miss left that it could make good with.
+    assert gives_up(RACING, one_less, seen, opponent)
+    assert not gives_up(RACING, seen, seen, opponent)
 
 
 class Simulated:
@@ -83,27 +83,22 @@ class Simulated:
         self._hardness = random.uniform(0.2, 0.75, SAMPLES)
         self._taste = random.normal(0, 0.25, (SAMPLES, SPACE.layers))
 
-    def evaluate(self, allocation: Allocation) -> Evaluation:
-        return self._evaluate(allocation, None)
-
-    def race(self, allocation: Allocation, rival: Rival) -> Evaluation:
-        return self._evaluate(allocation, rival)
-
-    def _evaluate(self, allocation: Allocation, rival: Rival | None) -> Evaluation:
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        allocation, opponent = candidate.allocation, candidate.opponent
         kept = np.array(allocation.widths) / SPACE.neurons
         power = (np.linspace(1, 0.2, SPACE.layers) / 3 + self._taste) @ kept
         correct, seen = np.zeros(SAMPLES, dtype=bool), np.zeros(SAMPLES, dtype=bool)
         for part in ROUNDS:
             seen[part] = True
             correct[part] = power[part] > self._hardness[part]
-            if rival and not seen.all() and gives_up(RACING, correct, seen, unpack(rival.hits, SAMPLES)):
+            if opponent and not seen.all() and gives_up(RACING, correct, seen, unpack(opponent.hits, SAMPLES)):
                 break
         self.scored += int(seen.sum())
         return Evaluation(
             accuracy=float(correct[seen].mean()),
             log_probability=float(power[seen].mean()),
             hits=pack(correct),
-            rival=rival.allocation.widths if rival else None,
+            opponent=opponent.allocation.widths if opponent else None,
             scored=None if seen.all() else int(seen.sum()),
         )
 
@@ -124,7 +119,7 @@ def test_races_score_fewer_samples_and_the_best_was_scored_in_full(tmp_path: Pat
     assert raced.best[1].is_complete
     given_up = [result for result in raced.results.values() if not result.is_complete]
     assert len(given_up) > len(raced.results) / 3
-    assert all(result.rival in {allocation.widths for allocation in raced.results} for result in given_up)
+    assert all(result.opponent in {allocation.widths for allocation in raced.results} for result in given_up)
 
 
 def test_a_raced_search_is_replayed_from_its_ledger(tmp_path: Path) -> None:
@@ -137,11 +132,11 @@ def test_a_raced_search_is_replayed_from_its_ledger(tmp_path: Path) -> None:
     assert list(read_ledger(tmp_path / "ledger")) == before
 
 
-def test_another_rival_is_another_evaluation(tmp_path: Path) -> None:
+def test_another_opponent_is_another_evaluation(tmp_path: Path) -> None:
     even, other = uniform(SPACE, SPACE.budget(0.5)), uniform(SPACE, SPACE.budget(0.4))
-    rival = Rival(other, pack(np.ones(SAMPLES, dtype=bool)))
-    raced = Candidate(even, rival).evaluate(Simulated())
-    whole = Candidate(even).evaluate(Simulated())
+    opponent = Opponent(other, pack(np.ones(SAMPLES, dtype=bool)))
+    raced = Simulated().evaluate(Candidate(even, opponent))
+    whole = Simulated().evaluate(Candidate(even))
     with Ledger(tmp_path / "ledger", {}) as ledger:
         ledger.append(even, raced)
         ledger.flush()
@@ -149,15 +144,15 @@ def test_another_rival_is_another_evaluation(tmp_path: Path) -> None:
         ledger.append(even, whole)
     with Ledger(tmp_path / "ledger", {}) as ledger:
         assert ledger.get(even) == whole
-        assert ledger.get(even, rival) == raced
-        assert ledger.get(even, Rival(even, rival.hits)) is None
+        assert ledger.get(even, opponent) == raced
+        assert ledger.get(even, Opponent(even, opponent.hits)) is None
     assert list(read_ledger(tmp_path / "ledger")) == [(even, raced), (even, whole)]
 
 
 def test_racing_for_anything_but_accuracy_is_refused() -> None:
     tiny = find_config("tiny")
-    assert load_config(tiny, ["search.racing={}", "search.reward=accuracy"]).search.tree_options().rival == 1
-    assert load_config(tiny).search.tree_options().rival == 0
+    assert load_config(tiny, ["search.racing={}", "search.reward=accuracy"]).search.tree_options().opponent == 1
+    assert load_config(tiny).search.tree_options().opponent == 0
     with pytest.raises(LopError, match="racing compares accuracies, and the reward is margin"):
         load_config(tiny, ["search.racing={}", "search.reward=margin"])
     with pytest.raises(LopError, match=r"search\.racing\.rounds"):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lop.storage.files import expanded
 from lop.storage.location import Location, is_uri
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def local_run(place: str) -> Iterator[tuple[Path, Location | None]]:
         OSError: the storage cannot be reached.
     """
     if not is_uri(place):
-        yield Path(place), None
+        yield expanded(place), None
         return
     origin = Location.parse(place)
     origin.check_bucket()

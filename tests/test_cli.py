@@ -48,7 +48,7 @@ def test_the_demo_leaves_what_it_promises(finished: Path) -> None:
         assert set(row) == {"method", "target", "form", "correct", "total", "accuracy", "low", "high"}
         assert row["low"] <= row["accuracy"] == row["correct"] / row["total"] <= row["high"]
     assert {frozenset(entry) for entry in results["seconds"]} == {
-        frozenset({"method", "calibrate", "allocate", "apply"})
+        frozenset({"method", "calibrate", "allocate", "sort", "prune"})
     }
     budgets = {sum(average["widths"]) for average in results["averages"] if average["method"] != "dense"}
     assert len(budgets) == 1

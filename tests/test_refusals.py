@@ -109,7 +109,7 @@ PREDICT --set train.architectures=[]|it is empty
 PREDICT --set train.learning_rates=[]|it is empty
 PREDICT --set compare.targets=[0.2,0.2]|twice
 PREDICT --set search.roots=[flap,flap]|twice
-calibrate --model a/b/c|unknown model 'a/b/c'
+calibrate --model a/b/c|model folder a/b/c is missing
 calibrate --model .|no config.json
 calibrate --set granularity=7|granularity 7
 calibrate --set samples=nowhere|samples folder nowhere

@@ -52,7 +52,7 @@ def find_model(name: str) -> Path:
 
 def settled(name: str) -> str:
     """A model's or samples' name as a config keeps it: a local folder's so that it is found from anywhere."""
-    return lasting_name(name) if name not in SHIPPED and Path(name).expanduser().is_dir() else name
+    return lasting_name(name) if name not in SHIPPED and expanded(name).is_dir() else name
 
 
 def find_samples(name: str) -> Path:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from lop.errors import LopError
+from lop.storage.files import expanded
 
 # Set for a submitted job's driver alone; and where Ray unpacks what a job, or a deployed application, brings along.
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -25,7 +26,7 @@ def check_lasting(what: str, place: str | Path) -> None:
     Raises:
         LopError: whatever is written there is lost.
     """
-    if in_ray_job() and "://" not in str(place) and not Path(place).expanduser().is_absolute():
+    if in_ray_job() and "://" not in str(place) and not expanded(place).is_absolute():
         raise LopError(
             f"{what} {place} is relative, and a Ray job's working directory is gone with the job: "
             "name an absolute path that all machines share, or a URI such as s3://bucket/folder"
@@ -37,7 +38,7 @@ def lasting_name(folder: str) -> str:
 
     Either way it is never taken for anything but a folder.
     """
-    path = Path(folder).expanduser()
+    path = expanded(folder)
     if in_ray_job() and not path.is_absolute():
         return f"./{path}"
     return str(path.absolute())

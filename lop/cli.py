@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from lop import __version__, commands
 from lop.checkpoint.formats import FORMATS
@@ -17,10 +17,6 @@ from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
 from lop.model.find import EMBEDDED, SHIPPED
 from lop.terminal import prepare_streams, say, settle_streams
-
-# Commands import what they run, torch with it: help and refusals need not wait for that.
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 Command = Callable[[argparse.Namespace], None]

@@ -56,6 +56,9 @@ Distinct = Annotated[tuple[_Item, ...], AfterValidator(_distinct)]
 Several = Annotated[tuple[_Item, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
+# Settings that no one writes by hand all together, and every run's own config has.
+_ALWAYS_SAVED = ("seed", "recovery", "device", "dtype", "threads", "evaluation_seconds", "train", "compare", "tables")
+
 # What pydantic says in words of its own.
 _WORDS = {"too_short": "it is empty: name one at least", "extra_forbidden": "there is no such setting"}
 
@@ -101,6 +104,7 @@ class SearchSettings(_Settings):
     `lop.search.evaluation.Evaluation`.
     Roots are methods of `lop.methods.registry`: most are read off the statistics, one is found by the search itself,
     and those that search by themselves must have been run by `lop rivals` for its targets.
+    `recovery` is what allocations are scored with; that with which checkpoints ship if it is not set.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     """
 
@@ -117,15 +121,8 @@ class SearchSettings(_Settings):
     sensitivity_levels: Positive = 20
     reward: Reward = "log_probability"
     tie_breaker: TieBreaker = "log_probability"
+    recovery: Recovery | None = None
     racing: RacingSettings | None = None
-
-    @model_validator(mode="after")
-    def _races_for_accuracy(self) -> "SearchSettings":
-        if self.racing and not REWARDS[self.reward].is_count:
-            raise ValueError(
-                f"racing compares accuracies, and the reward is {self.reward}: set it to accuracy, or do not race"
-            )
-        return self
 
     @property
     def needs_divergence(self) -> bool:
@@ -203,8 +200,9 @@ class Config(_Settings):
 
     `threads` are torch's on a CPU: sums come out alike on every machine and in every worker only if it is the same.
     `workers` is the most that the search asks the cluster for; an evaluation that takes more than `evaluation_seconds`
-    is tried on another one. `cache_bytes` is what each worker may spend on the dense model's states; see
-    `lop.search.evaluator.Evaluator`. `compile` has the FFNs' activations fused by torch.compile.
+    is tried on another one. Each worker may spend `cache_bytes` on the dense model's states
+    (`lop.search.evaluator.Evaluator`) and `refit_bytes` on weights refitted for scoring (`lop.model.repair`).
+    `compile` has the FFNs' activations fused by torch.compile.
     """
 
     model: str
@@ -220,6 +218,7 @@ class Config(_Settings):
     batch_tokens: Positive = 8192
     images: ImageSettings = ImageSettings()
     cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    refit_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
@@ -229,6 +228,11 @@ class Config(_Settings):
     train: TrainSettings = TrainSettings()
     compare: CompareSettings = CompareSettings()
     tables: TablesSettings = TablesSettings()
+
+    @property
+    def scored_recovery(self) -> Recovery:
+        """What allocations are scored with."""
+        return self.search.recovery or self.recovery
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Config:
@@ -247,6 +251,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Con
         raise LopError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise LopError(f"config {path} is not a mapping of settings")
+    _add_what_was(data)
     for override in overrides:
         _apply(data, override)
     data |= {key: value for key, value in values.items() if value is not None}
@@ -306,6 +311,16 @@ def config_for(model: str | None, *, folder: Path | None = None) -> Path:
         return own
     name = model or EMBEDDED
     return find_config(name if name in SHIPPED else "qwen2_5_vl_7b")
+
+
+def _add_what_was(data: dict[str, Any]) -> None:
+    """Fills in what a run's own config, which says everything, does not say because it was not there yet to be said.
+
+    Its search went without, and its ledger and results stay what they are.
+    """
+    search = data.get("search")
+    if isinstance(search, dict) and all(name in data for name in _ALWAYS_SAVED):
+        search.setdefault("recovery", "none")
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

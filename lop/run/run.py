@@ -14,6 +14,7 @@ from lop.model.samples import Sample, SampleSets, fingerprint_samples, load_samp
 from lop.model.sources import check_checkpoint
 from lop.model.tensors import model_size
 from lop.run.config import Config
+from lop.search.rewards import REWARDS
 from lop.space.allocation import Space
 from lop.space.size import ModelSize
 from lop.storage.destination import check_writable
@@ -202,7 +203,12 @@ class Run:
         arithmetic = self.arithmetic
         if races := config.search.racing:
             arithmetic += f", {races.rounds} rounds of seed {config.seed}, confidence {races.confidence}"
+            if not REWARDS[config.search.reward].is_count:
+                arithmetic += f", for {config.search.reward}"
+        # Only where there is one, so that searches from before allocations were scored with it keep their fingerprint.
+        scored = {} if config.scored_recovery == "none" else {"recovery": config.scored_recovery}
         return {
+            **scored,
             **self.calibration_fingerprints,
             "reward samples": self._fingerprint(self.samples.reward),
             "importance": config.importance,

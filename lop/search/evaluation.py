@@ -16,12 +16,13 @@ class Evaluation:
 
     Attributes:
         accuracy: share of the questions, which prose is not, answered exactly; 0 if there are none. Where a race was
-            given up: estimated, as the opponent's plus the mean difference to it on the questions scored.
+            given up, what was raced for is estimated, as the opponent's plus the mean difference to it on those scored.
         log_probability: mean of `Scores.log_probability` over the samples scored.
         error: why the allocation could not be evaluated; empty where it was.
         margin: mean of `Scores.margin` over the questions scored; None if there are none.
         divergence: mean of `Scores.divergence` over the samples scored, if it was asked for.
-        hits: what later candidates race against; see `lop.search.racing.pack`.
+        hits, values: what later candidates race against, the one or the other by what they race for; see
+            `lop.search.racing.pack` and `pack_values`.
         opponent: the widths of the allocation that this one raced against.
         scored: the samples scored before the race was given up; None if that was all.
     """
@@ -32,6 +33,7 @@ class Evaluation:
     margin: float | None = None
     divergence: float | None = None
     hits: str | None = None
+    values: str | None = None
     opponent: tuple[int, ...] | None = None
     scored: int | None = None
 
@@ -42,6 +44,11 @@ class Evaluation:
         No answer right, and each as improbable as two tokens guessed among 150,000.
         """
         return cls(0.0, -_WORST, error=error, opponent=None if opponent is None else opponent.allocation.widths)
+
+    @property
+    def record(self) -> str | None:
+        """What an opponent is known by; None if later candidates cannot race against this one."""
+        return (self.hits or self.values) if self.is_complete else None
 
     @property
     def is_complete(self) -> bool:

@@ -169,12 +169,12 @@ class SearchTree:
         rank = self._options.opponent
         if not rank:
             return None
-        able = [(a, e) for a, e in self.results.items() if e.is_complete and e.hits is not None]
+        able = [(a, e) for a, e in self.results.items() if e.record]
         if len(able) < rank:
             return None
         allocation, evaluation = sorted(able, key=lambda item: self._value(item[1]), reverse=True)[rank - 1]
-        assert evaluation.hits is not None
-        return Opponent(allocation, evaluation.hits)
+        assert evaluation.record
+        return Opponent(allocation, evaluation.record)
 
     def _value(self, evaluation: Evaluation) -> tuple[float, float]:
         return self._reward(evaluation), self._tie_breaker(evaluation)

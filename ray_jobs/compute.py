@@ -22,7 +22,7 @@ class OnRay:
 
     def evaluators(self, run: Run) -> AbstractContextManager[Workers]:
         """A fleet of at most the config's `workers` actors."""
-        return evaluator_fleet(Materials.of(run), run.samples.reward)
+        return evaluator_fleet(Materials.of(run), *run.searched_samples)
 
     def map(
         self, build: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: Config

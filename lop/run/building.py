@@ -15,6 +15,7 @@ from lop.model.encoding import Encoded, encode
 from lop.model.find import find_model
 from lop.model.samples import Sample
 from lop.run.config import Config
+from lop.search.evaluation import Confirming, Scorer
 from lop.search.evaluator import Evaluator
 from lop.search.racing import Racing
 
@@ -97,7 +98,16 @@ class Workshop:
         )
 
 
-def build_evaluator(materials: Materials, samples: Sequence[Sample]) -> Evaluator:
-    """An evaluator on the given samples; what each worker process calls once."""
+def build_scorer(materials: Materials, samples: Sequence[Sample], kept_back: Sequence[Sample] = ()) -> Scorer:
+    """What evaluates a search's candidates; what each worker process calls once.
+
+    Args:
+        kept_back: samples to confirm the search's answer on.
+    """
     workshop = Workshop(materials)
-    return workshop.evaluator(samples, workshop.repair())
+    repair = workshop.repair()
+    search = workshop.evaluator(samples, repair)
+    if not kept_back:
+        return search
+    needed = materials.config.search.needs_divergence
+    return Confirming(search, Evaluator(workshop.elastic, workshop.encode(kept_back), repair=repair, divergence=needed))

@@ -58,6 +58,8 @@ Several = Annotated[tuple[_Item, ...], Field(min_length=1), AfterValidator(_dist
 
 # Settings that no one writes by hand all together, and every run's own config has.
 _ALWAYS_SAVED = ("seed", "recovery", "device", "dtype", "threads", "evaluation_seconds", "train", "compare", "tables")
+# What a search did before these settings were there.
+_BEFORE: dict[str, Any] = {"recovery": "none", "method": "paper", "confirm": None}
 
 # What pydantic says in words of its own.
 _WORDS = {"too_short": "it is empty: name one at least", "extra_forbidden": "there is no such setting"}
@@ -97,6 +99,13 @@ class RacingSettings(_Settings):
     rank: Positive = 1
 
 
+class ConfirmSettings(_Settings):
+    """How a search's answer is confirmed: on which share of the reward samples, and among how many of its best."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    candidates: Positive = 4
+
+
 class SearchSettings(_Settings):
     """The UCB trees; see `lop.search.tree.TreeOptions` for what each number does.
 
@@ -104,6 +113,8 @@ class SearchSettings(_Settings):
     `lop.search.evaluation.Evaluation`.
     Roots are methods of `lop.methods.registry`: most are read off the statistics, one is found by the search itself,
     and those that search by themselves must have been run by `lop rivals` for its targets.
+    `method` is where moves come from: `guided` or the `paper`'s (`lop.search.tree.TreeOptions`).
+    `confirm`: part of the reward samples is kept back from the search (`lop.search.confirmation`).
     `recovery` is what allocations are scored with; that with which checkpoints ship if it is not set.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     """
@@ -121,8 +132,10 @@ class SearchSettings(_Settings):
     sensitivity_levels: Positive = 20
     reward: Reward = "log_probability"
     tie_breaker: TieBreaker = "log_probability"
+    method: Literal["guided", "paper"] = "guided"
     recovery: Recovery | None = None
     racing: RacingSettings | None = None
+    confirm: ConfirmSettings | None = ConfirmSettings()
 
     @property
     def needs_divergence(self) -> bool:
@@ -139,6 +152,14 @@ class SearchSettings(_Settings):
         """Whether evaluations are told apart by what is right or wrong, which prose never is."""
         return any(REWARDS[name].of_answers for name in (self.reward, self.tie_breaker))
 
+    def recorded(self, *left_out: str) -> dict[str, Any]:
+        """What the fingerprints of results are made of: the settings, but for those that change nothing of before.
+
+        So searches made before there were such settings keep theirs.
+        """
+        values = self.model_dump(mode="json", exclude=set(left_out))
+        return {name: value for name, value in values.items() if name not in _BEFORE or value != _BEFORE[name]}
+
     def tree_options(self) -> TreeOptions:
         """What a tree needs of these settings."""
         return TreeOptions(
@@ -150,6 +171,7 @@ class SearchSettings(_Settings):
             children=self.children,
             depth=self.depth,
             window=self.window,
+            guided=self.method == "guided",
             opponent=self.racing.rank if self.racing else 0,
         )
 
@@ -320,7 +342,8 @@ def _add_what_was(data: dict[str, Any]) -> None:
     """
     search = data.get("search")
     if isinstance(search, dict) and all(name in data for name in _ALWAYS_SAVED):
-        search.setdefault("recovery", "none")
+        for name, value in _BEFORE.items():
+            search.setdefault(name, value)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -64,16 +64,26 @@ class Opponent:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An allocation to evaluate: against an opponent, or on all samples."""
+    """An allocation to evaluate: against an opponent, or on all samples.
+
+    Attributes:
+        confirms: on the samples that are kept back from the search.
+    """
 
     allocation: Allocation
     opponent: Opponent | None = None
+    confirms: bool = False
 
 
 def sample_rounds(samples: int, rounds: int, *, seed: int) -> list[np.ndarray]:
     """The samples of each round: a random partition, equal to within one sample."""
     order = np.random.Generator(np.random.PCG64(seed)).permutation(samples)
     return np.array_split(order, min(rounds, samples))
+
+
+def split(items: int, count: int, *, seed: int) -> list[int]:
+    """`count` of the items, drawn at random."""
+    return [int(index) for index in np.random.Generator(np.random.PCG64([seed, items])).permutation(items)[:count]]
 
 
 def gives_up(racing: Racing, correct: np.ndarray, seen: np.ndarray, opponent: np.ndarray) -> bool:

@@ -99,7 +99,7 @@ def _jobs(run: Run, seeds: int) -> list[Job]:
 def _job_fingerprint(run: Run, job: Job) -> str:
     config = run.config
     # A search may start from what a rival found: its roots and targets are none of the rival's.
-    search = config.search.model_dump(mode="json", exclude={"roots", "targets"})
+    search = config.search.recorded("roots", "targets", "confirm")
     # Shares of the samples are drawn by the config's seed, whatever the job's.
     drawn = [config.seed] if min(job.search.shares) < 1 else []
     return fingerprint([run.evaluation_fingerprints, asdict(run.space), search, asdict(job), *drawn])

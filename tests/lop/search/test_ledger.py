@@ -21,6 +21,7 @@ import lop
 from lop.errors import LopError
 from lop.search.evaluation import Evaluation
 from lop.search.ledger import Ledger, _line, read_ledger
+from lop.search.racing import Candidate
 from lop.search.watch import print_ledger
 from lop.space.allocation import Allocation
 from lop.storage.location import Location
@@ -43,8 +44,8 @@ def test_records_come_back_to_the_last_bit(tmp_path: Path) -> None:
     assert list(read_ledger(tmp_path / "ledger")) == ENTRIES
     with Ledger(tmp_path / "ledger", PRINTS) as ledger:
         assert len(ledger) == len(ENTRIES)
-        assert ledger.get(ENTRIES[2][0]) == ENTRIES[2][1]
-        assert ledger.get(Allocation((1, 1))) is None
+        assert ledger.get(Candidate(ENTRIES[2][0])) == ENTRIES[2][1]
+        assert ledger.get(Candidate(Allocation((1, 1)))) is None
 
 
 def test_a_torn_tail_is_cut_to_the_last_whole_record(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_merging_and_opening_again_keep_every_record_in_order(tmp_path: Path, si
                         ledger.append(*written[-1])
                     ledger.flush()
                     assert list(read_ledger(folder)) == written
-                assert all(ledger.get(allocation) == result for allocation, result in written)
+                assert all(ledger.get(Candidate(allocation)) == result for allocation, result in written)
         # The files grow in number with the logarithm of the flushes, and those since it was opened.
         assert len(list(folder.iterdir())) <= 7 + merge * (1 + math.ceil(math.log(len(sizes) + 2, merge)))
 
@@ -403,9 +404,9 @@ def test_results_are_not_known_before_they_are_in_storage(tmp_path: Path) -> Non
         assert math.isinf(ledger.due)
         ledger.append(*ENTRIES[0])
         assert ledger.due == 0
-        assert ledger.get(ENTRIES[0][0]) is None
+        assert ledger.get(Candidate(ENTRIES[0][0])) is None
         ledger.flush()
-        assert ledger.get(ENTRIES[0][0]) == ENTRIES[0][1]
+        assert ledger.get(Candidate(ENTRIES[0][0])) == ENTRIES[0][1]
         ledger.append(*ENTRIES[1])
         assert 50 < ledger.due <= 60
 

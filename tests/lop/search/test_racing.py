@@ -153,12 +153,12 @@ def test_another_opponent_is_another_evaluation(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger", {}) as ledger:
         ledger.append(even, raced)
         ledger.flush()
-        assert ledger.get(even) is None
+        assert ledger.get(Candidate(even)) is None
         ledger.append(even, whole)
     with Ledger(tmp_path / "ledger", {}) as ledger:
-        assert ledger.get(even) == whole
-        assert ledger.get(even, opponent) == raced
-        assert ledger.get(even, Opponent(even, opponent.record)) is None
+        assert ledger.get(Candidate(even)) == whole
+        assert ledger.get(Candidate(even, opponent)) == raced
+        assert ledger.get(Candidate(even, Opponent(even, opponent.record))) is None
     assert list(read_ledger(tmp_path / "ledger")) == [(even, raced), (even, whole)]
 
 

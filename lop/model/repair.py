@@ -117,6 +117,17 @@ def factors(backbone: Backbone, encoded: Encoded, *, ridge: float = RIDGE) -> It
         yield factor(gram, ridge=ridge).cpu()
 
 
+def reordered(made: Tensor, move: Tensor, *, ridge: float = 0.0) -> Tensor:
+    """The factor of the same sums with the neurons in another order.
+
+    Args:
+        made: [F, F], C.
+        move: [F], which of C's neurons comes first to last.
+    """
+    rows = made[move].double()
+    return factor(rows @ rows.T, ridge=ridge)
+
+
 def factor(gram: Tensor, *, ridge: float = RIDGE) -> Tensor:
     """C of `G + λI`, [F, F] float32; changes `gram`, G [F, F] float64."""
     # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.

@@ -46,9 +46,16 @@ class Evaluator:
         self._divergence = divergence
         self._cached_layers = _spread_layers(elastic, encoded, cache_bytes)
 
-    @torch.inference_mode()
     def evaluate(self, candidate: Candidate) -> Evaluation:
         """The candidate's result, given up early where it loses to its opponent; then the model is dense again."""
+        return self._evaluation(self._tally(candidate), candidate.opponent)
+
+    def compared(self, allocation: Allocation) -> Scores:
+        """What an allocation says to each of all samples, divergences included if they are asked for."""
+        return self._tally(Candidate(allocation)).scores()
+
+    @torch.inference_mode()
+    def _tally(self, candidate: Candidate) -> Tally:
         allocation, opponent = candidate.allocation, candidate.opponent
         start = self._start(allocation)
         states = self._dense_states[start] if start else None
@@ -61,7 +68,7 @@ class Evaluator:
                     self._scoring.add(tally, batch, x, first=start, dense=None if dense is None else dense[index])
                 if self._loses(tally, opponent):
                     break
-        return self._evaluation(tally, opponent)
+        return tally
 
     def scores(self) -> Scores:
         """Scores each sample with the widths, weights and biases that the model has now."""

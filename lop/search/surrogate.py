@@ -91,7 +91,8 @@ class Surrogate:
             return None
         half = np.linalg.solve(factor, values)
         # The overall scale that is likeliest is put in its place.
-        likelihood = -len(values) / 2 * math.log(float(half @ half) / len(values)) - np.log(np.diag(factor)).sum()
+        scale = max(float(half @ half) / len(values), _JITTER)
+        likelihood = -len(values) / 2 * math.log(scale) - np.log(np.diag(factor)).sum()
         return float(likelihood), setting, factor, np.linalg.solve(factor.T, half)
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from lop.errors import LopError
 from lop.methods.method import Root
 from lop.methods.registry import METHODS
+from lop.methods.uniform import METHOD as UNIFORM
 from lop.model.samples import check_answers
 from lop.run.compute import Compute
 from lop.run.config import save_config
@@ -78,7 +79,7 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
     budgets = {target: run.space.budget(target) for target in settings.targets.ratios}
     if len(set(budgets.values())) < len(budgets):
         raise LopError(f"search.targets.step {settings.targets.step} is too fine: two targets keep as many neurons")
-    names = ("uniform", *(name for name in settings.roots if METHODS[name].root is not Root.SCANNED))
+    names = (UNIFORM.name, *(name for name in settings.roots if METHODS[name].root is not Root.SCANNED))
     return {
         target: SearchTree(
             run.space,

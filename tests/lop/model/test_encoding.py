@@ -18,13 +18,13 @@ from lop.model.adapter import QwenVL, load_model
 from lop.model.backbone import Backbone
 from lop.model.elastic import ElasticModel
 from lop.model.encoding import Encoded, encode
+from lop.model.families.slices import sliced
 from lop.model.find import assets
 from lop.model.generation import answers
 from lop.model.image_settings import ImageSettings
 from lop.model.importance import importance, order
 from lop.model.samples import Sample, SampleSets, check_answers, prompt_text
 from lop.model.statistics import NeuronStatistics, calibrate
-from lop.model.vision import _in_slices
 from lop.search.evaluator import Evaluator, Scores
 from lop.search.racing import Candidate, Opponent, Racing, sample_rounds
 from lop.space.allocation import Allocation
@@ -220,7 +220,7 @@ def test_a_tower_in_slices_is_the_whole_tower(most: int) -> None:
     pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * 14 * 14)
     with torch.inference_mode():
         expected = tower(pixels, grid_thw=grids).pooler_output
-        with _in_slices(tower, most):
+        with sliced(tower, most):
             found = tower(pixels, grid_thw=grids).pooler_output
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert torch.equal(tower(pixels, grid_thw=grids).pooler_output, expected)  # Nothing of the slices stays.

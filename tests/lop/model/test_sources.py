@@ -17,8 +17,8 @@ from lop.checkpoint.inspection import inspect
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.cli import main
 from lop.errors import LopError
+from lop.model.families.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration
 from lop.model.find import assets, find_model
-from lop.model.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration
 from lop.model.sources import check_checkpoint
 from lop.model.tensors import model_size
 from lop.space.allocation import Allocation

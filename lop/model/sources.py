@@ -44,11 +44,11 @@ def check_config(folder: Path) -> dict[str, Any]:
         raise LopError(f"{folder} is a model of another type, {kind!r} by its config.json ({classes}): {_TAKES}")
     known = {family.architecture, family.pruned_class}
     if isinstance(classes, list) and classes and not known & set(map(str, classes)):
-        raise LopError(f"{folder} is a {classes[0]} by its config.json, with another head or none: {_TAKES}")
+        raise LopError(f"{folder} is a {classes[0]} by its config.json, no {family.architecture}: {_TAKES}")
     if method := _quantisation(config):
         raise LopError(f"{folder} is quantised ({method}, by its config.json): name what it was made from; {_TAKES}")
     if refusal := family.refusal(config):
-        raise LopError(f"{folder} is not computed as LOP computes it: {refusal}")
+        raise LopError(f"{folder} is no {family.name} that LOP takes: {refusal}")
     return dict(config)
 
 

@@ -45,7 +45,7 @@ class Family(Protocol):
         """Whether LOP's plugin tells vLLM of `pruned_class`."""
 
     def refusal(self, config: Mapping[str, Any]) -> str | None:
-        """Why LOP cannot take a model of the family with this config; None if it can."""
+        """Why LOP cannot compute a model of the family with this config; None if it can."""
 
     def text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What of a checkpoint's config is the language backbone's, however old the config is."""
@@ -87,7 +87,7 @@ class Family(Protocol):
 
     @property
     def resident(self) -> tuple[str, ...]:
-        """What encoding and the head need: a network whose layers come from disk one at a time has the others whole."""
+        """What has to be in memory where the layers come from disk one at a time: what encoding takes, and the norm."""
 
     def network_class(self) -> Any:
         """`pruned_class` itself. A dense config changes nothing in it."""

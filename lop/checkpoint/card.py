@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from lop.model.families.family import Family
+
 CARD = "README.md"
 _LOADING = {
     "hf": """Each layer's FFN has a width of its own, so the folder brings its modelling file, `modeling_lop.py`, and
@@ -20,9 +22,9 @@ model = AutoModelForImageTextToText.from_pretrained("PATH", trust_remote_code=Tr
 processor = AutoProcessor.from_pretrained("PATH")
 ```
 
-Where LOP is installed, `lop.load("PATH")` and vLLM need no remote code. For tools that cannot run any, export it again
+Where LOP is installed, {without} no remote code. For tools that cannot run any, export it again
 with `--format padded`.""",
-    "padded": """All FFNs are as wide as the widest one, filled up with zeros: whatever loads Qwen2.5-VL loads it.
+    "padded": """All FFNs are as wide as the widest one, filled up with zeros: whatever loads {family} loads it.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -58,11 +60,12 @@ That of the dense model, {name}: {licence}.
 """
 
 
-def model_card(source: Path, manifest: Mapping[str, Any], *, parameters: int, size: int) -> bytes:
+def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, parameters: int, size: int) -> bytes:
     """The card, with the YAML front matter that model hubs read.
 
     Args:
         source: the dense checkpoint's folder: its own card tells the licence.
+        family: of both.
         manifest: of the new checkpoint; its hashes are not needed.
         parameters: of all its tensors.
         size: of all its tensors, in bytes.
@@ -74,7 +77,7 @@ def model_card(source: Path, manifest: Mapping[str, Any], *, parameters: int, si
         **({"base_model": origin} if _is_hub_id(origin) else {}),
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["lop", "pruned", "qwen2_5_vl"],
+        "tags": ["lop", "pruned", family.model_type],
     }
     made = [f"{key} {manifest[key]}" for key in ("format", "importance", "recovery") if key in manifest]
     if "target" in manifest:
@@ -85,7 +88,10 @@ def model_card(source: Path, manifest: Mapping[str, Any], *, parameters: int, si
         ratio=1 - sum(widths) / (len(widths) * neurons),
         parameters=parameters,
         size=size,
-        loading=_LOADING[manifest["format"]],
+        loading=_LOADING[manifest["format"]].format(
+            family=family.name,
+            without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
+        ),
         version=manifest.get("version", ""),
         made=", ".join(made),
         neurons=neurons,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from importlib.resources import files
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from lop.checkpoint.card import CARD, model_card
 from lop.checkpoint.formats import FORMATS, Format, check_format, cut_tensors, pruned_config
 from lop.checkpoint.shards import Cut, ShardWriter, plan_shards, write_all
 from lop.errors import CancelledError, LopError
-from lop.model.sources import MANIFEST, MODELING, check_checkpoint
+from lop.model.families.family import Family
+from lop.model.sources import MANIFEST, MODELING, check_checkpoint, family_of
 from lop.model.tensors import down_projections
 from lop.space.allocation import Allocation
 from lop.storage.destination import NewFolder, new_folder
@@ -61,11 +62,12 @@ def export(
         The manifest, as it stands in `lop.json`.
 
     Raises:
-        LopError: the source is damaged, no dense Qwen2.5-VL, or does not fit the allocation, or `out` is there already.
+        LopError: the source is damaged, no dense model that LOP takes or of another shape than the allocation, or `out`
+            is there already.
         CancelledError: `cancelled` said so.
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
-    tensors = check_checkpoint(source, dense=True)
+    tensors, family = check_checkpoint(source, dense=True), family_of(source)
     _check(tensors, allocation, order)
     recovered = recovered or {}
     bias = any(name not in tensors for name in recovered)
@@ -74,7 +76,7 @@ def export(
     config = pruned_config(read_json(source / "config.json"), allocation.widths, format=format, bias=bias)
     with new_folder(Location.parse(out)) as folder:
         hashes = _write_weights(folder, cuts, progress, cancelled)
-        for name, data in _companions(source, format).items():
+        for name, data in _companions(source, family, format).items():
             hashes[name] = _write(folder, name, data)
         text = _json(config)
         hashes["config.json"] = hashlib.sha256(text).hexdigest()
@@ -86,7 +88,7 @@ def export(
             "padding_bytes": _padding(cuts),
         }
         parameters, size = (sum(values) for values in zip(*((prod(cut.shape), cut.bytes) for _, cut in cuts)))
-        hashes[CARD] = _write(folder, CARD, model_card(source, manifest, parameters=parameters, size=size))
+        hashes[CARD] = _write(folder, CARD, model_card(source, family, manifest, parameters=parameters, size=size))
         manifest["sha256"] = dict(sorted(hashes.items()))
         _write(folder, MANIFEST, _json(manifest))
         # Last, as it is what loaders look for: where a folder cannot be renamed it makes this one a checkpoint.
@@ -162,7 +164,7 @@ def read_manifest(folder: Path | Location) -> dict[str, Any]:
 
 
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
-    """Opens a checkpoint, dense or pruned, as a `Qwen2_5_VLForConditionalGeneration` ready for inference.
+    """Opens a checkpoint, dense or pruned, as transformers' class of its family, ready for inference.
 
     A checkpoint exported by LOP is first checked against the hashes of its manifest.
 
@@ -214,7 +216,7 @@ def _write_weights(
     return hashes
 
 
-def _companions(source: Path, format: Format) -> dict[str, bytes]:
+def _companions(source: Path, family: Family, format: Format) -> dict[str, bytes]:
     found = {
         file.name: file.read_bytes()
         for pattern in _COMPANIONS
@@ -222,8 +224,16 @@ def _companions(source: Path, format: Format) -> dict[str, bytes]:
         if file.name not in _OWN
     }
     if not FORMATS[format].is_padded:
-        found[MODELING] = (Path(str(files("lop"))) / "model" / "remote_qwen2_5_vl.py").read_bytes()
+        found[MODELING] = _source(family.modeling)
     return found
+
+
+def _source(module: str) -> bytes:
+    """The text of a module, which need not be imported."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_bytes()
 
 
 def _padding(cuts: list[tuple[str, Cut]]) -> int:

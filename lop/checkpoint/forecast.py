@@ -83,7 +83,7 @@ def tell_refit(
 def sample_load(model: QwenVL, samples: Sequence[Sample], *, max_pixels: int | None = None) -> Load:
     """The load of all samples, extrapolated from a few that are spread evenly over them."""
     chosen = samples[:: max(1, len(samples) // _LOOKED_AT)]
-    image_processor, tokenizer = model.processor.image_processor, model.processor.tokenizer
+    tokenizer = model.processor.tokenizer
     patches, text = [], []
     for sample in chosen:
         if sample.image:
@@ -91,7 +91,7 @@ def sample_load(model: QwenVL, samples: Sequence[Sample], *, max_pixels: int | N
         prompt = chat_text(model, prompt_text(sample), images=1 if sample.image else 0)
         text.append(len(tokenizer(prompt + sample.answer)["input_ids"]))
     images = len({sample.image_key for sample in samples if sample.image})
-    merged = sum(patches) // image_processor.merge_size**2
+    merged = sum(patches) // model.family.patches_per_token(model.processor)
     return Load(
         patches=images * sum(patches) // max(len(patches), 1),
         longest=max(patches, default=0),
@@ -106,7 +106,7 @@ def refit_seconds(model: QwenVL, load: Load, widths: Sequence[int], rates: Rates
     """
     text, vision = model.model.config.text_config, model.model.config.vision_config
     tower = sum(parameter.numel() for parameter in model.tower.parameters())
-    whole = 4 * vision.hidden_size * len(vision.fullatt_block_indexes) * load.patches * load.longest
+    whole = 4 * model.family.whole_attention(vision) * load.patches * load.longest
     own, single, double = 2.0 * tower * load.patches + whole, 0.0, 0.0
     hidden, neurons, tokens = text.hidden_size, text.intermediate_size, load.tokens
     head = hidden // text.num_attention_heads

@@ -10,13 +10,10 @@ import numpy as np
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.shards import Cut
 from lop.errors import LopError
-from lop.model.sources import MODEL_CLASS, MODELING
+from lop.model.families.registry import FAMILIES
+from lop.model.sources import MODELING
 from lop.model.tensors import ffn_layer, ffn_part
 from lop.storage.headers import TensorInfo
-
-# Of a config as the first Qwen2.5-VL checkpoints have it, flat: what is not the language backbone's.
-_NOT_TEXT = {"architectures", "auto_map", "model_type", "transformers_version", "vision_config"}
-
 
 # A key of `FORMATS`.
 Format = str
@@ -107,20 +104,18 @@ def pruned_config(dense: Mapping[str, Any], widths: Sequence[int], *, format: Fo
         widths: [L] neurons kept.
         bias: whether the layers' `down_proj` have one.
     """
+    family = FAMILIES[dense["model_type"]]
     config = copy.deepcopy(dict(dense))
     if FORMATS[format].is_padded:
         config.get("text_config", config)["intermediate_size"] = max(widths)
         return config
-    if "text_config" not in config:
-        flat = {key: value for key, value in config.items() if key not in _NOT_TEXT and not key.endswith("_token_id")}
-        ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
-        config["text_config"] = {**flat, **ends, "model_type": f"{config['model_type']}_text"}
+    config["text_config"] = family.text_config(config)
     digits = len(str(len(widths) - 1))
     config["text_config"]["per_layer_config"] = {
         str(layer).zfill(digits): {"intermediate_size": int(width)} for layer, width in enumerate(widths)
     }
     if bias:
         config["text_config"]["down_proj_bias"] = True
-    config["architectures"] = [MODEL_CLASS]
-    config["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.removesuffix('.py')}.{MODEL_CLASS}"}
+    config["architectures"] = [family.pruned_class]
+    config["auto_map"] = {"AutoModelForImageTextToText": f"{MODELING.removesuffix('.py')}.{family.pruned_class}"}
     return config

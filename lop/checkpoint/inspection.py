@@ -12,6 +12,7 @@ from rich.table import Table
 from lop.checkpoint.export import check_hashes, read_manifest
 from lop.console import PlainConsole
 from lop.errors import LopError
+from lop.model.families.registry import FAMILIES
 from lop.model.sources import MANIFEST, check_checkpoint
 from lop.model.tensors import down_projections
 from lop.storage.files import read_as
@@ -57,7 +58,7 @@ def inspect(folder: Path) -> Inspection:
     """Looks at a checkpoint, dense or pruned, and reads it whole if there are hashes to check.
 
     Raises:
-        LopError: the folder holds no Qwen2.5-VL checkpoint, or one whose headers are damaged.
+        LopError: the folder holds no checkpoint that LOP takes, or one whose headers are damaged.
     """
     has_manifest = (folder / MANIFEST).exists()
     manifest = read_manifest(folder) if has_manifest else {}
@@ -115,7 +116,7 @@ def print_inspection(found: Inspection) -> None:
 
 
 def _text_config(config: Any) -> dict[str, Any]:
-    text = dict(config.get("text_config", config))
+    text = FAMILIES[config["model_type"]].text_config(config)
     return {**text, "intermediate_size": int(text["intermediate_size"])} if "intermediate_size" in text else text
 
 

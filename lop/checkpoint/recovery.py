@@ -106,7 +106,7 @@ def recover_checkpoint(
         By the checkpoint's own names, where each tensor is; empty for `none`.
 
     Raises:
-        LopError: the checkpoint is damaged or no dense Qwen2.5-VL.
+        LopError: the checkpoint is damaged or no dense model that LOP takes.
     """
     mending = RECOVERIES[recovery]
     if not (mending.adds_bias or mending.refits):

@@ -1,4 +1,4 @@
-"""Where a Qwen2.5-VL keeps the parts that LOP touches; the one place that knows the model family's names."""
+"""A model of any family as LOP opens and touches it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from lop.errors import LopError, first_line
 from lop.model.backbone import Backbone, Layer
-from lop.model.sources import check_checkpoint
+from lop.model.families.family import Family
+from lop.model.families.registry import FAMILIES
+from lop.model.sources import check_checkpoint, family_of
 from lop.model.tensors import ffn_part
 from lop.storage.files import read_json
 from lop.storage.headers import read_tensors
@@ -31,67 +33,59 @@ class Ffn(Protocol):
 
 @dataclass(frozen=True)
 class QwenVL:
-    """A loaded model with its processor, seen through the few names that LOP needs."""
+    """A loaded model with its processor, seen through the few names that LOP needs: what its family says of it."""
 
     model: Any
     processor: Any
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model.config.model_type]
+
+    @property
     def backbone(self) -> nn.Module:
         """The language model without its head: `inputs_embeds` [B, T, H] to hidden states [B, T, H]."""
-        return cast(nn.Module, self.model.model.language_model)
+        return cast(nn.Module, self.model.get_submodule(self.family.backbone))
 
     @property
     def tower(self) -> Any:
         """The vision tower, as transformers built it."""
-        return self.model.model.visual
+        return self.model.get_submodule(self.family.tower)
 
     @property
     def head(self) -> nn.Module:
         """Hidden states [N, H] to logits [N, V]."""
-        return cast(nn.Module, self.model.lm_head)
+        return cast(nn.Module, self.model.get_submodule(self.family.head))
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The decoder layers, first to last; each holds its FFN as `mlp`."""
+        """The decoder layers, first to last."""
         return list(cast(Any, self.backbone).layers)
 
     @property
     def ffns(self) -> list[Ffn]:
         """Each layer's FFN, first to last."""
-        return [cast(Ffn, layer.mlp) for layer in self.layers]
+        return [cast(Ffn, getattr(layer, self.family.ffn)) for layer in self.layers]
+
+    def replace_ffn(self, index: int, ffn: nn.Module) -> None:
+        """Puts another FFN into a layer."""
+        setattr(self.layers[index], self.family.ffn, ffn)
 
     def lean_backbone(self) -> Backbone:
-        """The language model as `lop.model.backbone` runs it: the same norms, FFNs and head, a copy of the projections.
-
-        Raises:
-            LopError: it is not built as Qwen2.5-VL is.
-        """
-        config = self.model.config.text_config
-        if config.hidden_act != "silu":
-            raise LopError(f"the model's activation is {config.hidden_act!r}: Qwen2.5-VL has 'silu'")
-        return Backbone(
-            layers=tuple(map(self.lean_layer, range(len(self.layers)))),
-            norm=cast(Any, self.backbone).norm.weight,
-            head=cast(Any, self.head).weight,
-            heads=config.num_attention_heads,
-            key_heads=config.num_key_value_heads,
-            epsilon=config.rms_norm_eps,
-        )
+        """The language model as `lop.model.backbone` runs it: the same norms, FFNs and head, the projections copied."""
+        return self.family.lean_backbone(self.model)
 
     def lean_layer(self, index: int) -> Layer:
         """One layer of `lean_backbone`."""
-        config = self.model.config.text_config
-        return _lean_layer(self.layers[index], config.num_attention_heads, config.num_key_value_heads)
+        return self.family.lean_layer(self.model, index)
 
     @property
     def device(self) -> torch.device:
         return cast(torch.device, self.model.device)
 
-    def image_features(self, pixels: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+    def image_features(self, pixels: Tensor, grids: Tensor) -> tuple[Tensor, ...]:
         """Each image's embeddings [tokens, H], from the vision tower."""
-        features = self.model.model.get_image_features(pixels, grid, return_dict=True)
-        return cast(tuple[Tensor, ...], features.pooler_output)
+        return self.family.image_features(self.model, pixels, grids)
 
     def token_embeddings(self, ids: Tensor) -> Tensor:
         """Embeddings [..., H] of token ids [...]."""
@@ -99,42 +93,18 @@ class QwenVL:
 
     def positions(self, ids: Tensor, token_types: Tensor, grid: Tensor | None) -> Tensor:
         """M-RoPE positions [3, T] of one sequence [T], with the grid of its image if it has one."""
-        positions, _ = self.model.model.get_rope_index(ids[None], token_types[None], image_grid_thw=grid)
-        return cast(Tensor, positions[:, 0])
+        return self.family.positions(self.model, ids, token_types, grid)
 
     def rotation(self, positions: Tensor) -> Tensor:
         """M-RoPE's factors [T, D/2], complex, of positions [3, T]."""
-        exact = torch.empty(0, device=positions.device)  # Only tells the dtype of the answer.
-        cosine, sine = cast(Any, self.backbone).rotary_emb(exact, positions[:, None])
-        half = cosine.shape[-1] // 2
-        return torch.complex(cosine[0, :, :half], sine[0, :, :half])
-
-
-def _lean_layer(layer: Any, heads: int, key_heads: int) -> Layer:
-    attention = layer.self_attn
-    # transformers rotates the first half of a head against the second; `Layer` has the two halves interleaved.
-    size = attention.q_proj.weight.shape[0] // heads
-    pairs = torch.arange(size).view(2, -1).T.flatten()
-    rotated = ((attention.q_proj, heads), (attention.k_proj, key_heads))
-
-    def interleaved(name: str) -> list[Tensor]:
-        return [getattr(part, name).unflatten(0, (count, size))[:, pairs].flatten(0, 1) for part, count in rotated]
-
-    return Layer(
-        attention_norm=layer.input_layernorm.weight,
-        qkv=torch.cat([*interleaved("weight"), attention.v_proj.weight]),
-        qkv_bias=torch.cat([*interleaved("bias"), attention.v_proj.bias]),
-        out=attention.o_proj.weight,
-        ffn_norm=layer.post_attention_layernorm.weight,
-        ffn=layer.mlp,
-    )
+        return self.family.rotation(self.model, positions)
 
 
 def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> QwenVL:
     """Loads a checkpoint with its processor; see `open_model`.
 
     Raises:
-        LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one, or no processor.
+        LopError: the folder holds no checkpoint that LOP takes, or a damaged one, or no processor.
     """
     processor = load_processor(path)  # First, as it is the sooner found missing.
     return QwenVL(open_model(path, device=device, dtype=dtype), processor)
@@ -174,17 +144,16 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
         dtype: `auto` (see `place_and_dtype`), or what torch calls it.
 
     Raises:
-        LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one.
+        LopError: the folder holds no checkpoint that LOP takes, or a damaged one.
     """
     from transformers.utils import logging
-
-    from lop.model.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration as Model
 
     logging.disable_progress_bar()
     check_checkpoint(path)
     place, kind = place_and_dtype(device, dtype, path)
     with told_in_one_line(path):
-        model, loading = Model.from_pretrained(path, dtype=kind, output_loading_info=True)
+        network_class = family_of(path).network_class()
+        model, loading = network_class.from_pretrained(path, dtype=kind, output_loading_info=True)
         if loading["missing_keys"]:
             raise ValueError(f"it lacks {min(loading['missing_keys'])}")
         return model.to(place).eval().requires_grad_(False)
@@ -232,4 +201,4 @@ def told_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise LopError(f"{path} cannot be loaded as a Qwen2.5-VL checkpoint: {first_line(error)}") from error
+        raise LopError(f"{path} cannot be loaded as a checkpoint: {first_line(error)}") from error

@@ -49,7 +49,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Backbone:
-    """A Qwen2.5-VL's language model with its head.
+    """A language model with its head.
 
     Attributes:
         layers: first to last.

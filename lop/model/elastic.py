@@ -101,8 +101,8 @@ class ElasticModel:
     """
 
     def __init__(self, model: QwenVL, order: np.ndarray, *, compiled: bool = False) -> None:
-        for layer, ffn in zip(model.layers, model.ffns, strict=True):
-            layer.mlp = ElasticFfn.replacing(ffn)
+        for index, ffn in enumerate(model.ffns):
+            model.replace_ffn(index, ElasticFfn.replacing(ffn))
         self.backbone = model.lean_backbone()
         self.sort(order)
         if compiled:

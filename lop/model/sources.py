@@ -4,33 +4,33 @@ transformers builds its default model, one of 72B, from a config of another type
 integers for numbers: whatever opens a checkpoint looks here first.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lop.errors import LopError
+from lop.model.families.family import Family
+from lop.model.families.registry import FAMILIES
 from lop.model.tensors import down_projections
 from lop.storage.files import read_json
 from lop.storage.headers import TensorInfo, read_tensors
 
-# Of an exported checkpoint: what says how it was made, its modelling code, and the class in that.
+# Of an exported checkpoint: what says how it was made, and its modelling code.
 MANIFEST = "lop.json"
 MODELING = "modeling_lop.py"
-MODEL_CLASS = "LopQwen2_5_VLForConditionalGeneration"
-_TYPE = "qwen2_5_vl"
-_CLASSES = {"Qwen2_5_VLForConditionalGeneration", MODEL_CLASS}
 _FLOATS = {"BF16", "F16", "F32", "F64"}
-_TAKES = f"LOP takes whole Qwen2.5-VL models (model_type {_TYPE!r}) with weights in bfloat16, float16 or float32"
+_TAKES = (
+    f"LOP takes whole {' or '.join(family.name for family in FAMILIES.values())} models (model_type "
+    f"{' or '.join(map(repr, FAMILIES))}) with weights in bfloat16, float16 or float32"
+)
 _ADAPTER = "adapter_config.json"
-_VISION_BLOCK = re.compile(r"visual\.blocks\.(\d+)\.")
 
 
 def check_config(folder: Path) -> dict[str, Any]:
     """Looks at a folder's config alone, which is all that is there while a model is downloaded, and returns it.
 
     Raises:
-        LopError: it is no Qwen2.5-VL, or a quantised one, or an adapter; says what it is.
+        LopError: it is of no family that LOP takes, or a quantised model, or an adapter; says what it is.
     """
     if (folder / _ADAPTER).is_file():
         base = _value(read_json(folder / _ADAPTER), "base_model_name_or_path")
@@ -39,13 +39,26 @@ def check_config(folder: Path) -> dict[str, Any]:
         raise LopError(f"{folder} has no config.json: name a folder that holds a checkpoint; {_TAKES}")
     config = read_json(folder / "config.json")
     kind, classes = _value(config, "model_type"), _value(config, "architectures")
-    if kind != _TYPE:
+    family = next((family for family in FAMILIES.values() if family.model_type == kind), None)
+    if family is None:
         raise LopError(f"{folder} is a model of another type, {kind!r} by its config.json ({classes}): {_TAKES}")
-    if isinstance(classes, list) and classes and not _CLASSES & set(map(str, classes)):
-        raise LopError(f"{folder} is a {classes[0]} by its config.json, with another head or none: {_TAKES}")
+    known = {family.architecture, family.pruned_class}
+    if isinstance(classes, list) and classes and not known & set(map(str, classes)):
+        raise LopError(f"{folder} is a {classes[0]} by its config.json, no {family.architecture}: {_TAKES}")
     if method := _quantisation(config):
         raise LopError(f"{folder} is quantised ({method}, by its config.json): name what it was made from; {_TAKES}")
+    if refusal := family.refusal(config):
+        raise LopError(f"{folder} is no {family.name} that LOP takes: {refusal}")
     return dict(config)
+
+
+def family_of(folder: Path) -> Family:
+    """The family of a folder's model.
+
+    Raises:
+        LopError: as `check_config`.
+    """
+    return FAMILIES[check_config(folder)["model_type"]]
 
 
 def check_checkpoint(folder: Path, *, dense: bool = False) -> dict[str, TensorInfo]:
@@ -59,33 +72,36 @@ def check_checkpoint(folder: Path, *, dense: bool = False) -> dict[str, TensorIn
         LopError: it is none that LOP takes; says what it is.
     """
     config, tensors = check_config(folder), read_tensors(folder)
+    family = FAMILIES[config["model_type"]]
     for name, info in tensors.items():
         if info.dtype not in _FLOATS or name.rpartition(".")[2] not in ("weight", "bias"):
             raise LopError(f"{folder} is quantised or no plain model: it has {name} of {info.dtype}; {_TAKES}")
         if "lora_" in name or ".base_layer." in name:
             raise LopError(f"{folder} has an adapter that is not merged: {name}; {_TAKES}")
     down = down_projections(tensors)
-    if not down or not any("visual." in name for name in tensors):
+    if not down or not any(map(family.is_tower, tensors)):
         lacks = "vision tower" if down else "decoder layers with gate_proj, up_proj and down_proj"
         raise LopError(f"{folder} has no {lacks}: {_TAKES}")
-    if dense and (_is_uneven(config) or len({info.shape for _, info in down}) > 1 or (folder / MANIFEST).exists()):
+    is_uneven = _is_uneven(family, config) or len({info.shape for _, info in down}) > 1
+    if dense and (is_uneven or (folder / MANIFEST).exists()):
         raise LopError(f"{folder} is pruned already: LOP prunes the dense model{_source(folder)}")
-    for name, said, found in _sizes(config, tensors):
+    for name, said, found in _sizes(family, config, tensors):
         if said != found:
             raise LopError(f"{folder} does not fit its config.json: {name} is {said} there, {found} in its tensors")
     return tensors
 
 
-def _sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, Any, int]]:
+def _sizes(
+    family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, Any, int]]:
     """The sizes that a model is built by, as the config and as the tensors say; what a config lacks is built huge."""
-    text, down = config.get("text_config") or config, [info for _, info in down_projections(tensors)]
+    text, down = family.text_config(config), [info for _, info in down_projections(tensors)]
     yield "num_hidden_layers", text.get("num_hidden_layers"), len(down)
     yield "hidden_size", text.get("hidden_size"), down[0].shape[0]
-    if not _is_uneven(config):
+    if not _is_uneven(family, config):
         yield "intermediate_size", text.get("intermediate_size"), max(info.shape[1] for info in down)
-    blocks = {found.group(1) for name in tensors if (found := _VISION_BLOCK.search(name))}
-    # transformers up to 4.51 leaves out what is as its default.
-    yield "vision_config.depth", (config.get("vision_config") or {}).get("depth", 32), len(blocks)
+    blocks = {block for name in tensors if (block := family.tower_block(name)) is not None}
+    yield "vision_config.depth", family.tower_depth(config), len(blocks)
 
 
 def _quantisation(config: Mapping[str, Any]) -> str | None:
@@ -98,10 +114,10 @@ def _quantisation(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _is_uneven(config: Mapping[str, Any]) -> bool:
+def _is_uneven(family: Family, config: Mapping[str, Any]) -> bool:
     """Whether a config is that of format `hf`; `save_pretrained` keeps it, and the manifest not."""
-    text = config.get("text_config") or config
-    return "per_layer_config" in text or MODEL_CLASS in (config.get("architectures") or [])
+    is_said = "per_layer_config" in family.text_config(config)
+    return is_said or family.pruned_class in (config.get("architectures") or [])
 
 
 def _source(folder: Path) -> str:

@@ -7,10 +7,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch import nn
 
-from lop.model.adapter import Ffn, QwenVL, load_processor, place_and_dtype, told_in_one_line
+from lop.model.adapter import QwenVL, load_processor, place_and_dtype, told_in_one_line
 from lop.model.backbone import Layer
 from lop.model.elastic import ElasticFfn
+from lop.model.sources import family_of
 from lop.storage.headers import read_tensors
 
 
@@ -22,25 +24,25 @@ class StreamedModel:
         device, dtype: as in `lop.model.adapter.open_model`.
 
     Raises:
-        LopError: the folder holds no Qwen2.5-VL checkpoint, or a damaged one, or no processor.
+        LopError: the folder holds no checkpoint that LOP takes, or a damaged one, or no processor.
     """
 
     def __init__(self, path: Path, *, device: str = "auto", dtype: str = "auto") -> None:
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoConfig
 
-        self._path = path
+        self._path, self._family = path, family_of(path)
         self._device, self._dtype = place_and_dtype(device, dtype, path)
         tensors = read_tensors(path)
-        self._stored = {_parameter(name): (info.file, name) for name, info in tensors.items()}
+        self._stored = {self._family.parameter(name): (info.file, name) for name, info in tensors.items()}
         with told_in_one_line(path):
             # Buffers are computed, not stored, and small.
             with init_empty_weights(include_buffers=False):
-                network = Qwen2_5_VLForConditionalGeneration(AutoConfig.from_pretrained(path))
+                network = self._family.network_class()(AutoConfig.from_pretrained(path))
             self._network: Any = network.eval().requires_grad_(False)
             self.model = QwenVL(network, load_processor(path))
-            for part in ("visual", "language_model.embed_tokens", "language_model.norm", "language_model.rotary_emb"):
-                self._fill(f"model.{part}")
+            for part in self._family.resident:
+                self._fill(part)
 
     def layers(self, order: np.ndarray) -> Iterator[Layer]:
         """Each decoder layer with an `ElasticFfn` in the order [L, F]; it is not kept when the next one is asked for.
@@ -48,14 +50,14 @@ class StreamedModel:
         Raises:
             LopError: a tensor is missing or damaged.
         """
-        for index, layer in enumerate(self.model.layers):
+        for index, (layer, dense) in enumerate(zip(self.model.layers, self.model.ffns, strict=True)):
             with told_in_one_line(self._path):
-                self._fill(f"model.language_model.layers.{index}")
-            dense, elastic = layer.mlp, ElasticFfn.replacing(cast(Ffn, layer.mlp))
+                self._fill(f"{self._family.backbone}.layers.{index}")
+            elastic = ElasticFfn.replacing(dense)
             elastic.sort(torch.from_numpy(order[index]))
-            layer.mlp = elastic
+            self.model.replace_ffn(index, elastic)
             yield self.model.lean_layer(index)
-            layer.mlp = dense
+            self.model.replace_ffn(index, cast(nn.Module, dense))
             layer.to("meta")
 
     def _fill(self, prefix: str) -> None:
@@ -70,11 +72,3 @@ class StreamedModel:
                 value = opened.get_tensor(stored).clone()
             set_module_tensor_to_device(module, name, self._device, value=value, dtype=self._dtype)
         module.to(self._device)
-
-
-def _parameter(name: str) -> str:
-    """A tensor's name in a checkpoint as transformers 5 names the parameter; there are two older schemes."""
-    name = name.removeprefix("model.")
-    if name.startswith("lm_head."):
-        return name
-    return f"model.{name}" if name.startswith(("visual.", "language_model.")) else f"model.language_model.{name}"

@@ -1,13 +1,11 @@
 """The FFN tensors of a checkpoint's language backbone, and what the whole of it comes to."""
 
-import re
 from collections.abc import Mapping
 
 from lop.errors import LopError
+from lop.model.families.registry import FAMILIES
 from lop.space.size import ModelSize
 from lop.storage.headers import TensorInfo
-
-FFN_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
 
 
 def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
@@ -37,8 +35,8 @@ def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
 
 def ffn_part(name: str) -> str | None:
     """Which FFN matrix of the language backbone a tensor is, if any; the vision tower's are not."""
-    found = FFN_WEIGHT.search(name)
-    return found.group(2) if found and "visual" not in name else None
+    found = _ffn_tensor(name)
+    return found[1] if found else None
 
 
 def down_projections(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
@@ -56,6 +54,11 @@ def down_projections(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, Tenso
 
 def ffn_layer(name: str) -> int:
     """The decoder layer that an FFN tensor belongs to."""
-    found = FFN_WEIGHT.search(name)
+    found = _ffn_tensor(name)
     assert found
-    return int(found.group(1))
+    return found[0]
+
+
+def _ffn_tensor(name: str) -> tuple[int, str] | None:
+    """Layer and part by whichever family knows the name: in no other it means something else."""
+    return next((found for family in FAMILIES.values() if (found := family.ffn_tensor(name))), None)

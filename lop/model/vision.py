@@ -1,15 +1,10 @@
 """Images through processor and vision tower, in memory that does not grow with the size of a photograph."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
 
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 
 from lop.errors import LopError
 from lop.model.adapter import QwenVL
@@ -23,7 +18,7 @@ def check_pixels(model: QwenVL, max_pixels: int | None) -> None:
     Raises:
         LopError: it makes none so small.
     """
-    least = model.processor.image_processor.size["shortest_edge"]
+    least = model.family.least_pixels(model.processor)
     if max_pixels is not None and max_pixels < least:
         raise LopError(f"images.max_pixels {max_pixels} is too few: the processor makes at least {least} of any image")
 
@@ -31,8 +26,7 @@ def check_pixels(model: QwenVL, max_pixels: int | None) -> None:
 def patches_of(model: QwenVL, image: bytes, max_pixels: int | None) -> int:
     """Into how many patches the processor cuts an image, told from its size alone."""
     width, height = image_size(image)
-    limits = {} if max_pixels is None else {"max_pixels": max_pixels}
-    return int(model.processor.image_processor.get_number_of_image_patches(height, width, limits))
+    return model.family.patches(model.processor, height, width, max_pixels)
 
 
 def image_tower(model: QwenVL, images: Sequence[Image.Image], settings: ImageSettings) -> list[tuple[Tensor, Tensor]]:
@@ -41,87 +35,8 @@ def image_tower(model: QwenVL, images: Sequence[Image.Image], settings: ImageSet
     All go through the tower together. Where that is more than `settings.batch_patches` (a single photograph), no step
     of the tower sees more of them at once, but for queries, keys and values where each patch looks at all others.
     """
-    processor = model.processor.image_processor
-    size = {name: processor.size[name] for name in ("shortest_edge", "longest_edge")}
-    if settings.max_pixels is not None:
-        size["longest_edge"] = settings.max_pixels
-    inputs = processor(images=list(images), size=size, return_tensors="pt")
-    grids, most = inputs["image_grid_thw"], settings.batch_patches
-    with _in_slices(model.tower, most) if grids.prod(1).sum() > most else nullcontext():
-        pixels = inputs.pop("pixel_values").to(model.device, model.tower.dtype)
+    pixels, grids = model.family.pixels(model.processor, images, settings.max_pixels)
+    pixels, most = pixels.to(model.device, model.tower.dtype), settings.batch_patches
+    with model.family.sliced(model.tower, most) if grids.prod(1).sum() > most else nullcontext():
         features = model.image_features(pixels, grids.to(model.device))
     return [(grid[None].to(model.device), found.cpu()) for grid, found in zip(grids, features)]
-
-
-@contextmanager
-def _in_slices(tower: Any, most: int) -> Iterator[None]:
-    """Has the tower's modules work on at most so many patches at a time, for as long as the block lasts."""
-    unit = tower.spatial_merge_unit
-    sliced = {block: partial(_block, block, block.forward, most) for block in tower.blocks}
-    for module, rows in ((tower.patch_embed, most), (tower.merger, max(most // unit, 1) * unit)):
-        sliced[module] = partial(_by_rows, module.forward, rows)
-    for module, forward in sliced.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in sliced:
-            del module.forward
-
-
-def _by_rows(forward: Callable[[Tensor], Tensor], rows: int, x: Tensor) -> Tensor:
-    return torch.cat([forward(part) for part in x.split(rows)])
-
-
-def _block(
-    block: Any,
-    forward: Callable[..., Tensor],
-    most: int,
-    x: Tensor,
-    *,
-    cu_seqlens: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    **others: Any,
-) -> Tensor:
-    """A block of the tower on x [N, D], in place: as many whole windows, or images, at a time as may be.
-
-    Args:
-        forward: the block's own.
-        cu_seqlens: where each window or image starts, and where the last one ends.
-        position_embeddings: cosines and sines, each [N, D/heads].
-    """
-    for start, end in _spans(cu_seqlens.tolist(), most):
-        here, rotation = x[start:end], (position_embeddings[0][start:end], position_embeddings[1][start:end])
-        if end - start > most:
-            _long(block, most, here, rotation)
-        else:
-            bounds = cu_seqlens[(cu_seqlens >= start) & (cu_seqlens <= end)] - start
-            here.copy_(forward(here, cu_seqlens=bounds, position_embeddings=rotation, **others))
-    return x
-
-
-def _spans(bounds: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Neighbouring sequences together, up to `most` patches; a longer sequence alone."""
-    start = end = bounds[0]
-    for bound in bounds[1:]:
-        if bound - start > most and end > start:
-            yield start, end
-            start = end
-        end = bound
-    yield start, end
-
-
-def _long(block: Any, most: int, x: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
-    """A block on one image x [N, D] whose patches all look at each other, in place, slice by slice."""
-    attention = block.attn
-    query, key, value = x.new_empty(3, attention.num_heads, len(x), attention.head_dim)
-    slices = [slice(start, start + most) for start in range(0, len(x), most)]
-    for rows in slices:
-        parts = attention.qkv(block.norm1(x[rows])).unflatten(1, (3, attention.num_heads, -1)).transpose(0, 1)
-        turned = apply_rotary_pos_emb_vision(parts[0], parts[1], rotation[0][rows], rotation[1][rows])
-        for whole, part in zip((query, key, value), (*turned, parts[2])):
-            whole[:, rows] = part.transpose(0, 1)
-    for rows in slices:
-        seen = F.scaled_dot_product_attention(query[None, :, rows], key[None], value[None], scale=attention.scaling)
-        x[rows] += attention.proj(seen[0].transpose(0, 1).flatten(1))
-        x[rows] += block.mlp(block.norm2(x[rows]))

@@ -16,7 +16,7 @@ except ImportError:
 from lmms_eval.models.chat.qwen2_5_vl import Qwen2_5_VL as Chat
 from lmms_eval.models.simple import qwen2_5_vl as simple
 
-from lop.model.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration
+from lop.model.families.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration
 
 
 class _TrueWidths:

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 import lop.model.encoding
 from lop.checkpoint.recovery import recover_elastic
@@ -24,7 +22,6 @@ from lop.model.image_settings import ImageSettings
 from lop.model.importance import importance, order
 from lop.model.samples import Sample, SampleSets, check_answers, prompt_text
 from lop.model.statistics import NeuronStatistics, calibrate
-from lop.model.vision import _in_slices
 from lop.search.evaluator import Evaluator, Scores
 from lop.search.racing import Candidate, Opponent, Racing, sample_rounds
 from lop.space.allocation import Allocation
@@ -204,26 +201,6 @@ def test_max_pixels_bounds_a_photograph(free_pixels: QwenVL, large: list[Sample]
     assert tokens[0] - tokens[1] == 3 * ((6 - 2) + (8 - 2))
     with pytest.raises(LopError, match=r"images\.max_pixels 100 is too few: the processor makes at least 1024"):
         encode(free_pixels, large, batch_tokens=500, images=ImageSettings(max_pixels=100))
-
-
-@pytest.mark.parametrize("most", [5, 16, 40, 100])
-def test_a_tower_in_slices_is_the_whole_tower(most: int) -> None:
-    config = Qwen2_5_VLVisionConfig(
-        depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=24, window_size=56, patch_size=14,
-        spatial_merge_size=2, fullatt_block_indexes=[1], in_channels=3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    tower = Qwen2_5_VisionTransformerPretrainedModel(config).eval()
-    for parameter in tower.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.3)
-    grids = torch.tensor([[1, 6, 10], [1, 4, 4], [1, 2, 8]])  # Neither is whole windows of 4×4 patches.
-    pixels = torch.randn(int(grids.prod(1).sum()), 3 * 2 * 14 * 14)
-    with torch.inference_mode():
-        expected = tower(pixels, grid_thw=grids).pooler_output
-        with _in_slices(tower, most):
-            found = tower(pixels, grid_thw=grids).pooler_output
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-        assert torch.equal(tower(pixels, grid_thw=grids).pooler_output, expected)  # Nothing of the slices stays.
 
 
 def test_long_sequences_go_through_ffns_in_rows(

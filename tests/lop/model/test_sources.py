@@ -17,8 +17,8 @@ from lop.checkpoint.inspection import inspect
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.cli import main
 from lop.errors import LopError
+from lop.model.families.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration
 from lop.model.find import assets, find_model
-from lop.model.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration
 from lop.model.sources import check_checkpoint
 from lop.model.tensors import model_size
 from lop.space.allocation import Allocation
@@ -73,12 +73,15 @@ def quantised(method: str) -> Change:
 
 
 OTHERS: dict[str, tuple[Change, str]] = {
-    "another type": (config(model_type="qwen2_vl"), "another type, 'qwen2_vl'"),
+    "another type": (config(model_type="qwen3_vl"), "another type, 'qwen3_vl'"),
+    "another family's": (config(model_type="qwen2_vl"), "is a Qwen2_5_VLFor.*, no Qwen2VLForConditionalGeneration"),
     "text only": (config(model_type="qwen2", architectures=["Qwen2ForCausalLM"]), "'qwen2'.*Qwen2ForCausalLM"),
     "no type": (config(model_type=None), "another type, None"),
     "not a config": (lambda folder: (folder / "config.json").write_text("[]"), "another type, None"),
     "another head": (config(architectures=["Qwen2_5_VLForTokenClassification"]), "is a Qwen2_5_VLForToken"),
     **{method: (quantised(method), f"quantised \\({method}") for method in ("awq", "gptq", "fp8", "torchao")},
+    "another activation": (text_config(hidden_act="gelu"), "activation is 'gelu'.*Qwen2.5-VL has 'silu'"),
+    "a window": (text_config(use_sliding_window=True), "sliding window \\(use_sliding_window\\)"),
     "bitsandbytes": (config(quantization_config={"load_in_4bit": True}), "quantised \\(load_in_4bit"),
     "compressed": (config(compression_config={"quant_method": "compressed-tensors"}), "quantised \\(compressed"),
     "within the text": (text_config(quantization_config={"quant_method": "hqq"}), "quantised \\(hqq"),

@@ -13,7 +13,7 @@ import pytest
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import tests
-from lop.model.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration as Pruned
+from lop.model.families.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration as Pruned
 
 _SOURCE = os.environ.get("TRANSFORMERS_SOURCE")
 if not _SOURCE:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from lop.model.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration as Pruned
+from lop.model.families.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration as Pruned
 
 WIDTHS = (24, 7, 40)
 NEURONS = 40

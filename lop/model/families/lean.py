@@ -1,0 +1,37 @@
+"""Layers and rotations of transformers' Qwen models, in the form in which `lop.model.backbone` runs them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lop.model.backbone import Layer
+
+
+def lean_layer(layer: Any, heads: int, key_heads: int) -> Layer:
+    """A decoder layer with `heads` query heads and `key_heads` key heads."""
+    attention = layer.self_attn
+    # transformers rotates the first half of a head against the second; `Layer` has the two halves interleaved.
+    size = attention.q_proj.weight.shape[0] // heads
+    pairs = torch.arange(size).view(2, -1).T.flatten()
+    rotated = ((attention.q_proj, heads), (attention.k_proj, key_heads))
+
+    def interleaved(name: str) -> list[Tensor]:
+        return [getattr(part, name).unflatten(0, (count, size))[:, pairs].flatten(0, 1) for part, count in rotated]
+
+    return Layer(
+        attention_norm=layer.input_layernorm.weight,
+        qkv=torch.cat([*interleaved("weight"), attention.v_proj.weight]),
+        qkv_bias=torch.cat([*interleaved("bias"), attention.v_proj.bias]),
+        out=attention.o_proj.weight,
+        ffn_norm=layer.post_attention_layernorm.weight,
+        ffn=layer.mlp,
+    )
+
+
+def rotation(rotary: Any, positions: Tensor) -> Tensor:
+    """M-RoPE's factors [T, D/2], complex, of positions [3, T], by the backbone's own `rotary`."""
+    exact = torch.empty(0, device=positions.device)  # Only tells the dtype of the answer.
+    cosine, sine = rotary(exact, positions[:, None])
+    half = cosine.shape[-1] // 2
+    return torch.complex(cosine[0, :, :half], sine[0, :, :half])

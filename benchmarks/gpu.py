@@ -6,7 +6,7 @@ for which there is no time left is left out and named. Weights being random, spe
 
 The last line is the JSON of all parts, each with its seconds and the GiB that it allocated at most on the GPU:
 `calibrate`; `naive` (two naive evaluators); `evaluate` (seconds dense and at 50%, share of the rate of a large product,
-how many times as fast as the naive ways, milliseconds to switch); `factors` (seconds, bytes in host memory, milliseconds
+how many times as fast as the naive ways, milliseconds to switch); `factors` (seconds, bytes in the host, milliseconds
 to refit a layer at a new width, a refitted candidate's time by an unrefitted one's); `export`; `compile`.
 
 `--model tiny` tries the script on a CPU in a minute.

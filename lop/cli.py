@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def add(name: str, summary: str, *actions: Command, common: bool = True) -> argparse.ArgumentParser:
         stage = subparsers.add_parser(name, help=summary, description=f"{summary}.")
-        stage.set_defaults(stages=actions, default_config=None)
+        stage.set_defaults(stages=actions, is_demo=False)
         if common:
             _add_common(stage)
         return stage
@@ -151,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one service setting")
     demo = add("demo", "run the whole path in minutes and write a report", commands.demo)
     _add_workers(demo)
-    demo.set_defaults(default_config="demo")
+    demo.set_defaults(is_demo=True)
     return parser
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.model.find import find_model
+from lop.model.smol import NAME as SMOL
 from lop.run.config import Config, config_for, find_config, load_config
 from lop.space.size import Target, parse_count
 from lop.storage.places import check_lasting
@@ -156,7 +157,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def demo(options: argparse.Namespace) -> None:
     from lop.stages.demo import demo
 
-    run = _run(options, Path("runs/demo"))
+    run = _run(options, Path("runs") / _demo_config(options.model))
     print(demo(run, _compute(run.config)))
 
 
@@ -188,12 +189,17 @@ def serve(options: argparse.Namespace) -> None:
 
 def _config(options: argparse.Namespace) -> Config:
     """The named config, else the run's own, else the one made for the model."""
-    named_config = options.config or options.default_config
+    named_config = options.config or (_demo_config(options.model) if options.is_demo else None)
     path = find_config(named_config) if named_config else config_for(options.model, folder=options.folder)
     seeds = getattr(options, "seeds", None)
     overrides = [*options.set, *([] if seeds is None else [f"tables.seeds={seeds}"])]
     named = {name: getattr(options, name, None) for name in ("model", "workers", "recovery", "max_width_ratio")}
     return load_config(path, overrides, **named)
+
+
+def _demo_config(model: str | None) -> str:
+    """The name of the config that runs the whole path of a model in as little time as it can be shown in."""
+    return "demo-smol" if model == SMOL else "demo"
 
 
 def _named_run(options: argparse.Namespace, config: Config) -> "Run | None":

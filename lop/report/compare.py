@@ -138,7 +138,7 @@ def compare(run: Run, *, progress: bool = True) -> Comparison:
     config = run.config
     # What is compared is right answers: prose has none.
     check_answers(run.samples.test, "the comparison counts right answers in the test samples")
-    questions = tuple(sample for sample in run.samples.test if not sample.is_prose)
+    questions = asked(run)
     workshop = Workshop(Materials.of(run))
     calibrate_seconds, calibration = _time_calibration(run, workshop)
     elastic = workshop.elastic
@@ -189,6 +189,14 @@ def compare(run: Run, *, progress: bool = True) -> Comparison:
     )
 
 
+def asked(run: Run) -> tuple[Sample, ...]:
+    """The test questions that are compared on: prose is neither right nor wrong."""
+    questions = [sample for sample in run.samples.test if not sample.is_prose]
+    most = min(run.config.compare.limit or len(questions), len(questions))
+    drawn = np.random.default_rng(run.config.seed).permutation(len(questions))[:most]
+    return tuple(questions[index] for index in sorted(drawn))
+
+
 def _medians(spent: Sequence[Seconds]) -> Seconds:
     names = ("calibrate", "allocate", "sort", "prune")
     return Seconds(*(statistics.median(getattr(each, name) for each in spent) for name in names))
@@ -202,7 +210,7 @@ def comparison_fingerprints(run: Run) -> dict[str, str]:
         "test samples": fingerprint_samples(run.samples.test),
         "search": fingerprint_file(run.search_file),
         "predictor": fingerprint_file(run.predictor_folder / "predictor.json"),
-        "targets": fingerprint(run.config.compare.model_dump(mode="json")),
+        "targets": fingerprint(run.config.compare.model_dump(mode="json", exclude_none=True)),
     }
 
 

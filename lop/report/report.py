@@ -64,9 +64,10 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         f"# LOP on `{config.model}`",
         f"{run.space.layers} layers of {run.space.neurons} FFN neurons, widths in steps of {run.space.granularity}; "
         f"{len(run.samples.calibration)} calibration, {len(run.samples.reward)} reward and "
-        f"{len(run.samples.test)} test samples, which share no image. The search: {len(targets)} targets from "
-        f"{targets[0]:.1%} to {targets[-1]:.1%}, {search.simulations} simulations and at most {search.evaluations} "
-        f"evaluated allocations each (the paper: 300 and 200), roots: {', '.join(search.roots) or 'none'}.",
+        f"{len(run.samples.test)} test samples, which share no image{_limited(run)}. The search: {len(targets)} "
+        f"targets from {targets[0]:.1%} to {targets[-1]:.1%}, {search.simulations} simulations and at most "
+        f"{search.evaluations} evaluated allocations each (the paper: 300 and 200), roots: "
+        f"{', '.join(search.roots) or 'none'}.",
         "## Accuracy on the test samples",
         "Mean over the forms of question, with the 95% interval of a bootstrap over images. The last column is the "
         "difference to the best baseline at that target, in points, paired on the same questions.",
@@ -97,6 +98,11 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         *(["![Nodes and visits by depth](trees.png)"] if (run.folder / "trees.png").exists() else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _limited(run: Run) -> str:
+    most = run.config.compare.limit
+    return f" ({most} questions of the last, drawn at random, are compared on)" if most else ""
 
 
 def _confirmation_parts(run: Run, found: Sequence[Found]) -> list[str]:

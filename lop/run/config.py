@@ -194,12 +194,14 @@ class TrainSettings(_Settings):
 class CompareSettings(_Settings):
     """What `lop compare` reports: every method as published at `targets`, and with each recovery at others.
 
-    All of these targets must have been searched. Without `recoveries` there is no table of them.
+    All of these targets must have been searched. Without `recoveries` there is no table of them. `limit` takes only so
+    many test questions, drawn by the config's seed.
     """
 
     targets: Several[Ratio] = (0.2, 0.3, 0.5)
     recovery_targets: Several[Ratio] = (0.5, 0.6)
     recoveries: Distinct[Recovery] = ("none", "bias", "refit")
+    limit: Positive | None = None
 
 
 class TablesSettings(_Settings):

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,6 +28,7 @@ from typing import Any
 import psutil
 import ray
 
+from lop.run.building import Materials
 from lop.run.config import find_config, load_config
 from lop.run.run import shipped_run
 from lop.search.evaluation import Evaluation
@@ -179,7 +181,7 @@ def two_worker_speedup(rounds: int, evaluations: int) -> dict[str, float]:
     for _ in range(rounds):
         for count in rates:
             config = run.config.model_copy(update={"workers": count, "threads": 1})
-            with evaluator_fleet(config, run.order, run.samples.reward) as fleet:
+            with evaluator_fleet(replace(Materials.of(run), config=config), run.samples.reward) as fleet:
                 candidates = [Candidate(uniform(run.space, run.space.budget(0.3)))] * (count * evaluations)
                 while fleet.alive < count:  # An actor that comes up meanwhile would be counted as a whole one.
                     _rate(fleet, candidates[:count])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lop.model.find import assets
-from lop.run.building import build_evaluator
+from lop.run.building import Materials, build_scorer
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
 from lop.search.evaluation import Evaluation, Scorer
@@ -84,7 +84,7 @@ def main() -> None:
 def search(config: Config) -> Searched:
     """One search with the statistics that ship, in this process."""
     run = Run(config, assets() / "run")
-    evaluator = Counting(build_evaluator(config, run.order, run.samples.reward), len(run.samples.reward))
+    evaluator = Counting(build_scorer(Materials.of(run), run.samples.reward), len(run.samples.reward))
     trees = build_trees(run)
     started = time.perf_counter()
     with TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger", {}) as ledger:

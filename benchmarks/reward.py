@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lop.model.samples import Sample
-from lop.run.building import build_evaluator
+from lop.run.building import Materials, build_scorer
 from lop.run.config import find_config, load_config
 from lop.run.results import Found, read_search
 from lop.run.run import Run
@@ -45,7 +45,7 @@ def differences(
     run: Run, found: Sequence[Found], samples: Sequence[Sample], rewards: Sequence[str]
 ) -> dict[str, dict[str, object]]:
     """What the last line says of one set of questions."""
-    evaluator = build_evaluator(run.config, run.order, samples)
+    evaluator = build_scorer(Materials.of(run), samples)
 
     @cache
     def accuracy(allocation: Allocation) -> float:

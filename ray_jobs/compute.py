@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from lop.predictor.training import Fit, Pair
+from lop.run.building import Materials
 from lop.run.compute import Item, Result
 from lop.run.config import Config
 from lop.run.run import Run
@@ -21,7 +22,7 @@ class OnRay:
 
     def evaluators(self, run: Run) -> AbstractContextManager[Workers]:
         """A fleet of at most the config's `workers` actors."""
-        return evaluator_fleet(run.settled, run.order, run.samples.reward)
+        return evaluator_fleet(Materials.of(run), *run.searched_samples)
 
     def map(
         self, build: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: Config

@@ -343,7 +343,7 @@ class Fleet:
     def _release_given_up(self, results: Results) -> None:
         for candidate, reason in self._blame.release().items():
             log.warning("allocation %s is recorded as failed: %s", candidate.allocation.widths, reason)
-            results.append((candidate.allocation, Evaluation.failed(reason, candidate.opponent)))
+            results.append((candidate.allocation, Evaluation.failed(reason, candidate)))
 
     def _bury(self, member: _Member, error: BaseException) -> None:
         """An actor died: what it was doing may have killed it."""

@@ -8,6 +8,7 @@ from pydantic.config import JsonDict
 
 from lop.space.size import Target
 from serve.exporting import FORMATS, RECOVERIES
+from serve.job import State
 from serve.settings import Name
 
 _LARGEST = 2**63 - 1
@@ -273,7 +274,7 @@ class Checkpoint(_Answer):
 
     model_config = _examples(_CHECKPOINT)
     id: Annotated[str, Field(description="hash of what was asked for")]
-    state: Literal["queued", "running", "complete", "failed", "evicted"]
+    state: State
     model: str
     target: dict[str, float | int]
     format: str

@@ -6,6 +6,9 @@ from pathlib import Path
 
 FEW = (
     "--set", "search.targets={first: 0.2, last: 0.5, step: 0.1}",
+    "--set", "search.recovery=none",
+    "--set", "search.method=paper",
+    "--set", "search.confirm=null",
     "--set", "search.evaluations=4",
     "--set", "search.simulations=6",
     "--set", "search.roots=[flap, sensitivity]",

@@ -19,7 +19,7 @@ import lop
 from lop.model.find import assets
 from lop.model.tensors import model_size
 from lop.predictor.predictor import load_predictor
-from lop.run.building import build_evaluator
+from lop.run.building import Materials, build_scorer
 from lop.run.config import load_config
 from lop.run.results import read_search
 from lop.run.run import Run
@@ -62,7 +62,7 @@ def test_the_demo_leaves_what_it_promises(finished: Path) -> None:
 
 def test_the_predictor_with_the_best_rewards_at_the_searched_targets_is_chosen(finished: Path) -> None:
     run = Run(load_config(finished / "config.yaml"), finished)
-    evaluator = build_evaluator(run.config, run.order, run.samples.reward)
+    evaluator = build_scorer(Materials.of(run), run.samples.reward)
     targets = [found.target for found in read_search(run)]
     report = json.loads((finished / "predictors.json").read_text())
     rewards = {}

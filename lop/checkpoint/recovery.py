@@ -18,9 +18,10 @@ from torch import Tensor
 from lop.checkpoint.forecast import tell_refit
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.model.backbone import ROWS, Backbone, Layer
-from lop.model.elastic import ElasticFfn, ElasticModel
+from lop.model.elastic import ElasticFfn, ElasticModel, Repair
 from lop.model.encoding import Encoded, encode
 from lop.model.image_settings import ImageSettings
+from lop.model.repair import RIDGE, Biases, Refits, factors
 from lop.model.samples import Sample
 from lop.model.sources import check_checkpoint
 from lop.model.streamed import StreamedModel
@@ -29,7 +30,6 @@ from lop.space.allocation import Allocation
 from lop.storage.files import disk_errors
 from lop.storage.headers import TensorInfo, read_header
 
-RIDGE = 0.01
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -43,10 +43,34 @@ def recover_elastic(
         calibration: for `refit`.
     """
     mending = RECOVERIES[recovery]
-    elastic.prune(allocation, means if mending.adds_bias else None)
+    elastic.prune(allocation, Biases(means) if mending.adds_bias else None)
     if mending.refits:
         for _ in refit(elastic.backbone, elastic.backbone.layers, calibration, allocation.widths):
             pass
+
+
+def repair_for(
+    recovery: Recovery,
+    elastic: ElasticModel,
+    *,
+    means: np.ndarray,
+    calibration: Callable[[], Encoded],
+    cache_bytes: int,
+) -> Repair | None:
+    """What candidates are scored with where they ship with a recovery.
+
+    For `refit` that is one with the dense model's activations, from one factor a layer (`lop.model.repair.Refits`).
+
+    Args:
+        elastic: dense, and in the order in which neurons are kept.
+        means: [L, F] `E[h]` in the dense model's numbering, for `bias`.
+        calibration: makes the samples for `refit`; a pass over them.
+        cache_bytes: for weights solved for.
+    """
+    mending = RECOVERIES[recovery]
+    if mending.refits:
+        return Refits(list(factors(elastic.backbone, calibration())), cache_bytes=cache_bytes)
+    return Biases(means) if mending.adds_bias else None
 
 
 def recover_checkpoint(

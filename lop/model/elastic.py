@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -81,6 +81,13 @@ class ElasticFfn(nn.Module):
         return F.linear(self.hidden(x), down, self.bias)
 
 
+class Repair(Protocol):
+    """Makes up for the neurons that an FFN has just lost; see `lop.model.repair`."""
+
+    def __call__(self, layer: int, ffn: ElasticFfn) -> None:
+        """Sets the FFN's `bias` or `refitted`."""
+
+
 class ElasticModel:
     """A dense model that takes the shape of any allocation in O(L).
 
@@ -107,6 +114,11 @@ class ElasticModel:
         return tuple(ffn.width for ffn in self._ffns)
 
     @property
+    def neurons(self) -> int:
+        """`F`, of each dense layer."""
+        return self._ffns[0].neurons
+
+    @property
     def _ffns(self) -> list[ElasticFfn]:
         return [cast(ElasticFfn, layer.ffn) for layer in self.backbone.layers]
 
@@ -115,17 +127,14 @@ class ElasticModel:
         for ffn, row in zip(self._ffns, torch.from_numpy(order), strict=True):
             ffn.sort(row)
 
-    def prune(self, allocation: Allocation, means: np.ndarray | None = None) -> None:
-        """Takes the allocation's widths.
-
-        Args:
-            means: [L, F] `E[h]` in the dense model's numbering: adds `W_down[:, pruned] · E[h_pruned]` as a bias
-                (FLAP's compensation). None adds no bias.
-        """
+    def prune(self, allocation: Allocation, repair: Repair | None = None) -> None:
+        """Takes the allocation's widths, and what `repair` makes of each FFN with its width."""
         for layer, (ffn, width) in enumerate(zip(self._ffns, allocation.widths, strict=True)):
             ffn.width = width
             ffn.refitted = None
-            ffn.bias = None if means is None else _compensation(ffn, width, means[layer])
+            ffn.bias = None
+            if repair:
+                repair(layer, ffn)
 
     def compile(self) -> None:
         """Has the FFNs' activations compiled when they are first run; changes results by rounding."""
@@ -137,15 +146,10 @@ class ElasticModel:
         self.prune(Allocation(tuple(ffn.neurons for ffn in self._ffns)))
 
     @contextmanager
-    def pruned(self, allocation: Allocation, means: np.ndarray | None = None) -> Iterator[None]:
+    def pruned(self, allocation: Allocation, repair: Repair | None = None) -> Iterator[None]:
         """The allocation's widths inside the block, the dense shape after it."""
-        self.prune(allocation, means)
+        self.prune(allocation, repair)
         try:
             yield
         finally:
             self.restore()
-
-
-def _compensation(ffn: ElasticFfn, width: int, means: np.ndarray) -> Tensor:
-    expected = torch.from_numpy(means).to(ffn.down.device)[ffn.order][width:]
-    return (ffn.down[:, width:].double() @ expected).to(ffn.down.dtype)

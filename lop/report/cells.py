@@ -8,19 +8,15 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from lop.model.adapter import load_model
-from lop.model.elastic import ElasticModel
-from lop.model.encoding import encode
-from lop.model.find import find_model
 from lop.model.importance import importance, order
+from lop.model.repair import Biases
 from lop.model.samples import Sample, fingerprint_samples
 from lop.model.statistics import NeuronStatistics
-from lop.run.config import Config
+from lop.run.building import Materials, Workshop
 from lop.run.run import Run
-from lop.search.evaluator import Evaluator
+from lop.search.scoring import Scoring
 from lop.space.allocation import Allocation
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import fingerprint
@@ -76,23 +72,20 @@ class Scored:
 class CellWorker:
     """Holds the model and encoded samples, and scores cells on them."""
 
-    def __init__(self, config: Config, statistics: NeuronStatistics, samples: Sequence[Sample]) -> None:
-        torch.set_num_threads(config.threads)
-        model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
-        encoded = encode(model, samples, batch_tokens=config.batch_tokens, images=config.images)
+    def __init__(self, materials: Materials, statistics: NeuronStatistics, samples: Sequence[Sample]) -> None:
+        workshop = Workshop(materials)
         self._statistics = statistics
-        ranked = order(importance(config.importance, statistics))
-        self._elastic = ElasticModel(model, ranked, compiled=config.compile)
-        self._evaluator = Evaluator(self._elastic, encoded)
+        self._elastic = workshop.elastic
+        self._scoring = Scoring(workshop.elastic.backbone, workshop.encode(samples))
 
     def __call__(self, cell: Cell) -> Scored:
         """Scores one cell."""
         start = time.perf_counter()
         self._elastic.sort(order(importance(cell.importance, self._statistics)))
         sorted_at = time.perf_counter()
-        self._elastic.prune(Allocation(cell.widths), self._statistics.mean if cell.bias else None)
+        self._elastic.prune(Allocation(cell.widths), Biases(self._statistics.mean) if cell.bias else None)
         pruned_at = time.perf_counter()
-        hits = self._evaluator.scores().correct
+        hits = self._scoring.scores().correct
         self._elastic.restore()
         return Scored(hits, sorted_at - start, pruned_at - sorted_at)
 
@@ -110,7 +103,7 @@ def score_cells(
     waiting = [cell for cell in files if not files[cell].exists()]
     # Cells of one importance stand together: sorting is what a change of it costs.
     waiting.sort(key=lambda cell: cell.importance)
-    results = spread(partial(CellWorker, run.settled, run.statistics, samples), waiting)
+    results = spread(partial(CellWorker, Materials.of(run), run.statistics, samples), waiting)
     for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
         write_json(files[cell], scored.as_dict())
         run.keep(files[cell])

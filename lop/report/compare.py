@@ -8,23 +8,21 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from lop.checkpoint.recoveries import Recovery
 from lop.checkpoint.recovery import recover_elastic
 from lop.methods.method import Need, Seconds, Side
 from lop.methods.registry import IN_REPORT, METHODS
-from lop.model.adapter import QwenVL, load_model
-from lop.model.elastic import ElasticModel
-from lop.model.encoding import Encoded, encode
+from lop.model.encoding import Encoded
 from lop.model.importance import importance, order
 from lop.model.samples import FORMS, Sample, check_answers, fingerprint_samples
 from lop.model.statistics import calibrate
 from lop.report.entries import given
 from lop.report.intervals import Interval, paired_bootstrap, wilson
+from lop.run.building import Materials, Workshop
 from lop.run.run import Run
-from lop.search.evaluator import Evaluator
+from lop.search.scoring import Scoring
 from lop.space.allocation import Allocation, dense
 from lop.storage.fingerprint import fingerprint, fingerprint_file
 
@@ -141,16 +139,14 @@ def compare(run: Run, *, progress: bool = True) -> Comparison:
     # What is compared is right answers: prose has none.
     check_answers(run.samples.test, "the comparison counts right answers in the test samples")
     questions = tuple(sample for sample in run.samples.test if not sample.is_prose)
-    torch.set_num_threads(config.threads)
-    model = load_model(run.model_folder, device=config.device, dtype=config.dtype)
-    calibrate_seconds, calibration = _time_calibration(run, model)
-    encoded = encode(model, questions, batch_tokens=config.batch_tokens, images=config.images)
-    elastic = ElasticModel(model, run.order, compiled=config.compile)
-    evaluator = Evaluator(elastic, encoded)
+    workshop = Workshop(Materials.of(run))
+    calibrate_seconds, calibration = _time_calibration(run, workshop)
+    elastic = workshop.elastic
+    scoring = Scoring(elastic.backbone, workshop.encode(questions))
 
     recover = partial(recover_elastic, elastic, means=run.statistics.mean, calibration=calibration)
     known = {name: given(run, METHODS[name], progress=progress) for name in IN_REPORT}
-    hits = {("dense", 0.0): evaluator.scores().correct}
+    hits = {("dense", 0.0): scoring.scores().correct}
     widths = {("dense", 0.0): dense(run.space).widths}
     spent: dict[str, list[Seconds]] = {name: [] for name in IN_REPORT}
     recovered: dict[tuple[str, float, Recovery], np.ndarray] = {}
@@ -161,7 +157,7 @@ def compare(run: Run, *, progress: bool = True) -> Comparison:
         key = (importance, allocation, recovery)
         if key not in scores:
             recover(allocation, recovery)
-            scores[key] = evaluator.scores().correct
+            scores[key] = scoring.scores().correct
         return scores[key]
 
     targets, recoveries = config.compare.targets, config.compare.recoveries
@@ -210,10 +206,10 @@ def comparison_fingerprints(run: Run) -> dict[str, str]:
     }
 
 
-def _time_calibration(run: Run, model: QwenVL) -> tuple[float, Encoded]:
+def _time_calibration(run: Run, workshop: Workshop) -> tuple[float, Encoded]:
     start = time.perf_counter()
-    encoded = encode(model, run.samples.calibration, batch_tokens=run.config.batch_tokens, images=run.config.images)
-    calibrate(model, encoded)
+    encoded = workshop.encode(run.samples.calibration)
+    calibrate(workshop.model, encoded)
     return time.perf_counter() - start, encoded
 
 

@@ -1,5 +1,6 @@
 """What `lop compare` and `lop demo` leave for people: a table, plots, and the same numbers as JSON."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from lop.model.samples import FORMS
 from lop.report.compare import Average, Comparison, Recovered, Spent
 from lop.report.intervals import Interval
 from lop.report.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
-from lop.run.results import read_search
+from lop.run.results import Found, read_search
 from lop.run.run import Run
+from lop.space.allocation import uniform
 from lop.storage.files import atomic_file, read_json
 
 _FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
@@ -74,6 +76,7 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         "Share of exact answers, with Wilson's 95% interval.",
         _form_table(comparison),
         *_recovery_parts(comparison),
+        *_confirmation_parts(run, read_search(run)),
         "## Seconds",
         "`calibrate` is spent once for a model, `allocate` and `apply` for each target (medians). What `lop-search` "
         "allocates is its own search for one target; `lop-predictor` has the search and the training behind it, once "
@@ -94,6 +97,30 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         *(["![Nodes and visits by depth](trees.png)"] if (run.folder / "trees.png").exists() else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _confirmation_parts(run: Run, found: Sequence[Found]) -> list[str]:
+    """What the search's reward said of its answer and of the uniform allocation, and what samples kept back say."""
+    if not any(result.confirmed for result in found):
+        return []
+    reward = run.config.search.reward
+    header = ["pruned", "answer: searched", "answer: kept back", "uniform: searched", "uniform: kept back"]
+    rows = []
+    for result in found:
+        searched, confirmed = dict(result.evaluations), dict(result.confirmed)
+        numbers = [
+            "-" if allocation not in evaluations else f"{evaluations[allocation].worth(reward):.4f}"
+            for allocation in (result.best, uniform(run.space, result.best.budget))
+            for evaluations in (searched, confirmed)
+        ]
+        rows.append([f"{result.target:.1%}", *numbers])
+    return [
+        "## The answers on samples kept back",
+        f"Rewards ({reward.replace('_', ' ')}, more is better) by which the search chose its finalists, and on the "
+        "part of the reward samples that it did not see, by which the answer was chosen among them. The best of many "
+        "scores is partly the luckiest; what is kept back tells by how much.",
+        _table(header, rows),
+    ]
 
 
 def _average_table(comparison: Comparison) -> str:

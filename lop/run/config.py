@@ -56,6 +56,11 @@ Distinct = Annotated[tuple[_Item, ...], AfterValidator(_distinct)]
 Several = Annotated[tuple[_Item, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
+# Settings that no one writes by hand all together, and every run's own config has.
+_ALWAYS_SAVED = ("seed", "recovery", "device", "dtype", "threads", "evaluation_seconds", "train", "compare", "tables")
+# What a search did before these settings were there.
+_BEFORE: dict[str, Any] = {"recovery": "none", "method": "paper", "confirm": None}
+
 # What pydantic says in words of its own.
 _WORDS = {"too_short": "it is empty: name one at least", "extra_forbidden": "there is no such setting"}
 
@@ -94,6 +99,13 @@ class RacingSettings(_Settings):
     rank: Positive = 1
 
 
+class ConfirmSettings(_Settings):
+    """How a search's answer is confirmed: on which share of the reward samples, and among how many of its best."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    candidates: Positive = 4
+
+
 class SearchSettings(_Settings):
     """The UCB trees; see `lop.search.tree.TreeOptions` for what each number does.
 
@@ -101,6 +113,9 @@ class SearchSettings(_Settings):
     `lop.search.evaluation.Evaluation`.
     Roots are methods of `lop.methods.registry`: most are read off the statistics, one is found by the search itself,
     and those that search by themselves must have been run by `lop rivals` for its targets.
+    `method` is where moves come from: `guided` or the `paper`'s (`lop.search.tree.TreeOptions`).
+    `confirm`: part of the reward samples is kept back from the search (`lop.search.confirmation`).
+    `recovery` is what allocations are scored with; that with which checkpoints ship if it is not set.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     """
 
@@ -117,15 +132,10 @@ class SearchSettings(_Settings):
     sensitivity_levels: Positive = 20
     reward: Reward = "log_probability"
     tie_breaker: TieBreaker = "log_probability"
+    method: Literal["guided", "paper"] = "guided"
+    recovery: Recovery | None = None
     racing: RacingSettings | None = None
-
-    @model_validator(mode="after")
-    def _races_for_accuracy(self) -> "SearchSettings":
-        if self.racing and not REWARDS[self.reward].is_count:
-            raise ValueError(
-                f"racing compares accuracies, and the reward is {self.reward}: set it to accuracy, or do not race"
-            )
-        return self
+    confirm: ConfirmSettings | None = ConfirmSettings()
 
     @property
     def needs_divergence(self) -> bool:
@@ -142,6 +152,14 @@ class SearchSettings(_Settings):
         """Whether evaluations are told apart by what is right or wrong, which prose never is."""
         return any(REWARDS[name].of_answers for name in (self.reward, self.tie_breaker))
 
+    def recorded(self, *left_out: str) -> dict[str, Any]:
+        """What the fingerprints of results are made of: the settings, but for those that change nothing of before.
+
+        So searches made before there were such settings keep theirs.
+        """
+        values = self.model_dump(mode="json", exclude=set(left_out))
+        return {name: value for name, value in values.items() if name not in _BEFORE or value != _BEFORE[name]}
+
     def tree_options(self) -> TreeOptions:
         """What a tree needs of these settings."""
         return TreeOptions(
@@ -153,6 +171,7 @@ class SearchSettings(_Settings):
             children=self.children,
             depth=self.depth,
             window=self.window,
+            guided=self.method == "guided",
             opponent=self.racing.rank if self.racing else 0,
         )
 
@@ -203,8 +222,9 @@ class Config(_Settings):
 
     `threads` are torch's on a CPU: sums come out alike on every machine and in every worker only if it is the same.
     `workers` is the most that the search asks the cluster for; an evaluation that takes more than `evaluation_seconds`
-    is tried on another one. `cache_bytes` is what each worker may spend on the dense model's states; see
-    `lop.search.evaluator.Evaluator`. `compile` has the FFNs' activations fused by torch.compile.
+    is tried on another one. Each worker may spend `cache_bytes` on the dense model's states
+    (`lop.search.evaluator.Evaluator`) and `refit_bytes` on weights refitted for scoring (`lop.model.repair`).
+    `compile` has the FFNs' activations fused by torch.compile.
     """
 
     model: str
@@ -220,6 +240,7 @@ class Config(_Settings):
     batch_tokens: Positive = 8192
     images: ImageSettings = ImageSettings()
     cache_bytes: Annotated[int, Field(ge=0)] = 256 << 20
+    refit_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     compile: bool = False
     workers: Annotated[int, Field(ge=0)] = 0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
@@ -229,6 +250,11 @@ class Config(_Settings):
     train: TrainSettings = TrainSettings()
     compare: CompareSettings = CompareSettings()
     tables: TablesSettings = TablesSettings()
+
+    @property
+    def scored_recovery(self) -> Recovery:
+        """What allocations are scored with."""
+        return self.search.recovery or self.recovery
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Config:
@@ -247,6 +273,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Con
         raise LopError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise LopError(f"config {path} is not a mapping of settings")
+    _add_what_was(data)
     for override in overrides:
         _apply(data, override)
     data |= {key: value for key, value in values.items() if value is not None}
@@ -306,6 +333,17 @@ def config_for(model: str | None, *, folder: Path | None = None) -> Path:
         return own
     name = model or EMBEDDED
     return find_config(name if name in SHIPPED else "qwen2_5_vl_7b")
+
+
+def _add_what_was(data: dict[str, Any]) -> None:
+    """Fills in what a run's own config, which says everything, does not say because it was not there yet to be said.
+
+    Its search went without, and its ledger and results stay what they are.
+    """
+    search = data.get("search")
+    if isinstance(search, dict) and all(name in data for name in _ALWAYS_SAVED):
+        for name, value in _BEFORE.items():
+            search.setdefault(name, value)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

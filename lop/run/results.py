@@ -14,12 +14,20 @@ from lop.storage.fingerprint import check_fingerprints
 
 @dataclass(frozen=True)
 class Found:
-    """One target's search result: the best allocation, all evaluated ones in commit order, and the tree's shape."""
+    """One target's search result.
+
+    Attributes:
+        best: the answer.
+        evaluations: of all allocations, in commit order.
+        depths: the tree's shape.
+        confirmed: finalists on the samples kept back, the best by the search first; empty if none were.
+    """
 
     target: float
     best: Allocation
     evaluations: tuple[tuple[Allocation, Evaluation], ...]
     depths: tuple[Depth, ...]
+    confirmed: tuple[tuple[Allocation, Evaluation], ...] = ()
 
 
 def read_search(run: Run) -> list[Found]:
@@ -40,11 +48,14 @@ def _parse_search(data: Any) -> tuple[dict[str, str], list[Found]]:
         Found(
             record["target"],
             Allocation(tuple(record["best"]["widths"])),
-            tuple(
-                (Allocation(tuple(entry.pop("widths"))), Evaluation.from_dict(entry)) for entry in record["evaluations"]
-            ),
+            _evaluations(record["evaluations"]),
             tuple(Depth(**depth) for depth in record.get("depths", [])),  # Earlier searches did not tell.
+            _evaluations(record.get("confirmed", [])),
         )
         for record in data["targets"]
     ]
     return dict(data["fingerprints"]), found
+
+
+def _evaluations(entries: list[dict[str, Any]]) -> tuple[tuple[Allocation, Evaluation], ...]:
+    return tuple((Allocation(tuple(entry.pop("widths"))), Evaluation.from_dict(entry)) for entry in entries)

@@ -14,6 +14,8 @@ from lop.model.samples import Sample, SampleSets, fingerprint_samples, load_samp
 from lop.model.sources import check_checkpoint
 from lop.model.tensors import model_size
 from lop.run.config import Config
+from lop.search.confirmation import kept_back
+from lop.search.rewards import REWARDS
 from lop.space.allocation import Space
 from lop.space.size import ModelSize
 from lop.storage.destination import check_writable
@@ -158,6 +160,14 @@ class Run:
         return load_sample_sets(find_samples(self.config.samples))
 
     @cached_property
+    def searched_samples(self) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+        """The reward samples that a search sees, and those that are kept back to confirm its answer."""
+        settings, samples = self.config.search.confirm, self.samples.reward
+        if settings is None or len(samples) < 2:
+            return samples, ()
+        return kept_back(samples, settings.share, seed=self.config.seed)
+
+    @cached_property
     def model_fingerprint(self) -> str:
         return fingerprint_model(self.model_folder)
 
@@ -202,7 +212,14 @@ class Run:
         arithmetic = self.arithmetic
         if races := config.search.racing:
             arithmetic += f", {races.rounds} rounds of seed {config.seed}, confidence {races.confidence}"
+            if not REWARDS[config.search.reward].is_count:
+                arithmetic += f", for {config.search.reward}"
+        # Only where there is one, so that searches from before allocations were scored so keep their fingerprint.
+        scored = {} if config.scored_recovery == "none" else {"recovery": config.scored_recovery}
+        if config.search.confirm:
+            scored["kept back"] = f"{config.search.confirm.share} of the reward samples, by seed {config.seed}"
         return {
+            **scored,
             **self.calibration_fingerprints,
             "reward samples": self._fingerprint(self.samples.reward),
             "importance": config.importance,

@@ -1,9 +1,9 @@
 """What scoring an allocation comes to: the value that trees learn from and ledgers keep."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from lop.search.racing import Candidate, Opponent
+from lop.search.racing import Candidate
 from lop.search.rewards import REWARDS
 
 # Nats, of a failed evaluation, by any finer reward: finite, because a tree averages.
@@ -16,14 +16,16 @@ class Evaluation:
 
     Attributes:
         accuracy: share of the questions, which prose is not, answered exactly; 0 if there are none. Where a race was
-            given up: estimated, as the opponent's plus the mean difference to it on the questions scored.
+            given up, what was raced for is estimated, as the opponent's plus the mean difference to it on those scored.
         log_probability: mean of `Scores.log_probability` over the samples scored.
         error: why the allocation could not be evaluated; empty where it was.
         margin: mean of `Scores.margin` over the questions scored; None if there are none.
         divergence: mean of `Scores.divergence` over the samples scored, if it was asked for.
-        hits: what later candidates race against; see `lop.search.racing.pack`.
+        hits, values: what later candidates race against, the one or the other by what they race for; see
+            `lop.search.racing.pack` and `pack_values`.
         opponent: the widths of the allocation that this one raced against.
         scored: the samples scored before the race was given up; None if that was all.
+        confirms: whether it was on the samples kept back from the search; None if not.
     """
 
     accuracy: float
@@ -32,16 +34,30 @@ class Evaluation:
     margin: float | None = None
     divergence: float | None = None
     hits: str | None = None
+    values: str | None = None
     opponent: tuple[int, ...] | None = None
     scored: int | None = None
+    confirms: bool | None = None
 
     @classmethod
-    def failed(cls, error: str, opponent: Opponent | None = None) -> "Evaluation":
+    def failed(cls, error: str, candidate: Candidate | None = None) -> "Evaluation":
         """What stands for an allocation that cannot be evaluated: the worst result.
 
         No answer right, and each as improbable as two tokens guessed among 150,000.
         """
-        return cls(0.0, -_WORST, error=error, opponent=None if opponent is None else opponent.allocation.widths)
+        opponent = candidate.opponent if candidate else None
+        return cls(
+            0.0,
+            -_WORST,
+            error=error,
+            opponent=None if opponent is None else opponent.allocation.widths,
+            confirms=(candidate is not None and candidate.confirms) or None,
+        )
+
+    @property
+    def record(self) -> str | None:
+        """What an opponent is known by; None if later candidates cannot race against this one."""
+        return (self.hits or self.values) if self.is_complete else None
 
     @property
     def is_complete(self) -> bool:
@@ -72,3 +88,17 @@ class Scorer(Protocol):
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
         """The result on all samples, or given up early where the candidate loses to its opponent."""
+
+
+@dataclass(frozen=True)
+class Confirming:
+    """Evaluates what is searched on some samples, and what is to be confirmed on others."""
+
+    search: Scorer
+    confirmation: Scorer
+
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        """The result on the samples that the candidate is meant for."""
+        if candidate.confirms:
+            return replace(self.confirmation.evaluate(candidate), confirms=True)
+        return self.search.evaluate(candidate)

@@ -15,7 +15,7 @@ from typing import Any
 
 from lop.errors import LopError
 from lop.search.evaluation import Evaluation
-from lop.search.racing import Opponent
+from lop.search.racing import Candidate
 from lop.space.allocation import Allocation
 from lop.storage.fingerprint import check_fingerprints
 from lop.storage.location import Location
@@ -29,8 +29,9 @@ _SECONDS_REMOTE = 2.0
 # So many segments of one size are merged into one, which is then one of the next size.
 _MERGE = 64
 
-# An allocation that races is evaluated anew against another opponent: both one's widths tell evaluations apart.
-_Key = tuple[Allocation, tuple[int, ...] | None]
+# An allocation that races is evaluated anew against another opponent: both one's widths tell evaluations apart, and on
+# which samples.
+_Key = tuple[Allocation, tuple[int, ...] | None, bool]
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,11 @@ class Ledger:
         finally:
             self._unlock()
 
-    def get(self, allocation: Allocation, opponent: Opponent | None = None) -> Evaluation | None:
-        """The allocation's result, if it is in storage; where it races, against the same opponent."""
-        return self._known.get((allocation, None if opponent is None else opponent.allocation.widths))
+    def get(self, candidate: Candidate) -> Evaluation | None:
+        """The candidate's result, if it is in storage; where it races, against the same opponent."""
+        opponent = candidate.opponent
+        widths = None if opponent is None else opponent.allocation.widths
+        return self._known.get((candidate.allocation, widths, candidate.confirms))
 
     @property
     def due(self) -> float:
@@ -113,7 +116,7 @@ class Ledger:
 
     def append(self, allocation: Allocation, evaluation: Evaluation) -> None:
         """Collects a result; it is in storage after the next `flush`."""
-        self._pending[allocation, evaluation.opponent] = evaluation
+        self._pending[_key(allocation, evaluation)] = evaluation
 
     def flush(self) -> None:
         """Writes what is collected.
@@ -123,7 +126,7 @@ class Ledger:
         """
         if not self._pending:
             return
-        lines = [_line({"widths": list(a.widths), **e.as_dict()}) for (a, _), e in self._pending.items()]
+        lines = [_line({"widths": list(a.widths), **e.as_dict()}) for (a, *_), e in self._pending.items()]
         self._write(self._next, self._next, 0, b"".join(lines))
         self._known |= self._pending
         self._pending = {}
@@ -139,7 +142,7 @@ class Ledger:
         segments = _read_segments(self.location) if any(is_torn for *_, is_torn in segments) else segments
         for name, data, _ in segments:
             check_fingerprints(f"{self.location}/{name}", _records(self.location, name, data)[0], fingerprints)
-        self._known = {(a, e.opponent): e for a, e in _evaluations(self.location, segments)}
+        self._known = {_key(a, e): e for a, e in _evaluations(self.location, segments)}
         self._segments = [_Segment(name, *_numbers(name), 0, data.partition(b"\n")[2]) for name, data, _ in segments]
         self._next = 1 + max((segment.last for segment in self._segments), default=-1)
         if missing := _missing(self._segments):
@@ -300,6 +303,10 @@ def _missing(segments: Sequence[_Segment]) -> str:
     return ""
 
 
+def _key(allocation: Allocation, evaluation: Evaluation) -> _Key:
+    return allocation, evaluation.opponent, bool(evaluation.confirms)
+
+
 def _numbers(name: str) -> tuple[int, int]:
     """The first and last flush that a segment holds."""
     first, _, rest = name.partition("-")
@@ -317,7 +324,7 @@ def _evaluations(
         for record in _records(location, name, data)[1:]:
             allocation = Allocation(tuple(record.pop("widths")))
             evaluation = Evaluation.from_dict(record)
-            key = allocation, evaluation.opponent
+            key = _key(allocation, evaluation)
             if key not in seen:  # In two segments, if the search was killed while it merged them.
                 seen.add(key)
                 yield allocation, evaluation

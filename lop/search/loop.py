@@ -96,7 +96,7 @@ def run_search(
         # What the ledger knows is told at once, which may let the tree ask for more.
         asked = tree.advance()
         while asked:
-            known = [(candidate, ledger.get(candidate.allocation, candidate.opponent)) for candidate in asked]
+            known = [(candidate, ledger.get(candidate)) for candidate in asked]
             waiting.extend(candidate for candidate, evaluation in known if evaluation is None)
             for candidate, evaluation in known:
                 if evaluation is not None:
@@ -137,18 +137,18 @@ def run_search(
             watcher.tick(workers)
 
 
-def evaluate_each(allocations: Sequence[Allocation], workers: Workers) -> Iterator[list[tuple[Allocation, Evaluation]]]:
-    """Evaluates allocations that do not depend on each other's results.
+def evaluate_each(candidates: Sequence[Candidate], workers: Workers) -> Iterator[list[tuple[Allocation, Evaluation]]]:
+    """Evaluates candidates that do not depend on each other's results.
 
     Yields:
         Results as they come, in any order; none where nothing has come for about a second.
     """
-    workers.expect(len(allocations))
-    waiting = deque(allocations)
+    workers.expect(len(candidates))
+    waiting = deque(candidates)
     running = 0
     while waiting or running:
         while waiting and running < workers.capacity:
-            workers.submit(Candidate(waiting.popleft()))
+            workers.submit(waiting.popleft())
             running += 1
         results = workers.collect(_SECONDS_A_ROUND)
         running -= len(results)

@@ -7,6 +7,7 @@ import numpy as np
 from lop.errors import LopError
 from lop.search.ledger import Ledger
 from lop.search.loop import Watcher, Workers, evaluate_each
+from lop.search.racing import Candidate
 from lop.space.allocation import Allocation, Space
 
 
@@ -23,11 +24,11 @@ def measure_damages(
     """
     widths = scan_widths(space, levels)
     alone = scan(space, widths)
-    found = {allocation: known for allocation in alone if (known := ledger.get(allocation, None))}
+    found = {allocation: known for allocation in alone if (known := ledger.get(Candidate(allocation)))}
     if watcher:
         watcher.scanned(len(found), len(alone))
         watcher.tick(workers)
-    for results in evaluate_each([allocation for allocation in alone if allocation not in found], workers):
+    for results in evaluate_each([Candidate(each) for each in alone if each not in found], workers):
         for allocation, evaluation in results:
             ledger.append(allocation, evaluation)
         found |= dict(results)

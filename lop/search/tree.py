@@ -2,14 +2,16 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from lop.search.evaluation import Evaluation
+from lop.search.guide import Guide
+from lop.search.moves import perturb
 from lop.search.racing import Candidate, Opponent
-from lop.space.allocation import Allocation, Space, project
+from lop.space.allocation import Allocation, Space
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class TreeOptions:
         children: children of a node before it counts as fully expanded (the root: besides the given starts).
         depth: the deepest a node may be.
         window: simulations in flight, a constant of the search and not of the cluster.
+        guided: of moves drawn at random, the one is taken that a Gaussian process through the rewards so far promises
+            most of (`lop.search.guide`); otherwise the paper's moves are taken as they are drawn.
         opponent: a candidate races against the allocation that is the how-manieth best of the target when it is asked
             for; 0: no races.
     """
@@ -37,6 +41,7 @@ class TreeOptions:
     children: int
     depth: int
     window: int
+    guided: bool = False
     opponent: int = 0
 
 
@@ -106,6 +111,7 @@ class SearchTree:
         self._asked: set[Allocation] = set()
         self._arrived: dict[Allocation, Evaluation] = {}
         self._flights: deque[Node] = deque()
+        self._guide = Guide(space) if options.guided else None
 
     @property
     def limit(self) -> int:
@@ -129,8 +135,18 @@ class SearchTree:
 
         One that could not be evaluated is the answer only where none could.
         """
+        best = self.ranked[0]
+        return best, self.results[best]
+
+    @property
+    def ranked(self) -> list[Allocation]:
+        """The allocations scored in full, the best by reward first; see `best`."""
         complete = [item for item in self.results.items() if item[1].is_complete]
-        return max(complete, key=lambda item: (not item[1].error, *self._value(item[1])))
+        return [allocation for allocation, _ in sorted(complete, key=self._rank, reverse=True)]
+
+    def confirmed(self, found: Mapping[Allocation, Evaluation]) -> Allocation:
+        """The best of some allocations by what they said to samples kept back; of equals the first."""
+        return max(found.items(), key=self._rank)[0]
 
     def add_start(self, allocation: Allocation) -> None:
         """One more allocation for the root's first children; before the first `advance`."""
@@ -169,12 +185,15 @@ class SearchTree:
         rank = self._options.opponent
         if not rank:
             return None
-        able = [(a, e) for a, e in self.results.items() if e.is_complete and e.hits is not None]
+        able = [(a, e) for a, e in self.results.items() if e.record]
         if len(able) < rank:
             return None
         allocation, evaluation = sorted(able, key=lambda item: self._value(item[1]), reverse=True)[rank - 1]
-        assert evaluation.hits is not None
-        return Opponent(allocation, evaluation.hits)
+        assert evaluation.record
+        return Opponent(allocation, evaluation.record)
+
+    def _rank(self, item: tuple[Allocation, Evaluation]) -> tuple[float, ...]:
+        return not item[1].error, *self._value(item[1])
 
     def _value(self, evaluation: Evaluation) -> tuple[float, float]:
         return self._reward(evaluation), self._tie_breaker(evaluation)
@@ -234,9 +253,11 @@ class SearchTree:
 
     def _expand(self, node: Node) -> Node:
         size = self._options.step * self._options.decay ** (node.depth + 1)
-        move = self._random.uniform(-size, size, self.space.layers)
-        ratios = np.array(node.allocation.ratios(self.space)) + move
-        return _adopt(node, project(ratios, self.space, self.budget))
+        if self._guide is None:
+            return _adopt(node, perturb(node.allocation, self.space, self._random, size))
+        rewards = {allocation: self._reward(evaluation) for allocation, evaluation in self.results.items()}
+        shares = {allocation: evaluation.scored for allocation, evaluation in self.results.items()}
+        return _adopt(node, self._guide.move(node.allocation, size, self._random, rewards, shares, self._asked))
 
 
 def _adopt(parent: Node, allocation: Allocation) -> Node:

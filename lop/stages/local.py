@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from lop.predictor.training import Fit, Pair, fit
-from lop.run.building import build_evaluator
+from lop.run.building import Materials, build_scorer
 from lop.run.compute import Item, Result
 from lop.run.config import Config
 from lop.run.run import Run
@@ -20,7 +20,7 @@ class Local:
     @contextmanager
     def evaluators(self, run: Run) -> Iterator[Workers]:
         """One evaluator."""
-        yield InProcess(build_evaluator(run.settled, run.order, run.samples.reward))
+        yield InProcess(build_scorer(Materials.of(run), *run.searched_samples))
 
     def map(
         self, build: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: Config

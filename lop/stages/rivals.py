@@ -12,19 +12,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.methods.method import Reward, Search
 from lop.methods.registry import METHODS
-from lop.model.adapter import load_model
-from lop.model.elastic import ElasticModel
-from lop.model.encoding import encode
-from lop.model.find import find_model
 from lop.model.samples import Sample, check_answers
+from lop.run.building import Materials, Workshop
 from lop.run.compute import Compute
-from lop.run.config import Config
 from lop.run.outcomes import Outcome
 from lop.run.run import Run
 from lop.search.evaluator import Evaluator
@@ -64,7 +59,7 @@ def rivals_stage(run: Run, compute: Compute, *, seeds: int = 1, progress: bool =
     waiting = [job for job in jobs if not files[job].exists()]
     if waiting:
         run.check_writable()
-    build = partial(RivalWorker, run.settled, run.order, run.samples.reward, run.space)
+    build = partial(RivalWorker, Materials.of(run), run.samples.reward, run.space)
     results = compute.map(build, waiting, run.config)
     for job, outcomes in tqdm(results, desc="rivals", total=len(waiting), unit="job", disable=not progress):
         write_json(files[job], [asdict(outcome) for outcome in outcomes])
@@ -104,39 +99,29 @@ def _jobs(run: Run, seeds: int) -> list[Job]:
 def _job_fingerprint(run: Run, job: Job) -> str:
     config = run.config
     # A search may start from what a rival found: its roots and targets are none of the rival's.
-    search = config.search.model_dump(mode="json", exclude={"roots", "targets"})
+    search = config.search.recorded("roots", "targets", "confirm")
     # Shares of the samples are drawn by the config's seed, whatever the job's.
     drawn = [config.seed] if min(job.search.shares) < 1 else []
     return fingerprint([run.evaluation_fingerprints, asdict(run.space), search, asdict(job), *drawn])
 
 
 class RivalWorker:
-    """Holds the model and the reward samples, and runs jobs on them.
+    """Holds the model and the reward samples, and runs jobs on them."""
 
-    Args:
-        order: [L, F] neurons of each layer, the most important first.
-    """
-
-    def __init__(self, config: Config, order: np.ndarray, samples: Sequence[Sample], space: Space) -> None:
-        torch.set_num_threads(config.threads)
+    def __init__(self, materials: Materials, samples: Sequence[Sample], space: Space) -> None:
+        config, workshop = materials.config, Workshop(materials)
         self._space = space
-        model = load_model(find_model(config.model), device=config.device, dtype=config.dtype)
         # Shares of the samples are taken from a fixed shuffle, so that each is a fair sample of all.
         shuffled = [samples[index] for index in np.random.default_rng(config.seed).permutation(len(samples))]
         searches = [Job(name, (), 0).search for name in config.tables.rivals]
         encoded = {
-            share: encode(
-                model,
-                shuffled[: max(1, round(share * len(samples)))],
-                batch_tokens=config.batch_tokens,
-                images=config.images,
-            )
+            share: workshop.encode(shuffled[: max(1, round(share * len(samples)))])
             for share in {1.0, *(share for search in searches for share in search.shares)}
         }
-        elastic = ElasticModel(model, order, compiled=config.compile)
+        build = partial(Evaluator, workshop.elastic, repair=workshop.repair())
         needed = config.search.needs_divergence
-        evaluators = {share: Evaluator(elastic, part, divergence=needed) for share, part in encoded.items()}
-        diverging = Evaluator(elastic, encoded[1.0], divergence=True, cache_bytes=config.cache_bytes)
+        evaluators = {share: build(encoded=part, divergence=needed) for share, part in encoded.items()}
+        diverging = build(encoded=encoded[1.0], divergence=True, cache_bytes=config.cache_bytes)
         settings = config.search
         self._reward = Reward(
             evaluations=settings.evaluations,

@@ -13,11 +13,13 @@ from tqdm import tqdm
 from lop.errors import LopError
 from lop.methods.method import Root
 from lop.methods.registry import METHODS
+from lop.methods.uniform import METHOD as UNIFORM
 from lop.model.samples import check_answers
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.run import Run
 from lop.run.spectra import statistics_for
+from lop.search.confirmation import Confirmed, confirm
 from lop.search.ledger import Ledger
 from lop.search.loop import run_search
 from lop.search.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
@@ -54,13 +56,15 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
                 for tree in trees.values():
                     tree.add_start(best_additive(run.space, damages, tree.budget))
             run_search(trees, workers, ledger, watcher=watcher)
+            settings = run.config.search.confirm
+            confirmed = confirm(trees, settings.candidates, workers, ledger, watcher.tick) if settings else {}
             watcher.finish(workers)
     write_json(
         run.search_file,
         {
             "fingerprints": fingerprints,
             "reward": run.config.search.reward,
-            "targets": [_target_record(run, target, tree) for target, tree in trees.items()],
+            "targets": [_target_record(run, target, tree, confirmed.get(target, {})) for target, tree in trees.items()],
         },
     )
 
@@ -75,7 +79,7 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
     budgets = {target: run.space.budget(target) for target in settings.targets.ratios}
     if len(set(budgets.values())) < len(budgets):
         raise LopError(f"search.targets.step {settings.targets.step} is too fine: two targets keep as many neurons")
-    names = ("uniform", *(name for name in settings.roots if METHODS[name].root is not Root.SCANNED))
+    names = (UNIFORM.name, *(name for name in settings.roots if METHODS[name].root is not Root.SCANNED))
     return {
         target: SearchTree(
             run.space,
@@ -111,9 +115,11 @@ def _watched(
         yield SearchProgress(trees, run.space, run.config.search.reward, sinks)
 
 
-def _target_record(run: Run, target: float, tree: SearchTree) -> dict[str, Any]:
-    best, evaluation = tree.best
-    return {
+def _target_record(run: Run, target: float, tree: SearchTree, confirmed: Confirmed) -> dict[str, Any]:
+    best = tree.confirmed(confirmed) if confirmed else tree.best[0]
+    # The uniform allocation may not have been scored in full by the search, if it races.
+    evaluation = tree.results.get(best) or confirmed[best]
+    record = {
         "target": target,
         "budget": tree.budget,
         "simulations": tree.simulations,
@@ -123,10 +129,13 @@ def _target_record(run: Run, target: float, tree: SearchTree) -> dict[str, Any]:
             {"widths": list(allocation.widths), **result.as_dict()} for allocation, result in tree.results.items()
         ],
     }
+    if confirmed:
+        record["confirmed"] = [{"widths": list(a.widths), **result.as_dict()} for a, result in confirmed.items()]
+    return record
 
 
 def _search_fingerprint(run: Run) -> str:
     config = run.config
-    settings = [config.search.model_dump(mode="json"), config.seed, config.granularity, config.max_ratio]
+    settings = [config.search.recorded(), config.seed, config.granularity, config.max_ratio]
     # Only where it is set, so that searches from before there was such a bound keep their fingerprint.
     return fingerprint(settings + [config.max_width_ratio] * (config.max_width_ratio is not None))

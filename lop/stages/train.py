@@ -14,6 +14,7 @@ from lop.run.results import Found, read_search
 from lop.run.run import Run
 from lop.search.evaluation import Evaluation
 from lop.search.loop import evaluate_each
+from lop.search.racing import Candidate
 from lop.space.allocation import Allocation
 from lop.stages.timing import timed
 from lop.storage.files import read_as, write_json
@@ -103,7 +104,7 @@ def _rewards(
         compute.evaluators(run) as workers,
         tqdm(total=len(wanted), desc="train: score predictors", unit="evaluation", disable=not progress) as bar,
     ):
-        for results in evaluate_each(wanted, workers):
+        for results in evaluate_each(list(map(Candidate, wanted)), workers):
             found |= dict(results)
             bar.update(len(results))
     reward = run.config.search.reward

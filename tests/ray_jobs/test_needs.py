@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 
 from lop.errors import LopError
 from lop.model.find import assets
+from lop.run.building import Materials
 from lop.run.compute import on_worker
 from lop.run.config import Config, TrainSettings, find_config, load_config
 from lop.run.run import Run
@@ -45,7 +46,7 @@ def config(**values: Any) -> Config:
 
 def _fleet(config: Config, folder: Path) -> None:
     run = Run(config, assets() / "run")
-    with evaluator_fleet(config, run.order, run.samples.reward):
+    with evaluator_fleet(Materials.of(run), run.samples.reward):
         pass
 
 

@@ -17,6 +17,7 @@ from lop.model.importance import IMPORTANCES
 from lop.model.samples import SampleSets
 from lop.report.cells import Cell, CellWorker
 from lop.report.entries import given
+from lop.run.building import Materials
 from lop.run.config import load_config
 from lop.run.run import Run
 from lop.search.evaluation import Evaluation
@@ -41,12 +42,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def rivals(run: Run, samples: SampleSets) -> RivalWorker:
     search = run.config.search.model_copy(update={"evaluations": 20, "simulations": 20, "sensitivity_levels": 1})
-    return RivalWorker(run.config.model_copy(update={"search": search}), run.order, samples.reward[FEW], run.space)
+    few = Materials(run.config.model_copy(update={"search": search}), run.order, run.statistics.mean, ())
+    return RivalWorker(few, samples.reward[FEW], run.space)
 
 
 @pytest.fixture(scope="module")
 def scorer(run: Run, samples: SampleSets) -> CellWorker:
-    return CellWorker(run.config, run.statistics, samples.test[FEW])
+    return CellWorker(Materials.of(run), run.statistics, samples.test[FEW])
 
 
 @pytest.mark.parametrize("name", METHODS)

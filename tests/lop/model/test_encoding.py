@@ -131,7 +131,7 @@ def test_many_answer_tokens_are_scored_part_by_part(
     expected, evaluation = whole.scores(), whole.evaluate(Candidate(dense))
     seen: list[int] = []
     plain = Backbone.logits
-    monkeypatch.setattr("lop.search.evaluator._LOGITS", 3)
+    monkeypatch.setattr("lop.search.scoring._LOGITS", 3)
     monkeypatch.setattr(Backbone, "logits", lambda self, x: seen.append(len(x)) or plain(self, x))
     parts = Evaluator(elastic, encoded, divergence=True)
     found = parts.scores()

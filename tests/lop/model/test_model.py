@@ -23,6 +23,7 @@ from lop.model.elastic import ElasticModel
 from lop.model.encoding import Encoded, encode
 from lop.model.find import assets
 from lop.model.importance import activation, order
+from lop.model.repair import Biases
 from lop.model.samples import Sample, SampleSets, prompt_text
 from lop.model.statistics import NeuronStatistics, calibrate, load_statistics
 from lop.model.tensors import model_size
@@ -184,7 +185,7 @@ def test_compensation_is_the_mean_contribution(
 ) -> None:
     weight = tiny.ffns[4].down_proj.weight.double().numpy().copy()
     elastic = ElasticModel(tiny, importance_order)
-    elastic.prune(uneven, tiny_statistics.mean)
+    elastic.prune(uneven, Biases(tiny_statistics.mean))
     pruned = importance_order[4, uneven.widths[4] :]
     expected = weight[:, pruned] @ tiny_statistics.mean[4, pruned]
     np.testing.assert_allclose(tiny.layers[4].mlp.bias.numpy(), expected, rtol=1e-4, atol=1e-6)

@@ -11,10 +11,11 @@ import torch
 from lop.model.adapter import QwenVL
 from lop.model.find import assets
 from lop.model.generation import answers
-from lop.model.importance import importance
+from lop.model.importance import importance, order
 from lop.model.samples import SampleSets
 from lop.model.statistics import NeuronStatistics
 from lop.report.cells import Cell, CellWorker, Scored, score_cells
+from lop.run.building import Materials
 from lop.run.config import find_config, load_config
 from lop.run.run import Run
 
@@ -43,7 +44,9 @@ def test_hits_are_what_a_model_cut_by_hand_generates(
     asked = samples.test[::40]
     layers, neurons = tiny_statistics.mean.shape
     cell = Cell(name, tuple(int(neurons * WIDTHS[layer % 2]) for layer in range(layers)), bias)
-    scored = CellWorker(load_config(find_config("tiny")), tiny_statistics, asked)(cell)
+    ranked = order(importance("activation", tiny_statistics))
+    materials = Materials(load_config(find_config("tiny")), ranked, tiny_statistics.mean, ())
+    scored = CellWorker(materials, tiny_statistics, asked)(cell)
     cut(tiny, tiny_statistics, cell)
     written = answers(tiny, asked, progress=False)
     expected = [text.strip().lower() == sample.answer.lower() for text, sample in zip(written, asked)]

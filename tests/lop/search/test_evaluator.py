@@ -17,7 +17,7 @@ from lop.model.samples import SampleSets
 from lop.model.tensors import model_size
 from lop.search.evaluation import Evaluation
 from lop.search.evaluator import Evaluator
-from lop.search.racing import Candidate, Opponent, Racing, sample_rounds, unpack
+from lop.search.racing import Candidate, Opponent, Racing, sample_rounds, unpack, unpack_values
 from lop.space.allocation import Allocation, Space, dense, project
 from lop.storage.headers import read_tensors
 from tests.lop.model.test_model import inputs_of
@@ -147,6 +147,28 @@ def test_who_is_not_beaten_is_scored_in_full(elastic: ElasticModel, raced: Encod
     against = evaluator.evaluate(Candidate(pruned(0.05), nobody))
     assert against.is_complete
     assert against.as_dict() == {**alone.as_dict(), "opponent": nobody.allocation.widths}
+
+
+@pytest.mark.parametrize("reward", ["divergence", "log_probability", "margin"])
+def test_a_race_for_a_real_reward_estimates_what_is_left(
+    elastic: ElasticModel, shared_tiny: QwenVL, samples: SampleSets, reward: str
+) -> None:
+    racing = Racing(8, 0.9, reward)
+    rounds = racing.parts(COUNT, seed=1)
+    encoded = encode(shared_tiny, samples.reward[:COUNT], batch_tokens=600, rounds=rounds)
+    evaluator = Evaluator(elastic, encoded, racing=racing, divergence=True)
+    best, worse = evaluator.evaluate(Candidate(pruned(0.1))), evaluator.evaluate(Candidate(pruned(0.7)))
+    assert best.record
+    assert worse.record
+    given_up = evaluator.evaluate(Candidate(pruned(0.7), Opponent(pruned(0.1), best.record)))
+    assert given_up.scored is not None
+    assert given_up.record is None
+    seen = np.concatenate(rounds)[: given_up.scored]
+    theirs, ours = unpack_values(best.record), unpack_values(worse.record)
+    assert given_up.worth(reward) == pytest.approx(theirs.mean() + (ours - theirs)[seen].mean(), rel=2e-3)
+    again = evaluator.evaluate(Candidate(pruned(0.1), Opponent(pruned(0.7), worse.record)))
+    assert again.is_complete  # Who is ahead is scored in full.
+    assert again.worth(reward) == best.worth(reward)
 
 
 def test_an_evaluator_survives_pickling(elastic: ElasticModel, raced: Encoded) -> None:

@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 
@@ -6,12 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lop.errors import LopError
 from lop.run.config import find_config, load_config
 from lop.search.evaluation import Evaluation
 from lop.search.ledger import Ledger, read_ledger
 from lop.search.loop import InProcess, run_search
-from lop.search.racing import Candidate, Opponent, Racing, chance, gives_up, pack, sample_rounds, unpack
+from lop.search.racing import (
+    Candidate,
+    Opponent,
+    Racing,
+    chance,
+    gives_up,
+    pack,
+    pack_values,
+    sample_rounds,
+    trails,
+    unpack,
+    unpack_values,
+)
+from lop.search.rewards import REWARDS
 from lop.search.tree import SearchTree, TreeOptions
 from lop.space.allocation import Space, uniform
 
@@ -91,7 +104,7 @@ class Simulated:
         for part in ROUNDS:
             seen[part] = True
             correct[part] = power[part] > self._hardness[part]
-            if opponent and not seen.all() and gives_up(RACING, correct, seen, unpack(opponent.hits, SAMPLES)):
+            if opponent and not seen.all() and gives_up(RACING, correct, seen, unpack(opponent.record, SAMPLES)):
                 break
         self.scored += int(seen.sum())
         return Evaluation(
@@ -140,20 +153,53 @@ def test_another_opponent_is_another_evaluation(tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger", {}) as ledger:
         ledger.append(even, raced)
         ledger.flush()
-        assert ledger.get(even) is None
+        assert ledger.get(Candidate(even)) is None
         ledger.append(even, whole)
     with Ledger(tmp_path / "ledger", {}) as ledger:
-        assert ledger.get(even) == whole
-        assert ledger.get(even, opponent) == raced
-        assert ledger.get(even, Opponent(even, opponent.hits)) is None
+        assert ledger.get(Candidate(even)) == whole
+        assert ledger.get(Candidate(even, opponent)) == raced
+        assert ledger.get(Candidate(even, Opponent(even, opponent.record))) is None
     assert list(read_ledger(tmp_path / "ledger")) == [(even, raced), (even, whole)]
 
 
-def test_racing_for_anything_but_accuracy_is_refused() -> None:
-    tiny = find_config("tiny")
-    assert load_config(tiny, ["search.racing={}", "search.reward=accuracy"]).search.tree_options().opponent == 1
-    assert load_config(tiny).search.tree_options().opponent == 0
-    with pytest.raises(LopError, match="racing compares accuracies, and the reward is margin"):
-        load_config(tiny, ["search.racing={}", "search.reward=margin"])
-    with pytest.raises(LopError, match=r"search\.racing\.rounds"):
-        load_config(tiny, ["search.racing.rounds=1", "search.reward=accuracy"])
+def test_a_search_may_race_for_any_reward() -> None:
+    for reward in REWARDS:
+        config = load_config(find_config("tiny"), ["search.racing={}", f"search.reward={reward}"])
+        assert config.search.tree_options().opponent == 1
+    assert load_config(find_config("tiny")).search.tree_options().opponent == 0
+
+
+@given(st.integers(2, 600), st.integers(2, 32), st.integers(0, 99))
+def test_rounds_of_a_real_reward_double(samples: int, rounds: int, seed: int) -> None:
+    parts = Racing(rounds, 0.9, "divergence").parts(samples, seed=seed)
+    assert sorted(np.concatenate(parts)) == list(range(samples))
+    seen = np.cumsum([len(part) for part in parts])
+    # Each later round is about as large as all before it.
+    assert all(later <= 2 * earlier + 2 for earlier, later in itertools.pairwise(seen))
+    assert len(parts) <= rounds.bit_length() + 1
+
+
+def test_a_real_reward_is_given_up_about_as_often_as_it_would_lose() -> None:
+    """Of candidates that would draw level on all samples, one in ten is given up at a look with 90% confidence."""
+    random = np.random.default_rng(0)
+    racing, lost = Racing(16, 0.9, "divergence"), 0
+    for _ in range(2000):
+        gains = random.normal(size=400)
+        gains -= gains.mean()
+        lost += trails(racing, gains[:100], 400)
+    assert 0.07 < lost / 2000 < 0.13
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(-1.0, True), (1.0, False)])
+def test_a_clear_difference_decides_a_race(shift: float, expected: bool) -> None:
+    gains = np.random.default_rng(1).normal(shift, 0.5, size=40)
+    assert trails(Racing(4, 0.9, "divergence"), gains, 400) is expected
+
+
+def test_equal_candidates_race_on() -> None:
+    assert not trails(Racing(4, 0.9, "divergence"), np.zeros(10), 100)
+
+
+def test_values_come_back_from_text() -> None:
+    values = np.random.default_rng(2).normal(size=33)
+    np.testing.assert_allclose(unpack_values(pack_values(values)), values, rtol=1e-3)

@@ -18,10 +18,12 @@ from lop.predictor.training import Fit
 from lop.report.cells import Cell, CellWorker
 from lop.report.compare import comparison_fingerprints
 from lop.report.entries import given, lop_entries
-from lop.run.building import build_evaluator
+from lop.run.building import Materials, build_scorer
 from lop.run.config import Config, find_config, load_config
 from lop.run.prediction import open_predictor, predictor_for
 from lop.run.run import Run
+from lop.search.racing import Candidate
+from lop.space.allocation import Allocation
 from lop.stages.local import Local
 from lop.stages.rivals import Job, RivalWorker, _job_fingerprint
 from lop.stages.train import train_stage
@@ -98,13 +100,14 @@ def test_all_that_score_compile_where_they_are_told_to(
     run = Run(settings, assets() / "run")
     few = samples.reward[:2]
     order = np.tile(np.arange(run.space.neurons), (run.space.layers, 1))
+    materials = Materials(settings, order, tiny_statistics.mean, samples.calibration[:2])
     half = tuple([run.space.neurons // 2] * run.space.layers)
     scoring = "search"
-    build_evaluator(settings, order, few).scores()
+    build_scorer(materials, few).evaluate(Candidate(Allocation(half)))
     scoring = "rivals"
-    RivalWorker(settings, order, few, run.space)(Job("random", (0.5,), 0))
+    RivalWorker(materials, few, run.space)(Job("random", (0.5,), 0))
     scoring = "tables"
-    CellWorker(settings, tiny_statistics, few)(Cell("activation", half))
+    CellWorker(materials, tiny_statistics, few)(Cell("activation", half))
     assert set(calls) == ({"search", "rivals", "tables"} if compiles else set())
 
 

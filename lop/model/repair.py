@@ -1,0 +1,135 @@
+"""What makes up for pruned neurons at any width, at hardly any cost: what candidates are scored with.
+
+Both repairs see the dense model's activations; `lop.checkpoint.recovery` refits layer by layer, which takes minutes and
+is what ships.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lop.model.backbone import ROWS, Backbone
+from lop.model.elastic import ElasticFfn
+from lop.model.encoding import Encoded
+
+# Of the mean square of a layer's activations: what `refit` pulls towards the weights that are there with.
+RIDGE = 0.01
+
+
+class Biases:
+    """Adds `W_down[:, pruned] · E[h_pruned]`, as FLAP does (An et al. 2023).
+
+    Args:
+        means: [L, F] `E[h]` in the dense model's numbering.
+    """
+
+    def __init__(self, means: np.ndarray) -> None:
+        self._means = means
+
+    def __call__(self, layer: int, ffn: ElasticFfn) -> None:
+        """Sets the bias."""
+        expected = torch.from_numpy(self._means[layer]).to(ffn.down.device)[ffn.order][ffn.width :]
+        ffn.bias = (ffn.down[:, ffn.width :].double() @ expected).to(ffn.down.dtype)
+
+
+class Refits:
+    """Ridge refit of `down_proj` at every width from one factor a layer.
+
+    With `G + λI = C·Cᵀ`, C lower triangular and neurons in the order in which they are kept, the first k rows and
+    columns of C are the factor of those of G, so that the weights which minimise `Σ ‖V·h_k − W·h‖² + λ‖V − W_k‖²` are
+
+        V = W[:, :k] + (W[:, k:]·C[k:, :k])·C[:k, :k]⁻¹:
+
+    a product and a triangular solve, `2·H·k·(F − k) + H·k²` operations for a width that is new, none for one that is
+    kept in memory.
+
+    Args:
+        factors: each layer's C, [F, F] float32, in host memory: 4·F² bytes a layer (1.4 GB in a 7B, 9 MB in `smol`).
+        cache_bytes: for the weights solved for; those unused for longest make room.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], *, cache_bytes: int) -> None:
+        self._factors = factors
+        self._cache_bytes = cache_bytes
+        self._known: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, layer: int, ffn: ElasticFfn) -> None:
+        """Sets the refitted weights."""
+        if ffn.width == ffn.neurons:
+            return
+        key = layer, ffn.width
+        if key in self._known:
+            self._known.move_to_end(key)
+        else:
+            self._keep(key, refitted(ffn.down, self._factors[layer], ffn.width))
+        ffn.refitted = self._known[key]
+
+    def _keep(self, key: tuple[int, int], weights: Tensor) -> None:
+        self._known[key] = weights
+        self._bytes += weights.nbytes
+        while self._bytes > self._cache_bytes and len(self._known) > 1:
+            self._bytes -= self._known.popitem(last=False)[1].nbytes
+
+
+def refitted(down: Tensor, factor: Tensor, width: int) -> Tensor:
+    """The weights [H, width] that take the place of `down` [H, F]; see `Refits`.
+
+    Args:
+        factor: [F, F], C; may be in host memory.
+    """
+    rows = factor[:, :width].to(down.device)
+    weight = down.float()
+    lost = weight[:, width:] @ rows[width:]
+    change = torch.linalg.solve_triangular(rows[:width], lost, upper=False, left=False)
+    return (weight[:, :width] + change).to(down.dtype)
+
+
+@torch.inference_mode()
+def factors(backbone: Backbone, encoded: Encoded, *, ridge: float = RIDGE) -> Iterator[Tensor]:
+    """Each layer's factor C of `G + λI`, `G = Σ h·hᵀ` over the tokens, `λ = ridge · mean(diag G)`.
+
+    Args:
+        backbone: dense, its layers with an `ElasticFfn` each.
+
+    Yields:
+        [F, F] float32, lower triangular, in host memory. Memory: one hidden state for each token, in the host's; on
+        the device one batch, and G in float64, twice.
+    """
+    device = backbone.norm.device
+    states = [batch.embeddings for batch in encoded.batches]
+    for layer in backbone.layers:
+        ffn = cast(ElasticFfn, layer.ffn)
+        gram = torch.zeros(ffn.neurons, ffn.neurons, dtype=torch.float64, device=device)
+        for index, batch in enumerate(encoded.batches):
+            x = backbone.attend(layer, states[index].to(device), batch.rotation.to(device), batch.groups)
+            for part in x.split(ROWS):
+                hidden = ffn.hidden(backbone.ffn_input(layer, part))
+                part.add_(F.linear(hidden, ffn.down))
+                hidden = hidden.float()
+                gram += hidden.T @ hidden  # Products in float32, which every GPU is fast at; sums in float64.
+            states[index] = x.cpu()
+        yield factor(gram, ridge=ridge).cpu()
+
+
+def reordered(made: Tensor, move: Tensor, *, ridge: float = 0.0) -> Tensor:
+    """The factor of the same sums with the neurons in another order.
+
+    Args:
+        made: [F, F], C.
+        move: [F], which of C's neurons comes first to last.
+    """
+    rows = made[move].double()
+    return factor(rows @ rows.T, ridge=ridge)
+
+
+def factor(gram: Tensor, *, ridge: float = RIDGE) -> Tensor:
+    """C of `G + λI`, [F, F] float32; changes `gram`, G [F, F] float64."""
+    # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    return torch.linalg.cholesky(gram).float()

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TRANSFORMERS_PROBE = REPOSITORY / "tests" / "lop" / "without_lop.py"
+TRANSFORMERS_PROBE = REPOSITORY / "tests" / "lop" / "checkpoint" / "without_lop.py"
 FORMATS = ("hf", "padded")
 TOLERANCE = 2e-4  # of a logit, in float32
 TOKENS = 8
@@ -77,8 +77,6 @@ def main() -> None:
 
 def make_checkpoints(folder: Path) -> None:
     """Writes `dense`, the formats, and what the elastic model says on a question with an image and one without."""
-    from tests.lop.test_model import inputs_of
-
     from lop.checkpoint.export import export
     from lop.model.adapter import load_model
     from lop.model.elastic import ElasticModel
@@ -86,6 +84,7 @@ def make_checkpoints(folder: Path) -> None:
     from lop.run.config import find_config, load_config
     from lop.run.run import Run
     from lop.space.allocation import project
+    from tests.lop.model.test_model import inputs_of
 
     run = Run(load_config(find_config(EMBEDDED)), assets() / "run")
     dense = folder / "dense"

@@ -1,4 +1,4 @@
-"""LOP: one Qwen2.5-VL checkpoint, pruned to any size by a learned allocation (arXiv 2506.12826).
+"""LOP: one checkpoint of a vision-language model, pruned to any size by a learned allocation (arXiv 2506.12826).
 
 What a person needs: `predict`, `prune`, `load`, `inspect`, `evaluations`, `Client`, and the `LopError` that they raise.
 """

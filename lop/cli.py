@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog="lop",
-        description="Prune a Qwen2.5-VL checkpoint to any size: search allocations once, then predict them.",
+        description="Prune a vision-language model to any size: search allocations once, then predict them.",
     )
     parser.add_argument("--version", action="version", version=f"lop {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

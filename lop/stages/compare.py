@@ -50,7 +50,7 @@ def tables_stage(run: Run, compute: Compute, *, others: Sequence[str] = (), prog
     """Scores every method at every target on the benchmark and writes `tables.md`, `tables.json` and their pictures.
 
     Args:
-        others: models for table 2: local checkpoints or hub ids of the Qwen2.5-VL family.
+        others: models for table 2: local checkpoints or hub ids of a family that LOP takes.
 
     Returns:
         The Markdown file's path; None where the samples have no benchmark.

@@ -1,19 +1,20 @@
-"""transformers' own tests of Qwen2.5-VL (the model's, common ones, generation), run on the pruned class.
+"""transformers' own tests of each family (the model's, common ones, generation), run on the pruned class.
 
 Its wheel brings none of them: TRANSFORMERS_SOURCE names a folder with the source of the version that is installed.
 """
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 import tests
-from lop.model.families.remote_qwen2_5_vl import LopQwen2_5_VLForConditionalGeneration as Pruned
+from lop.model.families import qwen2_5_vl, qwen2_vl
+from lop.model.families.family import Family
 
 _SOURCE = os.environ.get("TRANSFORMERS_SOURCE")
 if not _SOURCE:
@@ -22,7 +23,8 @@ if not _SOURCE:
 tests.__path__.append(str(Path(_SOURCE) / "tests"))
 sys.path.append(_SOURCE)
 
-from tests.models.qwen2_5_vl import test_modeling_qwen2_5_vl as theirs  # noqa: E402
+from tests.models.qwen2_5_vl import test_modeling_qwen2_5_vl  # noqa: E402
+from tests.models.qwen2_vl import test_modeling_qwen2_vl  # noqa: E402
 
 _WIDTHS = (24, 11)
 _BASE = "builds transformers' base class alone, which has equal layers only"
@@ -34,48 +36,50 @@ _NOT_OURS = {
 }
 
 
-class _OnPruned(theirs.Qwen2_5_VLModelTest):  # type: ignore[misc]
+def true_widths(config: Any) -> Any:
+    """A config of format `hf`."""
+    text = getattr(config, "text_config", config)
+    layers = range(text.num_hidden_layers)
+    text.per_layer_config = {str(layer): {"intermediate_size": _WIDTHS[layer % 2]} for layer in layers}
+    return config
+
+
+def padded(config: Any) -> Any:
+    """A config of format `padded`."""
+    getattr(config, "text_config", config).intermediate_size = max(_WIDTHS)
+    return config
+
+
+def on_pruned(family: Family, theirs: Any, prune: Callable[[Any], Any]) -> type:
     """The suite, with the pruned class for the model's own."""
+    pruned = family.network_class()
+    plain = pruned.__bases__[0]
+    model_name = family.architecture.replace("ForConditionalGeneration", "Model")
+    suite: type = getattr(theirs, f"{model_name}Test")
 
-    all_model_classes = (Pruned,)
+    class OnPruned(suite):  # type: ignore[misc]
+        all_model_classes = (pruned,)
 
-    def setUp(self) -> None:
-        if reason := _NOT_OURS.get(self._testMethodName):
-            self.skipTest(reason)
-        super().setUp()
-        plain = self.model_tester.get_config
-        self.model_tester.get_config = lambda: self.pruned(plain())
-        if hasattr(theirs, "Qwen2_5_VLModel"):
-            # Where a test builds the base class itself, it gets the one within the pruned model.
-            base = patch.object(theirs, "Qwen2_5_VLModel", lambda config: Pruned(config).model)
-            base.start()
-            self.addCleanup(base.stop)
+        def setUp(self) -> None:
+            if reason := _NOT_OURS.get(self._testMethodName):
+                self.skipTest(reason)
+            super().setUp()
+            get_config = self.model_tester.get_config
+            self.model_tester.get_config = lambda: prune(get_config())
+            if hasattr(theirs, model_name):
+                # Where a test builds the base class itself, it gets the one within the pruned model.
+                base = patch.object(theirs, model_name, lambda config: pruned(config).model)
+                base.start()
+                self.addCleanup(base.stop)
 
-    def pruned(self, config: Any) -> Any:
-        raise NotImplementedError
+        def _prepare_for_class(self, inputs: Any, model_class: type, **options: Any) -> Any:
+            # Which inputs a class takes (labels) is looked up by its name.
+            return super()._prepare_for_class(inputs, plain if model_class is pruned else model_class, **options)
 
-    def _prepare_for_class(self, inputs: Any, model_class: type, **options: Any) -> Any:
-        # Which inputs a class takes (labels) is looked up by its name.
-        plain = Qwen2_5_VLForConditionalGeneration if model_class is Pruned else model_class
-        return super()._prepare_for_class(inputs, plain, **options)
-
-
-class TestTrueWidths(_OnPruned):
-    """A checkpoint of format `hf`."""
-
-    def pruned(self, config: Any) -> Any:
-        text = getattr(config, "text_config", config)
-        layers = range(text.num_hidden_layers)
-        text.per_layer_config = {str(layer): {"intermediate_size": _WIDTHS[layer % 2]} for layer in layers}
-        return config
+    return OnPruned
 
 
-class TestPadded(_OnPruned):
-    """A checkpoint of format `padded`."""
-
-    def pruned(self, config: Any) -> Any:
-        getattr(config, "text_config", config).intermediate_size = max(_WIDTHS)
-        return config
-
-
-del _OnPruned  # Lest it be collected itself.
+TestQwen25TrueWidths = on_pruned(qwen2_5_vl.FAMILY, test_modeling_qwen2_5_vl, true_widths)
+TestQwen25Padded = on_pruned(qwen2_5_vl.FAMILY, test_modeling_qwen2_5_vl, padded)
+TestQwen2TrueWidths = on_pruned(qwen2_vl.FAMILY, test_modeling_qwen2_vl, true_widths)
+TestQwen2Padded = on_pruned(qwen2_vl.FAMILY, test_modeling_qwen2_vl, padded)

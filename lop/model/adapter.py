@@ -1,6 +1,6 @@
 """Where a Qwen2.5-VL keeps the parts that LOP touches; the one place that knows the model family's names."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +105,16 @@ class QwenVL:
     def rotation(self, positions: Tensor) -> Tensor:
         """M-RoPE's factors [T, D/2], complex, of positions [3, T]."""
         exact = torch.empty(0, device=positions.device)  # Only tells the dtype of the answer.
-        cosine, sine = cast(Any, self.backbone).rotary_emb(exact, positions[:, None])
-        half = cosine.shape[-1] // 2
-        return torch.complex(cosine[0, :, :half], sine[0, :, :half])
+        factors = cast(Any, self.backbone).rotary_emb(exact, positions[:, None])
+        return torch.complex(*(self._by_frequency(factor[..., : factor.shape[-1] // 2]) for factor in factors))
+
+    def _by_frequency(self, factors: Tensor) -> Tensor:
+        """Factors [T, D/2] from [1, T, D/2], or from those of each axis, [3, 1, T, D/2]: older transformers'."""
+        if factors.dim() == 4:
+            sections = self.model.config.text_config.rope_parameters["mrope_section"]
+            parts = factors.split(sections, dim=-1)
+            factors = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+        return factors[0]
 
 
 def _lean_layer(layer: Any, heads: int, key_heads: int) -> Layer:
@@ -212,7 +219,8 @@ def place_and_dtype(device: str, dtype: str, path: Path) -> tuple[torch.device, 
 
 
 def _multiplies_bfloat16() -> bool:
-    found = torch.cpu.get_capabilities()
+    # Older PyTorch does not say; float32 is right on every CPU.
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 

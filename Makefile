@@ -1,13 +1,17 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 VENV := .venv
+LOWEST := .venv-lowest
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-lowest lint clean
 
 demo: $(VENV)/installed  ## the whole path on the embedded model, in minutes
 	$(VENV)/bin/lop demo
 
 test: $(VENV)/installed-test  ## everything that CI runs but the linters
 	$(VENV)/bin/python -m pytest
+
+test-lowest: $(LOWEST)/installed  ## the same with the oldest dependencies that pyproject.toml allows; on Python 3.11
+	$(LOWEST)/bin/python -m pytest
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
@@ -26,8 +30,15 @@ $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test,lint]'
 	@touch $@ $(VENV)/installed
 
+$(LOWEST)/installed: pyproject.toml .ci/lowest.py
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST)/bin/python .ci/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable '.[test]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(LOWEST) runs

@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -14,11 +15,24 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 
 from lop.errors import LopError, first_line
 from lop.interrupt import Interrupted
 
 _SECONDS_TO_CONNECT = 10
+
+
+class _SameImports(JobConfig):
+    """Workers import from where this process does.
+
+    Ray puts the driver's working directory first in their search path, unless they have one of their own. With it a
+    `serve.py` or `lop.py` that lies there would be taken for LOP's, though this process never sees it.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        imports_from_here = os.getcwd() in map(os.path.realpath, sys.path)
+        return not imports_from_here or super()._runtime_env_has_working_dir()
 
 
 def ensure_ray(*, show_workers: bool = False) -> bool:
@@ -43,7 +57,7 @@ def ensure_ray(*, show_workers: bool = False) -> bool:
         with _signals_kept():
             if address:
                 _check_listening(address)
-                ray.init(address=address, log_to_driver=show_workers, logging_level=logging.ERROR)
+                _init(address, show_workers)
             else:
                 _start(show_workers)
     except (OSError, RuntimeError, ValueError, RayError) as error:
@@ -75,7 +89,17 @@ def _start(show_workers: bool) -> None:
     with (Path(tempfile.gettempdir()) / f"lop-ray-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Without an address Ray would join whatever cluster was last started on this machine.
-        ray.init(address="local", include_dashboard=False, log_to_driver=show_workers, logging_level=logging.ERROR)
+        _init("local", show_workers, include_dashboard=False)
+
+
+def _init(address: str, show_workers: bool, **options: bool) -> None:
+    ray.init(
+        address=address,
+        job_config=_SameImports(),
+        log_to_driver=show_workers,
+        logging_level=logging.ERROR,
+        **options,
+    )
 
 
 @contextmanager

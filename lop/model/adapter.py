@@ -1,6 +1,6 @@
 """A model of any family as LOP opens and touches it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +181,8 @@ def place_and_dtype(device: str, dtype: str, path: Path) -> tuple[torch.device, 
 
 
 def _multiplies_bfloat16() -> bool:
-    found = torch.cpu.get_capabilities()
+    # Older PyTorch does not say; float32 is right on every CPU.
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 

@@ -1,6 +1,7 @@
 """The language backbone as plain tensors, and one forward pass that computes only what an answer depends on."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -8,8 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
 
+
+def _varlen_attention() -> Callable[..., Tensor] | None:
+    """PyTorch's attention over sequences laid end to end; None before it took fewer key heads than query heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    takes_fewer = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return cast(Callable[..., Tensor], varlen_attn) if takes_fewer else None
+
+
+_VARLEN = _varlen_attention()
 # Tokens that an FFN sees at once: a photograph alone can be 15,000, each with 18,944 neurons in a 7B.
 ROWS = 4096
 
@@ -144,7 +156,7 @@ class _Attention:
         self._lengths = tuple(group.length for group in groups)
         self._tails = tuple(group.tail for group in groups)
         device, dtype = backbone.norm.device, backbone.norm.dtype
-        is_varlen = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        is_varlen = _VARLEN is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         self._starts = (
             {asked: _starts(groups, asked, device) for asked in (self._lengths, self._tails)} if is_varlen else {}
         )
@@ -169,8 +181,8 @@ class _Attention:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, asked: tuple[int, ...]) -> Tensor:
         """Queries [·, Q, D], the last `asked` of each sequence by group, to [·, Q·D]."""
-        if self._starts:
-            attended = varlen_attn(
+        if _VARLEN is not None and self._starts:
+            attended = _VARLEN(
                 query,
                 key,
                 value,
@@ -181,7 +193,7 @@ class _Attention:
                 window_size=(-1, 0),
                 enable_gqa=True,
             )
-            return cast(Tensor, attended).flatten(1)
+            return attended.flatten(1)
         queries = query.split([group.count * tokens for group, tokens in zip(self._groups, asked)])
         sizes = [group.count * group.length for group in self._groups]
         outputs = [

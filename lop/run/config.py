@@ -318,11 +318,9 @@ def save_config(config: Config, path: Path) -> None:
 def find_config(name: str) -> Path:
     """The path of a config: a file's path, or the name of one that comes along, such as `tiny` or `demo`."""
     package = Path(str(files("lop")))
-    # Beside the package in a checkout, inside it once installed from a wheel.
-    for folder in (package.parent / "configs", package / "configs"):
-        if (shipped := folder / f"{name}.yaml").is_file():
-            return shipped
-    return Path(name)
+    # Inside the package where a wheel put it, and what lies beside that is not LOP's; in a checkout beside the package.
+    folder = inside if (inside := package / "configs").is_dir() else package.parent / "configs"
+    return shipped if (shipped := folder / f"{name}.yaml").is_file() else Path(name)
 
 
 def config_for(model: str | None, *, folder: Path | None = None) -> Path:

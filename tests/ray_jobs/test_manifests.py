@@ -13,6 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -134,9 +135,20 @@ def test_the_cluster_installs_what_lop_depends_on() -> None:
     assert ray.partition("==")[2] in cluster()["docker"]["worker_image"]
 
 
+def test_all_clusters_run_one_ray_that_lop_allows() -> None:
+    version = cluster()["docker"]["worker_image"].partition(":")[2].partition("-")[0]
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (wanted,) = (Requirement(name) for name in dependencies if name.startswith("ray["))
+    assert version in wanted.specifier
+    for manifest in ("search", "serve"):
+        text = (ROOT / "kuberay" / f"{manifest}.yaml").read_text()
+        assert set(re.findall(r"rayVersion: (\S+)|rayproject/ray:([0-9.]+)", text)) <= {(version, ""), ("", version)}
+        assert f"rayVersion: {version}" in text
+
+
 def test_what_travels_with_a_job_is_the_code_whatever_else_lies_in_the_checkout(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
-    ignored = shutil.ignore_patterns(".*cache", ".git", ".venv", ".hypothesis", "runs")
+    ignored = shutil.ignore_patterns(".*cache", ".git", ".venv*", ".hypothesis", "runs")
     shutil.copytree(ROOT, checkout, ignore=ignored)
     own = {
         name: checkout / name for name in ("model.safetensors", "samples/reward.parquet", "lop.bak/cli.py", "a/lop/b")

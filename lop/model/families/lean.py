@@ -1,5 +1,6 @@
 """Layers and rotations of transformers' Qwen models, in the form in which `lop.model.backbone` runs them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,14 @@ def lean_layer(layer: Any, heads: int, key_heads: int) -> Layer:
 def rotation(rotary: Any, positions: Tensor) -> Tensor:
     """M-RoPE's factors [T, D/2], complex, of positions [3, T], by the backbone's own `rotary`."""
     exact = torch.empty(0, device=positions.device)  # Only tells the dtype of the answer.
-    cosine, sine = rotary(exact, positions[:, None])
-    half = cosine.shape[-1] // 2
-    return torch.complex(cosine[0, :, :half], sine[0, :, :half])
+    sections = rotary.config.rope_parameters["mrope_section"]
+    factors = rotary(exact, positions[:, None])
+    return torch.complex(*(_by_frequency(factor[..., : factor.shape[-1] // 2], sections) for factor in factors))
+
+
+def _by_frequency(factors: Tensor, sections: Sequence[int]) -> Tensor:
+    """Factors [T, D/2] from [1, T, D/2], or from those of each axis, [3, 1, T, D/2]: older transformers'."""
+    if factors.dim() == 4:
+        parts = factors.split(list(sections), dim=-1)
+        factors = torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+    return factors[0]

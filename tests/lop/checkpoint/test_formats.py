@@ -128,7 +128,7 @@ def test_int8_weights_answer_nearly_alike(form: str, made: Made, seen: dict[str,
     pytest.importorskip("torchao")
     result = seen[form]["int8"]
     assert isinstance(result, dict), result
-    assert result["type"] == "Int8Tensor"
+    assert result["type"] in ("Int8Tensor", "AffineQuantizedTensor")  # Newer and older torchao.
     assert result["agreement"] > 0.9
     assert len(result["generated"]) > 0
 

@@ -25,12 +25,24 @@ def searched(folder: Path, workers: int, settings: list[str]) -> tuple[dict[str,
     run = Run(config, folder)
     calibrate_stage(run, progress=False)
     search_stage(run, OnRay() if workers else Local(), progress=False)
-    return json.loads(run.search_file.read_text()), sorted(read_ledger(run.ledger))
+    return json.loads(run.search_file.read_text()), sorted(map(str, read_ledger(run.ledger)))
 
 
-@pytest.mark.parametrize("settings", [[], ["search.racing={}", "search.reward=accuracy", "search.tie_breaker=margin"]])
+RACED = ["search.racing={}", "search.reward=accuracy", "search.tie_breaker=margin"]
+GUIDED = [
+    *("search.method=guided", "search.recovery=refit", "search.confirm={share: 0.25, candidates: 2}"),
+    *("search.racing={}", "search.reward=divergence", "search.evaluations=12", "search.simulations=16"),
+    "search.roots=[flap]",
+]
+
+
+@pytest.mark.parametrize("settings", [[], RACED, GUIDED], ids=["plain", "raced", "guided"])
 def test_a_search_on_actors_is_the_search_of_one_process(tmp_path: Path, settings: list[str]) -> None:
     alone = searched(tmp_path / "alone", 0, settings)
     assert searched(tmp_path / "fleet", 2, settings) == alone
     races = ["opponent" in entry for target in alone[0]["targets"] for entry in target["evaluations"]]  # type: ignore[attr-defined]
     assert any(races) == bool(settings)
+    for target in alone[0]["targets"]:  # type: ignore[attr-defined]
+        finalists = [entry["widths"] for entry in target.get("confirmed", [])]
+        assert len(finalists) in ((2, 3) if settings is GUIDED else (0,))
+        assert not finalists or target["best"]["widths"] in finalists

@@ -14,6 +14,7 @@ import pytest
 import lop
 from lop.model.find import assets
 
+pytestmark = pytest.mark.timeout(900)  # Starts of Ray and Serve, which on a busy machine take minutes.
 _ROOT = Path(__file__).parents[1]
 _OWN = (
     *("lop.py", "serve.py", "ray_jobs.py", "configs/__init__.py", "tests/__init__.py"),

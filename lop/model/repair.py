@@ -132,4 +132,5 @@ def factor(gram: Tensor, *, ridge: float = RIDGE) -> Tensor:
     """C of `G + λI`, [F, F] float32; changes `gram`, G [F, F] float64."""
     # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.
     gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    return torch.linalg.cholesky(gram).float()
+    # Row after row, as it is once it has been in shared memory: the last digit of a product depends on that.
+    return torch.linalg.cholesky(gram).float().contiguous()

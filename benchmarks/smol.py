@@ -10,10 +10,10 @@ the same test items, drawn once by a fixed seed, with the refit that one factor 
 (`lop.model.repair`), in the method's own order of neurons.
 
 The last line is JSON: by method and ratio `kl` (nats, of the dense model's distributions from the pruned one's: summed
-over a question's answer, mean over a passage's tokens, mean over items) and `accuracy`; by ratio `lead` (of LOP's
-search over uniform, as a share of uniform's KL), its 95% `interval` (paired bootstrap over images and texts) and
-`significant`: whether LOP is ahead of every other method by an interval that lies above zero; `behind` names those
-where it is not.
+over a question's answer, mean over a passage's tokens, mean over items), `kl_of` images, knowledge and prose, and
+`accuracy`; by ratio `lead` (of LOP's search over uniform, as a share of uniform's KL), its 95% `interval` (paired
+bootstrap over images and texts) and `significant`: whether LOP is ahead of every other method by an interval that lies
+above zero; `behind` names those where it is not.
 """
 
 import argparse
@@ -259,8 +259,17 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
         return paired_bootstrap(values, one, images)
 
     asked = np.array([not sample.is_prose for sample in bench.items])
+    shown = np.array([bool(sample.image) for sample in bench.items])
+    parts = {"images": shown, "knowledge": asked & ~shown, "prose": ~asked}
     kl: dict[tuple[str, float], np.ndarray] = {}
-    lines: dict[str, Any] = {"benchmark": "smol", "seed": bench.seed, "items": len(images), "kl": {}, "accuracy": {}}
+    lines: dict[str, Any] = {
+        "benchmark": "smol",
+        "seed": bench.seed,
+        "items": len(images),
+        "kl": {},
+        "kl_of": {},
+        "accuracy": {},
+    }
     for method in methods:
         for ratio in ratios:
             chosen = choose(bench, method, ratio)
@@ -269,6 +278,8 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
             hits = _unpacked(found["hits"])[asked].mean()
             lines["kl"].setdefault(method, {})[str(ratio)] = float(kl[method, ratio].mean())
             lines["accuracy"].setdefault(method, {})[str(ratio)] = float(hits)
+            shares = {part: float(kl[method, ratio][mine].mean()) for part, mine in parts.items()}
+            lines["kl_of"].setdefault(method, {})[str(ratio)] = shares
             print(
                 f"{method:<14} {ratio:.0%}  KL {kl[method, ratio].mean():.4f}  right {hits:.1%}  {chosen.tokens} tokens"
             )

@@ -107,6 +107,7 @@ class Bench:
     @cached_property
     def factors(self) -> list[torch.Tensor]:
         """Each layer's, in the order of the run's importance."""
+        self.workshop.elastic.sort(self.run.order)
         return list(factors(self.workshop.elastic.backbone, self.workshop.encode(self.run.samples.calibration)))
 
     @cached_property
@@ -118,13 +119,13 @@ class Bench:
 
     def repair(self, name: str) -> Refits:
         """Sorts the model by an importance, and gives what refits it in that order."""
-        run = self.run
+        run, known = self.run, self.factors
         ranked = order(importance(name, run.statistics))
         self.workshop.elastic.sort(ranked)
         if name == run.config.importance:
-            return Refits(self.factors, cache_bytes=1 << 30)
+            return Refits(known, cache_bytes=1 << 30)
         moves = (np.argsort(ours)[theirs] for ours, theirs in zip(run.order, ranked, strict=True))
-        made = [reordered(c, torch.from_numpy(move)) for c, move in zip(self.factors, moves, strict=True)]
+        made = [reordered(c, torch.from_numpy(move)) for c, move in zip(known, moves, strict=True)]
         return Refits(made, cache_bytes=1 << 30)
 
     def search(self, ratio: float) -> Chosen:

@@ -17,7 +17,6 @@ above zero; `behind` names those where it is not.
 """
 
 import argparse
-import base64
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +40,7 @@ from lop.run.run import Run
 from lop.run.spectra import statistics_for
 from lop.search.evaluator import Evaluator
 from lop.search.loop import InProcess
-from lop.search.racing import Candidate
+from lop.search.racing import Candidate, pack_values, unpack_values
 from lop.space.allocation import Allocation
 from lop.stages.calibrate import calibrate_stage
 from lop.stages.local import Local
@@ -201,21 +200,13 @@ class Bench:
             divergence=True,
         )
         found = evaluator.compared(Allocation(chosen.widths))
-        return {"divergence": _packed(found.divergence), "hits": _packed(found.correct)}
+        return {"divergence": pack_values(found.divergence), "hits": pack_values(found.correct)}
 
     @cached_property
     def made_from(self) -> str:
         """What the cells depend on."""
         run = self.run
         return fingerprint([run.calibration_fingerprints, run.config.importance, fingerprint_samples(self.items)])
-
-
-def _packed(values: np.ndarray) -> str:
-    return base64.b64encode(values.astype("<f2").tobytes()).decode()
-
-
-def _unpacked(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text), "<f2").astype(np.float64)
 
 
 def cell(name: str, made_from: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -275,8 +266,8 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
         for ratio in ratios:
             chosen = choose(bench, method, ratio)
             found = scored(bench, chosen)
-            kl[method, ratio] = _unpacked(found["divergence"])
-            hits = _unpacked(found["hits"])[asked].mean()
+            kl[method, ratio] = unpack_values(found["divergence"])
+            hits = unpack_values(found["hits"])[asked].mean()
             lines["kl"].setdefault(method, {})[str(ratio)] = float(kl[method, ratio].mean())
             lines["accuracy"].setdefault(method, {})[str(ratio)] = float(hits)
             shares = {part: float(kl[method, ratio][mine].mean()) for part, mine in parts.items()}
@@ -301,7 +292,7 @@ def check(bench: Bench, count: int) -> Iterator[bool]:
     records = [read_json(path) for path in sorted(RESULTS.glob(f"choice-*-{bench.seed}.json"))]
     for index in np.random.default_rng().permutation(len(records))[:count]:
         chosen = choose(bench, records[index]["method"], records[index]["ratio"])
-        known, again = (_unpacked(found["divergence"]) for found in (scored(bench, chosen), bench.score(chosen)))
+        known, again = (unpack_values(found["divergence"]) for found in (scored(bench, chosen), bench.score(chosen)))
         print(f"{chosen.method} at {chosen.ratio:.0%}: KL {known.mean():.4f}, again {again.mean():.4f}")
         yield bool(np.allclose(known, again, rtol=0.02, atol=0.02))
 

@@ -21,7 +21,7 @@ from lop.model.backbone import ROWS, Backbone, Layer
 from lop.model.elastic import ElasticFfn, ElasticModel, Repair
 from lop.model.encoding import Encoded, encode
 from lop.model.image_settings import ImageSettings
-from lop.model.repair import RIDGE, Biases, Refits, factors
+from lop.model.repair import RIDGE, Biases, Refits, factors, ridged_factor
 from lop.model.samples import Sample
 from lop.model.sources import check_checkpoint
 from lop.model.streamed import StreamedModel
@@ -210,7 +210,5 @@ class _NormalEquations:
         """The weights [H, k], in W's dtype; changes the sums."""
         gram, weight = self._gram, self._weight.double()
         self._target -= weight @ gram
-        # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.
-        gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-        change = torch.cholesky_solve(self._target.T, torch.linalg.cholesky(gram)).T
+        change = torch.cholesky_solve(self._target.T, ridged_factor(gram, ridge)).T
         return (weight + change).to(self._weight.dtype)

@@ -130,7 +130,12 @@ def reordered(made: Tensor, move: Tensor, *, ridge: float = 0.0) -> Tensor:
 
 def factor(gram: Tensor, *, ridge: float = RIDGE) -> Tensor:
     """C of `G + λI`, [F, F] float32; changes `gram`, G [F, F] float64."""
+    # Row after row, as it is once it has been in shared memory: the last digit of a product depends on that.
+    return ridged_factor(gram, ridge).float().contiguous()
+
+
+def ridged_factor(gram: Tensor, ridge: float) -> Tensor:
+    """The lower factor of `G + λI`, [F, F] float64, `λ = ridge · mean(diag G)`; changes `gram`, G [F, F] float64."""
     # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.
     gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    # Row after row, as it is once it has been in shared memory: the last digit of a product depends on that.
-    return torch.linalg.cholesky(gram).float().contiguous()
+    return torch.linalg.cholesky(gram)

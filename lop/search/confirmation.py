@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lop.model.samples import Sample
 from lop.search.evaluation import Evaluation
 from lop.search.ledger import Ledger
-from lop.search.loop import Workers, evaluate_each
+from lop.search.loop import Workers, evaluate_recorded
 from lop.search.racing import Candidate, split
 from lop.search.tree import SearchTree
 from lop.space.allocation import Allocation, uniform
@@ -39,15 +39,7 @@ def confirm(
     """
     finalists = {target: _finalists(tree, count) for target, tree in trees.items()}
     wanted = [Candidate(allocation, confirms=True) for each in finalists.values() for allocation in each]
-    found = {candidate.allocation: known for candidate in wanted if (known := ledger.get(candidate))}
-    for results in evaluate_each([candidate for candidate in wanted if candidate.allocation not in found], workers):
-        for allocation, evaluation in results:
-            ledger.append(allocation, evaluation)
-        found |= dict(results)
-        if ledger.due == 0:
-            ledger.flush()
-        tick(workers)
-    ledger.flush()
+    found = evaluate_recorded(wanted, workers, ledger, lambda _: tick(workers))
     return {target: {allocation: found[allocation] for allocation in each} for target, each in finalists.items()}
 
 

@@ -1,7 +1,7 @@
 """All targets' trees over one pool of workers."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from lop.search.evaluation import Evaluation, Scorer
@@ -135,6 +135,30 @@ def run_search(
             release()
         if watcher:
             watcher.tick(workers)
+
+
+def evaluate_recorded(
+    candidates: Sequence[Candidate],
+    workers: Workers,
+    ledger: Ledger,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[Allocation, Evaluation]:
+    """Evaluates candidates of distinct allocations, but for those that the ledger holds, and puts them there.
+
+    Args:
+        progress: told at the start, and about every second, how many are known.
+    """
+    found = {each.allocation: known for each in candidates if (known := ledger.get(each))}
+    progress(len(found))
+    for results in evaluate_each([each for each in candidates if each.allocation not in found], workers):
+        for allocation, evaluation in results:
+            ledger.append(allocation, evaluation)
+        found |= dict(results)
+        if ledger.due == 0:
+            ledger.flush()
+        progress(len(found))
+    ledger.flush()
+    return found
 
 
 def evaluate_each(candidates: Sequence[Candidate], workers: Workers) -> Iterator[list[tuple[Allocation, Evaluation]]]:

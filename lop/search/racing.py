@@ -41,9 +41,9 @@ class Racing:
 
     def parts(self, samples: int, *, seed: int) -> list[np.ndarray]:
         """The samples of each round: a random partition."""
-        if self.counts:
-            return sample_rounds(samples, self.rounds, seed=seed)
         parts = sample_rounds(samples, self.rounds, seed=seed)
+        if self.counts:
+            return parts
         ends = [0, *(2**power for power in range(len(parts).bit_length())), len(parts)]
         return [np.concatenate(parts[start:end]) for start, end in pairwise(ends) if start < end]
 

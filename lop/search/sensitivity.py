@@ -6,7 +6,7 @@ import numpy as np
 
 from lop.errors import LopError
 from lop.search.ledger import Ledger
-from lop.search.loop import Watcher, Workers, evaluate_each
+from lop.search.loop import Watcher, Workers, evaluate_recorded
 from lop.search.racing import Candidate
 from lop.space.allocation import Allocation, Space
 
@@ -24,20 +24,13 @@ def measure_damages(
     """
     widths = scan_widths(space, levels)
     alone = scan(space, widths)
-    found = {allocation: known for allocation in alone if (known := ledger.get(Candidate(allocation)))}
-    if watcher:
-        watcher.scanned(len(found), len(alone))
-        watcher.tick(workers)
-    for results in evaluate_each([Candidate(each) for each in alone if each not in found], workers):
-        for allocation, evaluation in results:
-            ledger.append(allocation, evaluation)
-        found |= dict(results)
-        if ledger.due == 0:
-            ledger.flush()
+
+    def progress(done: int) -> None:
         if watcher:
-            watcher.scanned(len(found), len(alone))
+            watcher.scanned(done, len(alone))
             watcher.tick(workers)
-    ledger.flush()
+
+    found = evaluate_recorded(list(map(Candidate, alone)), workers, ledger, progress)
     damages = [-found[allocation].worth("divergence") for allocation in alone]
     return damage_table(space, widths, np.reshape(damages, (space.layers, len(widths))))
 

@@ -19,7 +19,7 @@ above zero; `behind` names those where it is not.
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cells import cell
 
 from lop.methods.method import Given, Reward
 from lop.methods.registry import METHODS
@@ -45,7 +46,7 @@ from lop.space.allocation import Allocation
 from lop.stages.calibrate import calibrate_stage
 from lop.stages.local import Local
 from lop.stages.search import search_stage
-from lop.storage.files import read_json, write_json
+from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent.parent / "results" / "smol"
@@ -209,18 +210,6 @@ class Bench:
         return fingerprint([run.calibration_fingerprints, run.config.importance, fingerprint_samples(self.items)])
 
 
-def cell(name: str, made_from: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a cell's file holds; made where it is missing or was made from something else."""
-    path = RESULTS / f"{name}.json"
-    if path.exists() and (found := read_json(path))["made_from"] == made_from:
-        return dict(found)
-    print(f"{name} …", flush=True)
-    found = {"made_from": made_from, **make()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(path, found)
-    return found
-
-
 def choose(bench: Bench, method: str, ratio: float) -> Chosen:
     """A method's cell at a ratio."""
 
@@ -231,7 +220,7 @@ def choose(bench: Bench, method: str, ratio: float) -> Chosen:
             return asdict(bench.search(ratio))
         return asdict(bench.rival(method, ratio, choose(bench, LOP, ratio).tokens))
 
-    found = cell(f"choice-{method}-{ratio}-{bench.seed}", bench.made_from, make)
+    found = cell(RESULTS / f"choice-{method}-{ratio}-{bench.seed}.json", bench.made_from, make)
     del found["made_from"]
     return Chosen(**{**found, "widths": tuple(found["widths"])})
 
@@ -239,7 +228,7 @@ def choose(bench: Bench, method: str, ratio: float) -> Chosen:
 def scored(bench: Bench, chosen: Chosen) -> dict[str, Any]:
     """An allocation's cell."""
     name = fingerprint([chosen.importance, chosen.widths])
-    return cell(f"score-{name}", bench.made_from, lambda: bench.score(chosen))
+    return cell(RESULTS / f"score-{name}.json", bench.made_from, lambda: bench.score(chosen))
 
 
 def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> dict[str, Any]:

@@ -58,13 +58,19 @@ def taylor_terms(
     for done, batch in enumerate(encoded.batches, start=1):
         _add_gradients(backbone, _plain(batch, backbone.norm.device), found)
         shown(done)
-    element, vector = [], []
-    for ffn, gradients in zip(ffns, found.values()):
-        products = [g * w.float() for g, w in zip(gradients, (ffn.gate, ffn.up, ffn.down))]
-        lines = [products[0].T, products[1].T, products[2]]  # [H, F] each.
-        element.append(sum(line.abs().sum(0, dtype=torch.float64) for line in lines))
-        vector.append(sum(line.sum(0, dtype=torch.float64).abs() for line in lines))
-    return Terms(*(np.stack([cast(Tensor, row).cpu().numpy() for row in rows]) for rows in (element, vector)))
+    each = [coupled((ffn.gate, ffn.up, ffn.down), gradients) for ffn, gradients in zip(ffns, found.values())]
+    return Terms(*(np.stack([terms[form].cpu().numpy() for terms in each]) for form in range(2)))
+
+
+def coupled(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The two terms [F] float64 of one layer's neurons; see `Terms`.
+
+    Args:
+        weights, gradients: of gate and up [F, H], and of down [H, F].
+    """
+    products = [weight.float() * gradient for weight, gradient in zip(weights, gradients)]
+    lines = torch.stack([products[0].T, products[1].T, products[2]])
+    return lines.abs().sum((0, 1), dtype=torch.float64), lines.sum(1, dtype=torch.float64).abs().sum(0)
 
 
 def _plain(batch: Batch, device: torch.device) -> Batch:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from lop.methods.method import Need
-from lop.run.surveys import extra_bytes
+from lop.run.surveys import SURVEYS
 from lop.space.size import ModelSize
 
 _WORDS = {
@@ -19,7 +19,10 @@ _WORDS = {
 
 
 def needs_in_words(needs: Collection[Need], size: ModelSize) -> str:
-    """What the needs are, and the memory that the largest takes beside what calibration takes."""
-    words = ", ".join(word for need, word in _WORDS.items() if need in needs) or "weights alone"
-    extra = extra_bytes(size, needs)
-    return f"{words} ({extra / 1e9:.2g} GB)" if extra else words
+    """What the needs are, each with the memory that it takes on top of what calibration takes."""
+    return ", ".join(_in_words(need, size) for need in _WORDS if need in needs) or "weights alone"
+
+
+def _in_words(need: Need, size: ModelSize) -> str:
+    extra = SURVEYS[need.value].memory(size) if need.value in SURVEYS else 0
+    return f"{_WORDS[need]} ({extra / 1e9:.2g} GB)" if extra else _WORDS[need]

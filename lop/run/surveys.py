@@ -144,8 +144,3 @@ def extra_seconds(run: Run, needs: Iterable[Need]) -> float:
     asked = frozenset(needs)
     spectra = layer_spectra(run).seconds if Need.SPECTRA in asked else 0.0
     return spectra + sum(run.survey_seconds(kind) for kind in surveys_of(asked))
-
-
-def extra_bytes(size: ModelSize, needs: Iterable[Need]) -> int:
-    """The most memory that a survey among needs takes of a worker, beside what calibration takes anyway."""
-    return max((SURVEYS[kind].memory(size) for kind in surveys_of(needs)), default=0)

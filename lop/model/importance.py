@@ -81,7 +81,7 @@ IMPORTANCES: "dict[str, Callable[[NeuronStatistics], np.ndarray]]" = {
     "surgeon": surgeon,
 }
 # What an importance reads beside the statistics: the survey (`lop.run.surveys`) that finds it.
-SURVEYS = {"taylor": "gradients", "taylor-vector": "gradients", "sequences": "sequences", "surgeon": "removal"}
+SURVEY_OF = {"taylor": "gradients", "taylor-vector": "gradients", "sequences": "sequences", "surgeon": "removal"}
 
 
 def importance(name: str, statistics: "NeuronStatistics") -> np.ndarray:

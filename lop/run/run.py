@@ -218,9 +218,9 @@ class Run:
         Raises:
             LopError: what it reads is missing.
         """
-        from lop.model.importance import SURVEYS, importance, order
+        from lop.model.importance import SURVEY_OF, importance, order
 
-        return order(importance(name, self.surveyed([SURVEYS[name]] if name in SURVEYS else [])))
+        return order(importance(name, self.surveyed([SURVEY_OF[name]] if name in SURVEY_OF else [])))
 
     @cached_property
     def order(self) -> np.ndarray:

@@ -6,7 +6,6 @@ statistics; `lop.stages.surveys` makes them.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from lop.space.size import ModelSize
 # A piece of a survey: from which layer, or which sample, to before which.
 Piece = tuple[int, int]
 Arrays = Mapping[str, np.ndarray]
-# Makes pieces, which come in ascending order.
+# Makes pieces; soonest in ascending order.
 Surveyor = Callable[[Piece], Arrays]
 
 # What gradients may take of a worker's memory: as many layers as fit are a piece, and a pass over the samples.
@@ -84,13 +83,12 @@ class _Sequences:
 
 class _Removal:
     def __init__(self, workshop: Workshop, samples: Sequence[Sample]) -> None:
-        self._workshop, self._samples = workshop, samples
-
-    @cached_property
-    def _walk(self) -> Walk:
-        return Walk(self._workshop.elastic.backbone, self._workshop.encode(self._samples))
+        self._backbone, self._encoded = workshop.elastic.backbone, workshop.encode(samples)
+        self._walk = Walk(self._backbone, self._encoded)
 
     def __call__(self, layers: Piece) -> Arrays:
+        if self._walk.layer > layers[0]:  # There is no way back.
+            self._walk = Walk(self._backbone, self._encoded)
         while self._walk.layer < layers[0]:
             self._walk.step()
         down = self._walk.ffn.down

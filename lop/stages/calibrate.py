@@ -7,7 +7,7 @@ import torch
 from lop.model.adapter import load_model
 from lop.model.encoding import encode
 from lop.model.find import EMBEDDED
-from lop.model.importance import SURVEYS
+from lop.model.importance import SURVEY_OF
 from lop.model.statistics import calibrate
 from lop.run.run import Run
 from lop.stages.local import Local
@@ -24,8 +24,8 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         LopError: the run's statistics were made with another model or other samples.
     """
     _calibrate(run, progress=progress)
-    if run.config.importance in SURVEYS:
-        make_surveys(run, Local(), [SURVEYS[run.config.importance]], progress=progress)
+    if kind := SURVEY_OF.get(run.config.importance):
+        make_surveys(run, Local(), [kind], progress=progress)
 
 
 def _calibrate(run: Run, *, progress: bool) -> None:

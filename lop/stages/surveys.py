@@ -16,6 +16,7 @@ from lop.run.building import Materials, Workshop
 from lop.run.compute import Compute
 from lop.run.run import Run
 from lop.run.surveys import SURVEYS, Arrays, Piece, surveys_of
+from lop.storage.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def _make(run: Run, compute: Compute, kind: str, *, progress: bool) -> None:
 
 
 def _piece_file(run: Run, kind: str, piece: Piece) -> Path:
-    return run.folder / "surveys" / f"{kind}-{piece[0]}-{piece[1]}.safetensors"
+    made_from = fingerprint(run.calibration_fingerprints)
+    return run.folder / "surveys" / f"{kind}-{piece[0]}-{piece[1]}-{made_from}.safetensors"
 
 
 @dataclass(frozen=True)

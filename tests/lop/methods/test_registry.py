@@ -13,8 +13,7 @@ from lop.errors import LopError
 from lop.methods.method import Given, Need, Reward, Root, Side
 from lop.methods.registry import BASELINES, IN_REPORT, METHODS, REFERENCE, ROOTS, SEARCHES
 from lop.model.find import assets
-from lop.model.importance import IMPORTANCES
-from lop.model.importance import SURVEYS as OF_IMPORTANCE
+from lop.model.importance import IMPORTANCES, SURVEY_OF
 from lop.model.samples import SampleSets
 from lop.model.statistics import save_survey
 from lop.report.cells import Cell, CellWorker
@@ -144,7 +143,7 @@ def test_the_names_that_configs_hold_are_the_registrys() -> None:
         assert method.root is not Root.READ or method.start is not None
         assert method.root in (None, Root.READ) or method.search is not None
         assert method.side is not Side.BASELINE or method.start is not None
-        assert OF_IMPORTANCE.get(method.importance or "activation") in (None, *surveys_of(method.needs))
+        assert SURVEY_OF.get(method.importance or "activation") in (None, *surveys_of(method.needs))
 
 
 @pytest.mark.parametrize("name", ["lop-search", "lop-predictor", "flap", "evolution"])

@@ -130,6 +130,10 @@ class Backbone:
         attended = attention.at_tails(layer, self._norm(x, layer.attention_norm), tails)
         return self._norm(self.feed_forward(layer, torch.addmm(x[tails], attended, layer.out.T)), self.norm)
 
+    def normed(self, x: Tensor) -> Tensor:
+        """What the head is given, [M, H], of states [M, H] after the last layer."""
+        return self._norm(x, self.norm)
+
     def logits(self, x: Tensor) -> Tensor:
         """Normed states [M, H] to [M, V]."""
         return F.linear(x, self.head)

@@ -38,6 +38,7 @@ Importance = Annotated[str, _one_of(IMPORTANCES)]
 Root = Annotated[str, _one_of(ROOTS)]
 Baseline = Annotated[str, _one_of(BASELINES)]
 Rival = Annotated[str, _one_of(SEARCHES)]
+MethodName = Annotated[str, _one_of(name for name, method in METHODS.items() if method.is_compared)]
 Architecture = Annotated[str, _one_of(NETWORKS)]
 
 
@@ -195,10 +196,12 @@ class CompareSettings(_Settings):
     """What `lop compare` reports: every method as published at `targets`, and with each recovery at others.
 
     All of these targets must have been searched. Without `recoveries` there is no table of them. `limit` takes only so
-    many test questions, drawn by the config's seed.
+    many test questions, drawn by the config's seed. `methods` are names of `lop.methods.registry`; None means the few
+    that the report usually has. Those that search by themselves are run for all these targets.
     """
 
     targets: Several[Ratio] = (0.2, 0.3, 0.5)
+    methods: Several[MethodName] | None = None
     recovery_targets: Several[Ratio] = (0.5, 0.6)
     recoveries: Distinct[Recovery] = ("none", "bias", "refit")
     limit: Positive | None = None
@@ -207,7 +210,8 @@ class CompareSettings(_Settings):
 class TablesSettings(_Settings):
     """What `lop compare` makes of the benchmark: the paper's tables and figures.
 
-    `baselines` are names of `lop.methods.registry`; None means all. `rivals` search as long as LOP does; they are run
+    `baselines` are names of `lop.methods.registry`; None means all that read no more than the statistics and the
+    weights. `rivals` search as long as LOP does; they are run
     by `lop rivals`, and by `lop compare` where they have not been. `limit` takes only so many groups of questions of
     each part of a task.
     """

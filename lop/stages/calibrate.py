@@ -7,19 +7,28 @@ import torch
 from lop.model.adapter import load_model
 from lop.model.encoding import encode
 from lop.model.find import EMBEDDED
+from lop.model.importance import SURVEY_OF
 from lop.model.statistics import calibrate
 from lop.run.run import Run
+from lop.stages.local import Local
+from lop.stages.surveys import make_surveys
 from lop.stages.timing import timed
 
 log = logging.getLogger(__name__)
 
 
 def calibrate_stage(run: Run, *, progress: bool = True) -> None:
-    """Writes the run's statistics, unless they are there already.
+    """Writes the run's statistics, and the survey that the config's importance reads, unless they are there already.
 
     Raises:
         LopError: the run's statistics were made with another model or other samples.
     """
+    _calibrate(run, progress=progress)
+    if kind := SURVEY_OF.get(run.config.importance):
+        make_surveys(run, Local(), [kind], progress=progress)
+
+
+def _calibrate(run: Run, *, progress: bool) -> None:
     if run.statistics_file.exists():
         _ = run.statistics
         log.info("calibrate: %s is there already", run.statistics_file)

@@ -62,12 +62,13 @@ def export_allocation(
     *,
     target: float,
     format: Format = "hf",
+    importance: str | None = None,
     recovery: Recovery | None = None,
     scratch: Path | None = None,
     progress: Progress = lambda step, done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Writes the checkpoint of an allocation in the run's importance order; it appears whole or not at all.
+    """Writes the checkpoint of an allocation in an importance's order; it appears whole or not at all.
 
     Recovery `refit` runs the calibration samples through the model twice, one layer in memory at a time; the others,
     and the writing itself, build no model.
@@ -75,6 +76,7 @@ def export_allocation(
     Args:
         out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
         target: the pruning ratio that was asked for; goes into the manifest.
+        importance: whose order neurons are kept in, for a method's own; None takes the config's.
         recovery: None takes the config's.
         scratch: where recovery keeps a folder while it runs; by default the system's place for temporary files.
         progress: called in this thread with the step (`"recover"`, counted in layers, or `"export"`, in bytes), how
@@ -90,6 +92,7 @@ def export_allocation(
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
     recovery = recovery or run.config.recovery
+    order = run.order_by(importance) if importance else run.order
     check_format(format, recovery)
     place = Location.parse(out)
     check_new(place, bytes=Footprint(run.size, format, recovery).bytes(allocation.widths))
@@ -98,7 +101,7 @@ def export_allocation(
         "version": __version__,
         "source": run.config.model,
         "target": target,
-        "importance": run.config.importance,
+        "importance": importance or run.config.importance,
         "recovery": recovery,
         "fingerprints": run.calibration_fingerprints,
     }
@@ -116,7 +119,7 @@ def export_allocation(
             allocation,
             recovery,
             Path(folder),
-            order=run.order,
+            order=order,
             means=run.statistics.mean,
             samples=run.samples.calibration,
             batch_tokens=run.config.batch_tokens,
@@ -129,7 +132,7 @@ def export_allocation(
             run.model_folder,
             place,
             allocation,
-            run.order,
+            order,
             about=about,
             format=format,
             recovered=recovered,

@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,8 @@ import lop
 from lop.checkpoint.footprint import Footprint
 from lop.errors import LopError
 from lop.report.intervals import Interval
-from lop.space.allocation import Allocation, uniform
+from lop.space.allocation import Allocation, Space, uniform
+from lop.space.latency import Profile
 from serve import schemas
 from serve.catalogue import Curve, ServedModel
 from serve.downloads import ID, RETRY_SECONDS, Id, add_events, add_files, describe, find_job, problem_response, url_of
@@ -38,10 +40,11 @@ Predict = Callable[[str, int], Awaitable[tuple[int, ...]]]
 Check = Callable[[], Awaitable[object]]
 
 _READY_SECONDS = 5
+_TRIED_AT_ONCE = 16
 _COMMON = (400, 401, 403, 408, 413, 429)
 
 DESCRIPTION = """\
-Ask for a size, get a model. A **target** is a pruning ratio, a number of parameters or a number of bytes;
+Ask for a size, get a model. A **target** is a pruning ratio, parameters, bytes, memory for a context, or a latency;
 `POST /v1/allocations` says at once what each layer would keep, `POST /v1/checkpoints` makes the checkpoint.
 Errors are problem documents (RFC 9457), and each answer carries an `X-Request-ID`."""
 
@@ -131,7 +134,7 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
                 footprint.format,
                 footprint.recovery,
                 asked.target.model_dump(),
-                footprint.is_uniform(asked.target.target()),
+                footprint.is_uniform(asked.target.target(model.profiles)),
             ),
             allocation,
             reserved=allocation["bytes"] + model.companions,
@@ -160,9 +163,7 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
         page = [describe(job, store) for job in jobs[:limit]]
         return schemas.Checkpoints(checkpoints=page, next=page[-1].id if len(jobs) > limit else None)
 
-    @api.get(
-        "/v1/checkpoints/{id}", summary="A checkpoint's state", tags=["checkpoints"], responses=problems(404, 422)
-    )
+    @api.get("/v1/checkpoints/{id}", summary="A checkpoint's state", tags=["checkpoints"], responses=problems(404, 422))
     def get_checkpoint(id: Id) -> schemas.Checkpoint:
         return describe(find_job(store, id), store)
 
@@ -269,17 +270,35 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
     Raises:
         LopError: the target cannot be met, or the format has no place for the recovery.
     """
-    footprint, target = _footprint(model, asked), asked.target.target()
-    budget = footprint.budget(target, model.space)
-    if footprint.is_uniform(target):
-        answer = footprint.describe(uniform(model.space, budget), model.space)
-        return {"model": model.name, **answer, "expected_accuracy": None}  # What was measured is the predictor's.
-    answer = footprint.describe(Allocation(await predict(model.name, budget)), model.space)
-    return {"model": model.name, **answer, "expected_accuracy": _expected(model, asked.recovery, answer["ratio"])}
+    footprint, target, space = _footprint(model, asked), asked.target.target(model.profiles), model.space
+    # Many at once where many may have to be tried: the predictor is asked for them in one call.
+    left = footprint.budgets(target, space)
+    while budgets := list(islice(left, _TRIED_AT_ONCE)):
+        if footprint.is_uniform(target):
+            found = [uniform(space, budget) for budget in budgets]
+        else:
+            found = [Allocation(w) for w in await asyncio.gather(*(predict(model.name, budget) for budget in budgets))]
+        for allocation in found:
+            if footprint.meets(target, allocation.widths, space):
+                answer = footprint.describe(allocation, space, target)
+                # What was measured is the predictor's.
+                expected = None if footprint.is_uniform(target) else _expected(model, asked.recovery, answer["ratio"])
+                return {"model": model.name, "memory": None, "latency": None, **answer, "expected_accuracy": expected}
+    raise AssertionError("the least budget of a target meets it")
 
 
 def _footprint(model: ServedModel, asked: schemas.AllocationRequest) -> Footprint:
-    return Footprint(model.size, asked.format, asked.recovery or model.recovery)
+    return Footprint(model.size, asked.format, asked.recovery or model.recovery, model.shape)
+
+
+def _device(name: str, profile: Profile, space: Space) -> schemas.Device:
+    ranges = {
+        phase: schemas.Range(
+            least=times.of([space.min_width] * space.layers), largest=times.of([space.neurons] * space.layers)
+        )
+        for phase, times in profile.phases.items()
+    }
+    return schemas.Device(name=name, description=profile.device, **ranges)
 
 
 def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[str, Any] | None:
@@ -308,6 +327,7 @@ def _model(model: ServedModel) -> schemas.Model:
         formats=list(FORMATS),
         recoveries=list(RECOVERIES),
         recovery=model.recovery,
+        devices=[_device(name, profile, space) for name, profile in model.profiles.items()],
         accuracy=[_curve(curve) for curve in model.curves.values()],
     )
 

@@ -16,6 +16,7 @@ from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
 from lop.model.find import EMBEDDED, SHIPPED
+from lop.space.latency import PHASES
 from lop.terminal import prepare_streams, say, settle_streams
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder"
     )
+    profile = add("profile", "measure on this device how long the model's parts take", commands.profile)
+    profile.add_argument("--out", type=_local, required=True, metavar="FILE", help="where the profile goes, JSON")
+    profile.add_argument("--context", type=int, default=512, metavar="TOKENS", help="read, and then held in decoding")
     inspect = add("inspect", "tell what a checkpoint is, and check its files", commands.inspect, common=False)
     inspect.add_argument(
         "model", type=_name, metavar="MODEL", help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
@@ -215,6 +219,16 @@ def _add_target(stage: argparse.ArgumentParser) -> None:
     target.add_argument("--target", metavar="RATIO", help="share of FFN neurons to remove, such as 0.3")
     target.add_argument("--parameters", metavar="COUNT", help="of the whole checkpoint, at most, such as 5B")
     target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, at most, such as 8GiB")
+    target.add_argument("--memory", metavar="SIZE", help="held while it answers, at most, such as 24GiB; see --context")
+    target.add_argument("--latency", metavar="TIME", help="of a token, at most, such as 40ms; see --device-profile")
+    load = stage.add_argument_group("with --memory")
+    load.add_argument("--context", type=int, metavar="TOKENS", help="of one sequence, images and answer included")
+    load.add_argument("--images", type=int, metavar="N", help="in each sequence (0)")
+    load.add_argument("--batch", type=int, metavar="N", help="sequences at once (1)")
+    load.add_argument("--image-pixels", metavar="COUNT", help="of each image, before the processor scales it (1048576)")
+    device = stage.add_argument_group("with --latency")
+    device.add_argument("--device-profile", type=_local, metavar="FILE", help="what `lop profile` has measured")
+    device.add_argument("--latency-of", choices=PHASES, help="of a token that is generated, or of one read (decode)")
 
 
 def _add_form(stage: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,10 @@ from lop.errors import LopError
 from lop.model.find import find_model
 from lop.model.smol import NAME as SMOL
 from lop.run.config import Config, config_for, find_config, load_config
-from lop.space.size import Target, parse_count
+from lop.run.prediction import read_profile
+from lop.space.latency import PHASES
+from lop.space.memory import Load
+from lop.space.size import Target, parse_count, parse_seconds
 from lop.storage.places import check_lasting
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
@@ -83,6 +87,10 @@ def predict(options: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     print(f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, ratio {found['ratio']:.4f}")
+    if "memory" in found:
+        print(f"{found['memory']:,} bytes of memory at most while it answers")
+    if target.profile is not None:
+        print(f"{1000 * found['latency']:.3f} ms a token in {target.phase} on {target.profile.device}")
     for layer, (ratio, width) in enumerate(zip(found["ratios"], found["widths"])):
         print(f"layer {layer:>2}  {width:>6}  {'█' * round(40 * (1 - ratio)):<40}  {ratio:.1%} pruned")
 
@@ -97,6 +105,13 @@ def prune(options: argparse.Namespace) -> None:
         manifest = prune_stage(run, config, _target(options), options.out, format=options.format, progress=progress)
     if options.format == "padded":
         log.info("padding: %s bytes of zeros", f"{manifest['padding_bytes']:,}")
+    print(options.out)
+
+
+def profile(options: argparse.Namespace) -> None:
+    from lop.stages.profile import profile_stage
+
+    profile_stage(_run(options), options.out, context=options.context)
     print(options.out)
 
 
@@ -231,14 +246,36 @@ def _compute(config: Config) -> "Compute":
 
 
 def _target(options: argparse.Namespace) -> Target:
+    load, profile = _load(options), options.device_profile and read_profile(options.device_profile)
+    if options.latency_of and options.latency is None:
+        raise LopError("--latency-of is for --latency")
+    # A target refuses what does not belong to it.
+    target = partial(Target, load=load, profile=profile, phase=options.latency_of or PHASES[0])
     if options.parameters is not None:
-        return Target(parameters=parse_count(options.parameters, what="parameters"))
+        return target(parameters=parse_count(options.parameters, what="parameters"))
     if options.bytes is not None:
-        return Target(bytes=parse_count(options.bytes, what="bytes"))
+        return target(bytes=parse_count(options.bytes, what="bytes"))
+    if options.memory is not None:
+        return target(memory=parse_count(options.memory, what="bytes"))
+    if options.latency is not None:
+        return target(latency=parse_seconds(options.latency))
     try:
-        return Target(ratio=float(options.target))
+        ratio = float(options.target)
     except ValueError:
         raise LopError(f"target {options.target!r} is not a number such as 0.3") from None
+    return target(ratio=ratio)
+
+
+def _load(options: argparse.Namespace) -> Load | None:
+    """What `--memory` is to suffice for."""
+    pixels = options.image_pixels and parse_count(options.image_pixels, what="pixels")
+    given = {"images": options.images, "batch": options.batch, "pixels": pixels}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.context is not None:
+        return Load(options.context, **given)
+    if given:
+        raise LopError("--images, --batch and --image-pixels go with --memory and its --context")
+    return None
 
 
 @contextmanager

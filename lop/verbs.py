@@ -8,9 +8,10 @@ from lop.checkpoint.formats import Format
 from lop.checkpoint.recoveries import Recovery
 from lop.model.find import find_model
 from lop.run.config import Config, config_for, load_config
-from lop.run.prediction import answer
+from lop.run.prediction import answer, read_profile
 from lop.run.run import Run
-from lop.space.size import Target, parse_count
+from lop.space.memory import Load
+from lop.space.size import Target, parse_count, parse_seconds
 from lop.storage.mirror import local_run
 
 # With torch behind them: a prediction needs none.
@@ -24,6 +25,14 @@ def predict(
     ratio: float | None = None,
     parameters: int | str | None = None,
     bytes: int | str | None = None,
+    memory: int | str | None = None,
+    context: int | None = None,
+    images: int = 0,
+    batch: int = 1,
+    image_pixels: int = 2**20,
+    latency: float | str | None = None,
+    device_profile: str | Path | None = None,
+    latency_of: str = "decode",
     run: str | Path | None = None,
     format: Format = "hf",
     recovery: Recovery | None = None,
@@ -33,19 +42,24 @@ def predict(
 
     Args:
         model: a shipped model's name, a local checkpoint or a hub id; by default the run's own, or `tiny`.
-        ratio, parameters, bytes: exactly one of them. The share of FFN neurons to remove; or at most so many of the
-            whole checkpoint, as numbers or as `"5B"` and `"8GiB"`.
+        ratio, parameters, bytes, memory, latency: exactly one of them. The share of FFN neurons to remove; or at most
+            so many of the whole checkpoint, as numbers or as `"5B"` and `"8GiB"`; or held at most while it answers;
+            or at most so long a token, in seconds or as `"40ms"`.
+        context, images, batch, image_pixels: with `memory`, what it must suffice for: tokens of a sequence, images in
+            it and the pixels of each, sequences at once.
+        device_profile, latency_of: with `latency`, what `lop profile` has measured; of `decode` or `prefill`.
         run: the folder or URI of the run whose predictor answers; by default what ships for the model.
         format, recovery: of the checkpoint that is meant; None takes the config's recovery.
         max_width_ratio: no layer wider than so many times the mean width.
 
     Returns:
-        `ratio`, `ratios` [L], `widths` [L], `kept_neurons`, `parameters`, `bytes`.
+        `ratio`, `ratios` [L], `widths` [L], `kept_neurons`, `parameters`, `bytes`; `memory` or `latency` if asked for.
 
     Raises:
         LopError: the target cannot be met, or the predictor is missing or of another model.
     """
-    target = _target(ratio, parameters, bytes)
+    load = (context, images, batch, image_pixels)
+    target = _target(ratio, parameters, bytes, memory, load, latency, device_profile, latency_of)
     named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}
     return _with_run(run, named, lambda found, config: answer(found, config, target, format))
 
@@ -57,6 +71,14 @@ def prune(
     ratio: float | None = None,
     parameters: int | str | None = None,
     bytes: int | str | None = None,
+    memory: int | str | None = None,
+    context: int | None = None,
+    images: int = 0,
+    batch: int = 1,
+    image_pixels: int = 2**20,
+    latency: float | str | None = None,
+    device_profile: str | Path | None = None,
+    latency_of: str = "decode",
     run: str | Path | None = None,
     format: Format = "hf",
     recovery: Recovery | None = None,
@@ -80,7 +102,8 @@ def prune(
     """
     from lop.stages.prune import prune_stage
 
-    target = _target(ratio, parameters, bytes)
+    load = (context, images, batch, image_pixels)
+    target = _target(ratio, parameters, bytes, memory, load, latency, device_profile, latency_of)
     named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}
     return _with_run(
         run, named, lambda found, config: prune_stage(found, config, target, out, format=format, progress=progress)
@@ -101,11 +124,30 @@ def inspect(model: str | Path) -> "Inspection":
     return inspect(find_model(str(model)))
 
 
-def _target(ratio: float | None, parameters: int | str | None, bytes: int | str | None) -> Target:
+def _target(
+    ratio: float | None,
+    parameters: int | str | None,
+    bytes: int | str | None,
+    memory: int | str | None,
+    load: tuple[int | None, int, int, int],
+    latency: float | str | None,
+    profile: str | Path | None,
+    phase: str,
+) -> Target:
     def count(value: int | str | None, what: str) -> int | None:
         return parse_count(value, what=what) if isinstance(value, str) else value
 
-    return Target(ratio=ratio, parameters=count(parameters, "parameters"), bytes=count(bytes, "bytes"))
+    context, *rest = load
+    return Target(
+        ratio=ratio,
+        parameters=count(parameters, "parameters"),
+        bytes=count(bytes, "bytes"),
+        memory=count(memory, "bytes"),
+        latency=parse_seconds(latency) if isinstance(latency, str) else latency,
+        load=None if context is None else Load(context, *rest),
+        profile=None if profile is None else read_profile(Path(profile)),
+        phase=phase,
+    )
 
 
 def _with_run(

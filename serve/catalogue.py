@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from lop.errors import LopError
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.report.intervals import Interval, wilson
 from lop.run.config import find_config, load_config
-from lop.run.prediction import predictor_for
+from lop.run.prediction import open_profile, predictor_for, shape_of
 from lop.run.results import read_search
 from lop.run.run import Run, shipped_run
 from lop.space.allocation import Space
+from lop.space.latency import Profile
+from lop.space.memory import Shape
 from lop.space.size import ModelSize
 from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint, fingerprint_file
@@ -62,6 +65,8 @@ class ServedModel:
         recovery: what the run's config makes up for pruned neurons with; the default.
         companions: bytes of a checkpoint's files beside its tensors.
         curves: what is known of its accuracy, by recovery; empty if nothing has been measured.
+        shape: the model's.
+        profiles: by name, of the devices that a latency can be asked for.
     """
 
     name: str
@@ -71,6 +76,8 @@ class ServedModel:
     recovery: str
     companions: int
     curves: Mapping[str, Curve]
+    shape: Shape
+    profiles: Mapping[str, Profile]
 
     def curve(self, recovery: str) -> Curve | None:
         """What was measured with a recovery; else, without any."""
@@ -101,10 +108,10 @@ def load_catalogue(settings: ServiceSettings) -> dict[str, ServedModel]:
     Raises:
         LopError: a run is incomplete, damaged or of another model.
     """
-    return {name: _served(name, open_run(entry)) for name, entry in settings.models.items()}
+    return {name: _served(name, open_run(entry), entry.profiles) for name, entry in settings.models.items()}
 
 
-def _served(name: str, run: Run) -> ServedModel:
+def _served(name: str, run: Run, profiles: Mapping[str, Path]) -> ServedModel:
     predictor = predictor_for(run, run.config)
     _ = run.order  # An export needs the statistics: better missed now than then.
     return ServedModel(
@@ -115,6 +122,8 @@ def _served(name: str, run: Run) -> ServedModel:
         run.config.recovery,
         companion_bytes(run),
         measured_curves(run),
+        shape_of(run, predictor),
+        {device: open_profile(path, predictor) for device, path in profiles.items()},
     )
 
 

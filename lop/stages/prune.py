@@ -15,7 +15,7 @@ from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError
 from lop.run.config import Config
-from lop.run.prediction import predictor_for, what_ships
+from lop.run.prediction import allocate, what_ships
 from lop.run.run import Run
 from lop.space.allocation import Allocation
 from lop.space.size import Target
@@ -41,9 +41,7 @@ def prune_stage(
     Raises:
         LopError: the target cannot be met, or something that the run needs is missing or damaged.
     """
-    predictor = predictor_for(run, config)
-    footprint = Footprint(predictor.size, format, config.recovery)
-    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
+    predictor, _, allocation = allocate(run, config, target, format)
     return export_allocation(
         run or what_ships(config),
         allocation,

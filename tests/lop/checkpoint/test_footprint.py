@@ -50,7 +50,7 @@ def test_a_target_is_never_exceeded_or_the_range_is_named(
     least, most = weigh([SPACE.min_width] * 12), weigh([320] * 12)
     if not least <= asked <= most:
         with pytest.raises(LopError, match=f"target of {max(asked, 1)} {unit} is outside .*: {least} to {most}"):
-            footprint.budget(target, SPACE)
+            footprint.budgets(target, SPACE)
         return
     allocation = footprint.allocate(target, SPACE, predictor(SPACE, seed))
     assert weigh(allocation.widths) <= asked

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from lop.distil.plan import lesson, side_by_side, steps_of, weight_of
 from lop.distil.student import Reader, Student
 from lop.distil.teacher import Note
 from lop.errors import CancelledError
+from lop.model.adapter import QwenVL
 from lop.model.encoding import Encoded, EncodedSample
 from lop.run.config import DistilSettings
 from lop.search.scoring import Scoring, Tally
@@ -68,14 +70,14 @@ class Judge:
     tails: Sequence[Tensor]
 
     @torch.inference_mode()
-    def __call__(self, student: Student) -> float:
-        """The mean over samples of KL(dense ‖ shipped), in nats: what a search's reward `divergence` is."""
-        scoring = Scoring(student.shipped.lean_backbone(), self.encoded)
+    def divergences(self, model: QwenVL) -> np.ndarray:
+        """[n] KL(dense ‖ model) of each sample, in nats: what a search's reward `divergence` is the mean of."""
+        scoring = Scoring(model.lean_backbone(), self.encoded)
         tally = Tally(self.encoded)
         for batches in scoring.rounds():
             for index, batch in batches:
                 scoring.add(tally, batch, dense=self.tails[index])
-        return float(tally.scores().divergence.mean())
+        return tally.scores().divergence
 
 
 class Training:
@@ -192,7 +194,7 @@ class Training:
         if self._accelerator.is_main_process:
             if weights is not None:
                 self._student.ship(weights)
-            value = self._judge(self._student)
+            value = float(self._judge.divergences(self._student.shipped).mean())
         value = _told(value)
         state.curve.append((state.tokens, value))
         start = state.curve[0][1]

@@ -1,6 +1,7 @@
 """From a pruned checkpoint to one of the same shape that has learnt from the dense model."""
 
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -221,7 +222,8 @@ def _record(state: State, reward_samples: int) -> dict[str, Any]:
         "kept": "the start: no step was better" if state.weights is None else f"what {tokens:,} tokens made",
         "reward_samples": reward_samples,
         "reward_kl": {"start": start, "end": end},
-        "curve": [list(point) for point in state.curve],
+        # What has come apart is no number in JSON.
+        "curve": [[tokens, kl if math.isfinite(kl) else None] for tokens, kl in state.curve],
     }
 
 

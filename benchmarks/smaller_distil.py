@@ -1,13 +1,13 @@
 """What distillation brings back after pruning on `smol`: `python benchmarks/smaller_distil.py`.
 
-Each training is a small file under `results/smaller`, with the fingerprint of what it was made from. What is missing is
-made: on one core to itself some 10 ms a token of training, looks at the reward samples included (35 minutes for 200,000);
-before the first one 10 minutes for statistics, refit, test items and what the teacher says, then 4 minutes for each.
+Each training is a small file under `results/smaller`, with the fingerprint of what it was made from. What is missing
+is made: on one core to itself some 10 ms a token of training, looks at the reward samples included (35 minutes for
+200,000); before the first one 10 minutes for statistics, test items and what the teacher says, 4 for each refit.
 Then the summary is printed from the files.
 
 Widths are those of `benchmarks/smol.py`. A pruned checkpoint is exported with `refit` and learns as `lop distil` has it
-learn, with config `smol`, from its calibration samples; nothing differs between methods but the widths. Before and after,
-KL to the dense model is measured on 300 of that benchmark's test items (the first that its seed draws), as there.
+learn, with config `smol`, from its calibration samples; nothing differs between methods but the widths. KL to the dense
+model is measured before and after, on 300 of that benchmark's test items (the first that its seed draws), as there.
 
 The last line is JSON, by method and ratio: `distilled_back`, the share of the KL to dense that training brings back;
 its 95% `interval` (paired bootstrap over images and texts); `kl` before and after; and `curve`, on the way: pairs of

@@ -117,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder"
     )
     distil = add("distil", "have a pruned checkpoint learn from its dense model", commands.distil)
+    _add_workers(distil)
     _add_distil(distil)
     inspect = add("inspect", "tell what a checkpoint is, and check its files", commands.inspect, common=False)
     inspect.add_argument(

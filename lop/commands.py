@@ -120,7 +120,10 @@ def distil(options: argparse.Namespace) -> None:
             work=options.work,
             progress=progress,
         )
-    print(options.out)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:  # Of several (`accelerate launch`) one speaks for all.
+        print(options.out)
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -200,15 +200,14 @@ class Training:
         start = state.curve[0][1]
         if value < state.curve[state.best][1]:
             state.best, state.weights = len(state.curve) - 1, weights
-        if self._accelerator.is_main_process:
-            log.info(
-                "distil: step %d of %d, %s tokens: KL to dense %.4f on the reward samples (%.4f at the start)",
-                state.step,
-                len(self._steps),
-                f"{state.tokens:,}",
-                value,
-                start,
-            )
+        log.info(
+            "distil: step %d of %d, %s tokens: KL to dense %.4f on the reward samples (%.4f at the start)",
+            state.step,
+            len(self._steps),
+            f"{state.tokens:,}",
+            value,
+            start,
+        )
 
     def _save(self) -> None:
         state = self._state

@@ -36,6 +36,10 @@ WORK = Path("runs/distil")
 Progress = Callable[[str, int, int], None]
 
 
+def _silent(step: str, done: int, total: int) -> None:
+    """Shows no progress."""
+
+
 @dataclass(frozen=True)
 class Lessons:
     """What is learnt from, and what decides whether it helped; disjoint, and both from the test samples."""
@@ -67,7 +71,7 @@ def distil_stage(
     texts: Sequence[Path] = (),
     folders: Sequence[Path] = (),
     work: Path = WORK,
-    progress: Progress = lambda step, done, total: None,
+    progress: Progress = _silent,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Has a checkpoint that LOP exported learn from its dense model, and writes what comes of it as one like it.
@@ -105,6 +109,9 @@ def distil_stage(
     check_writable(Location.parse(work))
     torch.set_num_threads(config.threads)
     accelerator = _accelerator(config, checkpoint)
+    if not accelerator.is_main_process:  # One speaks for all.
+        logging.getLogger("lop").setLevel(logging.WARNING)
+        progress = _silent
     device = str(accelerator.device)
     student = Student(checkpoint, manifest["widths"], settings, device=device, dtype=config.dtype, seed=config.seed)
     log.info("distil: %d samples go through the vision tower", len(lessons.samples) + len(lessons.reward))

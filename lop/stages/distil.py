@@ -25,6 +25,7 @@ from lop.model.find import find_model, find_samples, fingerprint_model
 from lop.model.samples import Sample, SampleSets, fingerprint_samples, load_sample_sets, load_samples
 from lop.model.sources import check_checkpoint
 from lop.run.config import Config
+from lop.stages.calibrate import warn_of_samples
 from lop.storage.destination import check_new, check_writable
 from lop.storage.files import disk_errors
 from lop.storage.fingerprint import fingerprint
@@ -107,6 +108,7 @@ def distil_stage(
         check_peft()
     check_new(place, bytes=sum(info.bytes for info in read_tensors(checkpoint).values()))
     check_writable(Location.parse(work))
+    warn_of_samples(config)
     torch.set_num_threads(config.threads)
     accelerator = _accelerator(config, checkpoint)
     if not accelerator.is_main_process:  # One speaks for all.

@@ -126,7 +126,7 @@ def export_allocation(
         progress("recover", done, total)
 
     if RECOVERIES[recovery].refits:
-        warn_of_samples(run)
+        warn_of_samples(run.config)
     with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
         recovered = recover_checkpoint(
             run.model_folder,

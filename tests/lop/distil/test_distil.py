@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lop
 from lop.checkpoint.export import verify
+from lop.checkpoint.inspection import print_inspection
 from lop.cli import main
 from lop.distil.student import Student
 from lop.distil.training import Training
@@ -47,7 +48,12 @@ def distilled(checkpoint: Path, out: Path, few: Path, *more: str, **arguments: A
     ],
 )
 def test_learning_brings_it_nearer_to_the_dense_model(
-    form: str, more: tuple[str, ...], few: Path, tmp_path: Path, request: pytest.FixtureRequest
+    form: str,
+    more: tuple[str, ...],
+    few: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     checkpoint: Path = request.getfixturevalue("pruned" if form == "hf" else "padded")
     record = distilled(checkpoint, tmp_path / "out", few, *more)
@@ -71,6 +77,9 @@ def test_learning_brings_it_nearer_to_the_dense_model(
     found = lop.inspect(tmp_path / "out")
     assert not found.damage
     assert found.manifest["recovery"] == "distil"
+    print_inspection(found)
+    assert f"{record['tokens']:,} tokens, KL to dense" in capsys.readouterr().out
+    assert "attention are the dense model's" not in (tmp_path / "out" / "README.md").read_text()
     assert not list((tmp_path / "work").glob("student-*"))  # It is done; what the teacher said stays.
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from lop.distil.loss import distance, divergence
 from lop.distil.plan import lesson, side_by_side, steps_of, weight_of
 from lop.distil.student import Reader, Student
 from lop.distil.teacher import Note
-from lop.errors import CancelledError
+from lop.errors import CancelledError, LopError
 from lop.model.adapter import QwenVL
 from lop.model.encoding import Encoded, EncodedSample
 from lop.run.config import DistilSettings
@@ -88,6 +89,9 @@ class Training:
         samples, notes: what is learnt from, and what the teacher says to each.
         file: of the state; gone on with if it is there.
         seed: of the samples' order.
+
+    Raises:
+        LopError: the file is damaged.
     """
 
     def __init__(
@@ -221,7 +225,10 @@ class Training:
     def _resumed(self) -> State:
         if not self._file.exists():
             return State()
-        state = State(**torch.load(self._file, map_location="cpu", weights_only=True))
+        try:
+            state = State(**torch.load(self._file, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, TypeError, EOFError, pickle.UnpicklingError):
+            raise LopError(f"{self._file} is damaged: remove it, and the training begins anew") from None
         assert state.learner is not None
         assert state.optimizer is not None
         with torch.no_grad():

@@ -129,6 +129,13 @@ def test_what_is_cancelled_leaves_nothing_but_its_state(pruned: Path, few: Path,
     with pytest.raises(CancelledError):
         distilled(pruned, tmp_path / "out", few, cancelled=lambda: next(asked) == 2)
     assert {path.name for path in tmp_path.iterdir()} == {"work"}
+    (state,) = tmp_path.glob("work/student-*/state.pt")
+    kept = state.read_bytes()
+    for damaged in (b"", kept[: len(kept) // 2], b"{}"):
+        state.write_bytes(damaged)
+        with pytest.raises(LopError, match=r"state\.pt is damaged: remove it"):
+            distilled(pruned, tmp_path / "out", few)
+    state.write_bytes(kept)
     record = distilled(pruned, tmp_path / "out", few)
     assert record["reward_kl"]["end"] < record["reward_kl"]["start"]
 

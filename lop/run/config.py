@@ -237,7 +237,7 @@ class DistilSettings(_Settings):
     weights: Literal["ffn", "backbone"] = "backbone"
     lora_rank: Annotated[int, Field(ge=0)] = 0
     top_k: Positive = 64
-    prompt: Annotated[float, Field(ge=0, le=1)] = 1.0
+    prompt: Annotated[float, Field(ge=0, le=1)] = 0.1
     layers: Distinct[Annotated[int, Field(ge=0)]] = ()
     states: Annotated[float, Field(gt=0)] = 1.0
     every: Positive = 8

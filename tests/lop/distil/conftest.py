@@ -14,6 +14,7 @@ from lop.run.config import Config, find_config, load_config
 # Steps of some 300 tokens; the start is looked at, and each second step.
 QUICK = (
     "distil.tokens=2400", "distil.batch_tokens=300", "distil.every=2", "distil.learning_rate=0.002", "distil.top_k=8",
+    "distil.prompt=1.0",
 )  # fmt: skip
 
 

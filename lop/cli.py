@@ -120,6 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
     profile = add("profile", "measure on this device how long the model's parts take", commands.profile)
     profile.add_argument("--out", type=_local, required=True, metavar="FILE", help="where the profile goes, JSON")
     profile.add_argument("--context", type=int, default=512, metavar="TOKENS", help="read, and then held in decoding")
+    distil = add("distil", "have a pruned checkpoint learn from its dense model", commands.distil)
+    _add_workers(distil)
+    _add_distil(distil)
     inspect = add("inspect", "tell what a checkpoint is, and check its files", commands.inspect, common=False)
     inspect.add_argument(
         "model", type=_name, metavar="MODEL", help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
@@ -214,6 +217,20 @@ def _add_evaluate(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _add_distil(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("checkpoint", type=_local, metavar="CHECKPOINT", help="a folder that `lop prune` wrote")
+    stage.add_argument("--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI")
+    stage.add_argument(
+        "--text", type=_local, action="append", default=[], metavar="FILE", help="plain text to learn from, too"
+    )
+    stage.add_argument(
+        "--samples", type=_local, action="append", default=[], metavar="FOLDER", help="samples to learn from, too"
+    )
+    stage.add_argument(
+        "--work", type=_local, default=Path("runs/distil"), metavar="DIR", help="where what the teacher says is kept"
+    )
+
+
 def _add_target(stage: argparse.ArgumentParser) -> None:
     target = stage.add_mutually_exclusive_group(required=True)
     target.add_argument("--target", metavar="RATIO", help="share of FFN neurons to remove, such as 0.3")
@@ -237,7 +254,7 @@ def _add_form(stage: argparse.ArgumentParser) -> None:
 
 
 # They compute with the model themselves and start nothing else: a job runs them where the GPUs are.
-COMPUTING: tuple[Command, ...] = (commands.calibrate,)
+COMPUTING: tuple[Command, ...] = (commands.calibrate, commands.distil)
 
 
 def set_up_logging() -> None:

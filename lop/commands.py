@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lop.run.run import Run
 
 log = logging.getLogger(__name__)
+# What the progress of each step is counted in.
+_UNITS = {"recover": "layer", "teacher": "token", "distil": "step", "export": "B"}
 
 
 def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
@@ -36,6 +38,9 @@ def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
         LopError: they are not valid, or what the stage writes would be lost.
     """
     with at_run(options):
+        if "checkpoint" in options:  # It is all that the stage needs; there may be no run.
+            _check_distil(options)
+            return _config(options), options
         run = _run(options)
         return run.config, argparse.Namespace(**{**vars(options), "run": run.location.uri})
 
@@ -113,6 +118,27 @@ def profile(options: argparse.Namespace) -> None:
 
     profile_stage(_run(options), options.out, context=options.context)
     print(options.out)
+
+
+def distil(options: argparse.Namespace) -> None:
+    _check_distil(options)
+    config = _config(options)
+    from lop.stages.distil import distil_stage
+
+    with _bars() as progress:
+        distil_stage(
+            config,
+            options.checkpoint,
+            options.out,
+            texts=options.text,
+            folders=options.samples,
+            work=options.work,
+            progress=progress,
+        )
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:  # Of several (`accelerate launch`) one speaks for all.
+        print(options.out)
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -202,6 +228,16 @@ def serve(options: argparse.Namespace) -> None:
         launch(application, host=options.host, port=options.port)
 
 
+def _check_distil(options: argparse.Namespace) -> None:
+    """Has the model default to what the checkpoint was pruned from."""
+    from lop.checkpoint.export import source_of
+
+    check_lasting("--out", options.out)
+    check_lasting("--work", options.work)
+    if not (options.model or options.config or options.run):
+        options.model = source_of(options.checkpoint)
+
+
 def _config(options: argparse.Namespace) -> Config:
     """The named config, else the run's own, else the one made for the model."""
     named_config = options.config or (_demo_config(options.model) if options.is_demo else None)
@@ -285,8 +321,8 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
     def update(step: str, done: int, total: int) -> None:
         if step not in bars:
-            unit = {"unit": "B", "unit_scale": True} if step == "export" else {"unit": "layer"}
-            bars[step] = tqdm(total=total, desc=step, **unit)
+            scale = step in ("export", "teacher")
+            bars[step] = tqdm(total=total, desc=step, unit=_UNITS[step], unit_scale=scale)
         bars[step].update(done - bars[step].n)
 
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lop.checkpoint.recoveries import untrained
 from lop.errors import LopError
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.report.intervals import Interval, wilson
@@ -119,7 +120,7 @@ def _served(name: str, run: Run, profiles: Mapping[str, Path]) -> ServedModel:
         predictor.space,
         predictor.size,
         fingerprints_of(run),
-        run.config.recovery,
+        untrained(run.config.recovery),
         companion_bytes(run),
         measured_curves(run),
         shape_of(run, predictor),

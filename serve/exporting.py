@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from lop.checkpoint.formats import FORMATS
-from lop.checkpoint.recoveries import RECOVERIES
+from lop.checkpoint.recoveries import UNTRAINED
 from lop.run.run import Run
 from lop.space.allocation import Allocation
 from lop.stages.prune import export_allocation
 
 _HEADERS = 2**20
+# Training would hold up everybody's exports for hours.
+RECOVERIES = UNTRAINED
 __all__ = ["FORMATS", "RECOVERIES", "companion_bytes", "write_checkpoint"]
 
 

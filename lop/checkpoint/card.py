@@ -39,7 +39,7 @@ _CARD = """---
 
 # {name}, {ratio:.1%} of its FFN neurons pruned
 
-{parameters:,} parameters, {size:,} bytes. Vision tower and attention are the dense model's.
+{parameters:,} parameters, {size:,} bytes. {untouched} are the dense model's.
 
 ## Loading
 
@@ -82,12 +82,15 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
     made = [f"{key} {manifest[key]}" for key in ("format", "importance", "recovery") if key in manifest]
     if "target" in manifest:
         made.append(f"target {manifest['target']:.4f}")
+    if "distilled" in manifest:
+        made.append(f"{sum(record['tokens'] for record in manifest['distilled']):,} tokens read in distillation")
     return _CARD.format(
         front="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
         name=origin if _is_hub_id(origin) else Path(origin).name,
         ratio=1 - sum(widths) / (len(widths) * neurons),
         parameters=parameters,
         size=size,
+        untouched="Vision tower, embeddings and head" if "distilled" in manifest else "Vision tower and attention",
         loading=_LOADING[manifest["format"]].format(
             family=family.name,
             without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lop.checkpoint.card import CARD, model_card
-from lop.checkpoint.formats import FORMATS, Format, check_format, cut_tensors, pruned_config
+from lop.checkpoint.formats import FORMATS, Format, changed_tensors, check_format, cut_tensors, pruned_config
 from lop.checkpoint.shards import Cut, ShardWriter, plan_shards, write_all
 from lop.errors import CancelledError, LopError
 from lop.model.families.family import Family
@@ -74,26 +75,55 @@ def export(
     check_format(format, "bias" if bias else "none")
     cuts = cut_tensors(tensors, order, allocation.widths, format=format, recovered=recovered)
     config = pruned_config(read_json(source / "config.json"), allocation.widths, format=format, bias=bias)
-    with new_folder(Location.parse(out)) as folder:
-        hashes = _write_weights(folder, cuts, progress, cancelled)
-        for name, data in _companions(source, family, format).items():
-            hashes[name] = _write(folder, name, data)
-        text = _json(config)
-        hashes["config.json"] = hashlib.sha256(text).hexdigest()
-        manifest = {
-            **about,
-            "format": format,
-            "widths": list(allocation.widths),
-            "neurons": order.shape[1],
-            "padding_bytes": _padding(cuts),
-        }
-        parameters, size = (sum(values) for values in zip(*((prod(cut.shape), cut.bytes) for _, cut in cuts)))
-        hashes[CARD] = _write(folder, CARD, model_card(source, family, manifest, parameters=parameters, size=size))
-        manifest["sha256"] = dict(sorted(hashes.items()))
-        _write(folder, MANIFEST, _json(manifest))
-        # Last, as it is what loaders look for: where a folder cannot be renamed it makes this one a checkpoint.
-        _write(folder, "config.json", text)
-    return manifest
+    manifest = {
+        **about,
+        "format": format,
+        "widths": list(allocation.widths),
+        "neurons": order.shape[1],
+        "padding_bytes": _padding(cuts),
+    }
+    made = _Checkpoint(cuts, _companions(source, family, format), _json(config), manifest)
+    return _write_checkpoint(Location.parse(out), made, source, family, progress, cancelled)
+
+
+def rewrite(
+    checkpoint: Path,
+    out: str | Path | Location,
+    changed: Mapping[str, TensorInfo],
+    *,
+    dense: Path,
+    about: Mapping[str, Any],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Writes an exported checkpoint again with other weights in it; appears whole or not at all.
+
+    Format, widths, config, modelling file and all that comes along stay as they are.
+
+    Args:
+        checkpoint: one that LOP exported.
+        out: as in `export`.
+        changed: what takes the place of some of its tensors, by its names; FFN weights without padding.
+        dense: the checkpoint that it was pruned from, whose card tells the licence.
+        about: what its manifest is to say beside what it says already, or instead.
+        progress, cancelled: as in `export`.
+
+    Returns:
+        The manifest, as it stands in `lop.json`.
+
+    Raises:
+        LopError: the checkpoint is none of LOP's, or damaged, or a tensor does not fit it; or `out` is there already.
+        CancelledError: `cancelled` said so.
+        OSError: the disk is full or read-only. After any error nothing is left behind.
+    """
+    tensors, family = check_checkpoint(checkpoint), family_of(checkpoint)
+    manifest = {**read_manifest(checkpoint), **about}
+    del manifest["sha256"]
+    format = manifest["format"]
+    cuts = changed_tensors(tensors, changed, format=format)
+    config = (checkpoint / "config.json").read_bytes()
+    made = _Checkpoint(cuts, _companions(checkpoint, family, format), config, manifest)
+    return _write_checkpoint(Location.parse(out), made, dense, family, progress, cancelled)
 
 
 def verify(
@@ -163,6 +193,18 @@ def read_manifest(folder: Path | Location) -> dict[str, Any]:
         raise LopError(f"{folder} is not a checkpoint exported by LOP: {MANIFEST} is missing or damaged") from None
 
 
+def source_of(checkpoint: Path) -> str:
+    """The name of the dense model that a checkpoint was pruned from.
+
+    Raises:
+        LopError: LOP has not exported it, or its manifest does not name any.
+    """
+    source = read_manifest(checkpoint).get("source")
+    if not source:
+        raise LopError(f"{checkpoint} does not say what it was pruned from: name the dense model with --model")
+    return str(source)
+
+
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
     """Opens a checkpoint, dense or pruned, as transformers' class of its family, ready for inference.
 
@@ -177,6 +219,40 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
     if (folder / MANIFEST).exists():
         verify(folder)
     return open_model(folder, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What is to be written: tensors, files that come along by name, `config.json`, and the manifest without hashes."""
+
+    cuts: list[tuple[str, Cut]]
+    companions: dict[str, bytes]
+    config: bytes
+    manifest: dict[str, Any]
+
+
+def _write_checkpoint(
+    place: Location,
+    made: _Checkpoint,
+    dense: Path,
+    family: Family,
+    progress: Callable[[int, int], None],
+    cancelled: Callable[[], bool],
+) -> dict[str, Any]:
+    """Writes everything, and returns the manifest with the hashes."""
+    with new_folder(place) as folder:
+        hashes = _write_weights(folder, made.cuts, progress, cancelled)
+        for name, data in made.companions.items():
+            hashes[name] = _write(folder, name, data)
+        hashes["config.json"] = hashlib.sha256(made.config).hexdigest()
+        parameters, size = (sum(values) for values in zip(*((prod(cut.shape), cut.bytes) for _, cut in made.cuts)))
+        card = model_card(dense, family, made.manifest, parameters=parameters, size=size)
+        hashes[CARD] = _write(folder, CARD, card)
+        manifest = {**made.manifest, "sha256": dict(sorted(hashes.items()))}
+        _write(folder, MANIFEST, _json(manifest))
+        # Last, as it is what loaders look for: where a folder cannot be renamed it makes this one a checkpoint.
+        _write(folder, "config.json", made.config)
+    return manifest
 
 
 def _check(tensors: Mapping[str, TensorInfo], allocation: Allocation, order: np.ndarray) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lop.checkpoint.recoveries import RECOVERIES, Recovery
+from lop.checkpoint.recoveries import RECOVERIES, UNTRAINED, Recovery
 from lop.checkpoint.shards import Cut
 from lop.errors import LopError
 from lop.model.families.registry import FAMILIES
@@ -42,7 +42,7 @@ def check_format(format: Format, recovery: Recovery) -> None:
         LopError: the format has no place for what the recovery adds.
     """
     if RECOVERIES[recovery].adds_bias and not FORMATS[format].holds_bias:
-        fits = " or ".join(repr(name) for name in reversed(RECOVERIES) if not RECOVERIES[name].adds_bias)
+        fits = " or ".join(repr(name) for name in reversed(UNTRAINED) if not UNTRAINED[name].adds_bias)
         others = " or ".join(repr(name) for name, layout in FORMATS.items() if layout.holds_bias)
         raise LopError(f"format {format!r} has no place for a bias: choose recovery {fits}, or format {others}")
 
@@ -70,6 +70,33 @@ def cut_tensors(
     """
     cuts = [(name, _cut(name, info, recovered.get(name), order, widths, format)) for name, info in tensors.items()]
     return cuts + [(name, Cut(info, info.shape)) for name, info in recovered.items() if name not in tensors]
+
+
+def changed_tensors(
+    tensors: Mapping[str, TensorInfo], changed: Mapping[str, TensorInfo], *, format: Format
+) -> list[tuple[str, Cut]]:
+    """What to write of each tensor of a pruned checkpoint of which some have changed.
+
+    Args:
+        tensors: the checkpoint's.
+        changed: what takes the place of some of them; FFN weights of their layer's own width, even if it is padded.
+
+    Raises:
+        LopError: a tensor that is not there, or of another shape, is said to have changed.
+    """
+    cuts = []
+    for name, info in tensors.items():
+        source, part = changed.get(name, info), ffn_part(name)
+        pads = FORMATS[format].is_padded and part is not None
+        axis = 1 if part == "down_proj" else 0
+        if not pads and source.shape != info.shape:
+            raise LopError(f"tensor {name} is {list(source.shape)}, and must be {list(info.shape)}")
+        chosen = np.arange(source.shape[axis]) if source is not info and pads else None
+        rows, columns = (None, chosen) if axis else (chosen, None)
+        cuts.append((name, Cut(source, info.shape, rows=rows, columns=columns)))
+    if unknown := changed.keys() - tensors.keys():
+        raise LopError(f"tensor {min(unknown)} is not in the checkpoint")
+    return cuts
 
 
 def _cut(

@@ -97,6 +97,7 @@ def print_inspection(found: Inspection) -> None:
         "target": f"{manifest['target']:.4f}" if "target" in manifest else None,
         "pruned": f"{found.ratio:.2%} of {len(found.widths)} layers of {found.neurons} neurons",
         "recovery": manifest.get("recovery"),
+        "distilled": "; ".join(map(_learnt, manifest.get("distilled", []))) or None,
         "importance": manifest.get("importance"),
         "parameters": f"{found.parameters:,}",
         "bytes": f"{found.bytes:,}",
@@ -113,6 +114,12 @@ def print_inspection(found: Inspection) -> None:
             f"layer {layer}", f"{width}", Bar(found.neurons, 0, width, width=40), f"{width / found.neurons:.1%}"
         )
     PlainConsole().print(Group(facts, "", chart))
+
+
+def _learnt(record: Mapping[str, Any]) -> str:
+    """What a training came to."""
+    kl = record["reward_kl"]
+    return f"{record['tokens']:,} tokens, KL to dense {kl['start']:.4f} → {kl['end']:.4f} on the reward samples"
 
 
 def _text_config(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from lop.model.encoding import encode
 from lop.model.find import EMBEDDED
 from lop.model.importance import SURVEY_OF
 from lop.model.statistics import calibrate
+from lop.run.config import Config
 from lop.run.run import Run
 from lop.stages.local import Local
 from lop.stages.surveys import make_surveys
@@ -36,7 +37,7 @@ def _calibrate(run: Run, *, progress: bool) -> None:
     # What does not fit is told before the model is loaded.
     _, samples = run.space, run.samples.calibration
     run.check_writable()
-    warn_of_samples(run)
+    warn_of_samples(run.config)
     with timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
         log.info("calibrate: loading the model, then %d samples go through its tower", len(run.samples.calibration))
@@ -46,9 +47,9 @@ def _calibrate(run: Run, *, progress: bool) -> None:
         statistics.save(run.statistics_file, run.calibration_fingerprints)
 
 
-def warn_of_samples(run: Run) -> None:
+def warn_of_samples(config: Config) -> None:
     """Says so where the embedded model's samples stand in for real ones."""
-    if run.config.samples == EMBEDDED != run.config.model:
+    if config.samples == EMBEDDED != config.model:
         log.warning(
             "samples %r are small pictures with simple questions, made for the embedded model: good for a try; "
             "for real use name a folder with your own (samples: README, 'Your own samples')",

@@ -11,7 +11,7 @@ from lop import __version__
 from lop.checkpoint.export import export
 from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.formats import Format, check_format
-from lop.checkpoint.recoveries import RECOVERIES, Recovery
+from lop.checkpoint.recoveries import RECOVERIES, Recovery, untrained
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError
 from lop.run.config import Config
@@ -20,6 +20,7 @@ from lop.run.run import Run
 from lop.space.allocation import Allocation
 from lop.space.size import Target
 from lop.stages.calibrate import warn_of_samples
+from lop.stages.distil import distil_stage
 from lop.storage.destination import check_new
 from lop.storage.location import Location
 
@@ -68,8 +69,9 @@ def export_allocation(
 ) -> dict[str, Any]:
     """Writes the checkpoint of an allocation in an importance's order; it appears whole or not at all.
 
-    Recovery `refit` runs the calibration samples through the model twice, one layer in memory at a time; the others,
-    and the writing itself, build no model.
+    Recovery `refit` runs the calibration samples through the model twice, one layer in memory at a time; `none`, `bias`
+    and the writing itself build no model. With `distil` what was refitted then learns from the dense model, whole in
+    memory (`lop.stages.distil`), on the config's samples.
 
     Args:
         out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
@@ -77,8 +79,8 @@ def export_allocation(
         importance: whose order neurons are kept in, for a method's own; None takes the config's.
         recovery: None takes the config's.
         scratch: where recovery keeps a folder while it runs; by default the system's place for temporary files.
-        progress: called in this thread with the step (`"recover"`, counted in layers, or `"export"`, in bytes), how
-            much of it is done, and how much it is in all.
+        progress: called in this thread with the step (`"recover"`, counted in layers, or `"export"`, in bytes; and
+            those of `distil_stage`), how much of it is done, and how much it is in all.
         cancelled: asked after each layer, and about every 8 MiB, whether to give up.
 
     Returns:
@@ -94,6 +96,21 @@ def export_allocation(
     check_format(format, recovery)
     place = Location.parse(out)
     check_new(place, bytes=Footprint(run.size, format, recovery).bytes(allocation.widths))
+    if RECOVERIES[recovery].trains:
+        with TemporaryDirectory(prefix="lop-untrained-", dir=scratch) as folder:
+            start = Path(folder) / "checkpoint"
+            export_allocation(
+                run,
+                allocation,
+                start,
+                target=target,
+                format=format,
+                recovery=untrained(recovery),
+                scratch=scratch,
+                progress=progress,
+                cancelled=cancelled,
+            )
+            return distil_stage(run.config, start, place, progress=progress, cancelled=cancelled)
     torch.set_num_threads(run.config.threads)
     about = {
         "version": __version__,
@@ -110,7 +127,7 @@ def export_allocation(
         progress("recover", done, total)
 
     if RECOVERIES[recovery].refits:
-        warn_of_samples(run)
+        warn_of_samples(run.config)
     with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
         recovered = recover_checkpoint(
             run.model_folder,

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +96,18 @@ def prune(options: argparse.Namespace) -> None:
     run = _named_run(options, config)
     with _bars() as progress:
         manifest = prune_stage(run, config, _target(options), options.out, format=options.format, progress=progress)
-    if options.format == "padded":
+    if manifest["padding_bytes"]:
         log.info("padding: %s bytes of zeros", f"{manifest['padding_bytes']:,}")
+    print(options.out)
+
+
+def convert(options: argparse.Namespace) -> None:
+    from lop.checkpoint.export import convert
+
+    check_lasting("--out", options.out)
+    source = find_model(options.checkpoint)
+    with _bars() as progress:
+        convert(source, options.out, format=options.format, progress=partial(progress, "export"))
     print(options.out)
 
 

@@ -262,7 +262,7 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
 
 
 def _footprint(model: ServedModel, asked: schemas.AllocationRequest) -> Footprint:
-    return Footprint(model.size, asked.format, asked.recovery or model.recovery)
+    return Footprint(model.size, asked.format, asked.recovery or model.recovery, model.source)
 
 
 def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class ServedModel:
         name: as requests name it.
         space: its allocations.
         size: the dense model's numbers.
+        source: the dense checkpoint's folder.
         fingerprints: of all that a checkpoint depends on beside what is asked for; they go into its id.
         recovery: what the run's config makes up for pruned neurons with; the default.
         companions: bytes of a checkpoint's files beside its tensors.
@@ -67,6 +69,7 @@ class ServedModel:
     name: str
     space: Space
     size: ModelSize
+    source: Path
     fingerprints: Mapping[str, str]
     recovery: str
     companions: int
@@ -111,6 +114,7 @@ def _served(name: str, run: Run) -> ServedModel:
         name,
         predictor.space,
         predictor.size,
+        run.model_folder,
         fingerprints_of(run),
         run.config.recovery,
         companion_bytes(run),

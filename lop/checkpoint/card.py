@@ -32,7 +32,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("PATH")
 processor = AutoProcessor.from_pretrained("PATH")
 ```""",
+    "gguf-true": """Each layer's FFN has a width of its own: `qwen2vl.feed_forward_length` is an array, which a llama.cpp
+must take into account in its `qwen2vl`; an unchanged one refuses the file for the shape of a tensor.
+
+""",
+    "gguf": "",
 }
+_GGUF = """llama.cpp runs the `.gguf` files; the vision tower's is the one that begins with `mmproj`, if there is one.
+
+```console
+$ llama-mtmd-cli -m model-TYPE.gguf --mmproj mmproj-f16.gguf --image photo.jpg -p "What is it?"
+$ llama-cli -m model-TYPE.gguf -p "What is it?"
+```"""
 _CARD = """---
 {front}
 ---
@@ -75,7 +86,7 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
     front = {
         **licence,
         **({"base_model": origin} if _is_hub_id(origin) else {}),
-        "library_name": "transformers",
+        "library_name": "gguf" if "gguf" in manifest else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["lop", "pruned", family.model_type],
     }
@@ -88,16 +99,23 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         ratio=1 - sum(widths) / (len(widths) * neurons),
         parameters=parameters,
         size=size,
-        loading=_LOADING[manifest["format"]].format(
-            family=family.name,
-            without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
-        ),
+        loading=_loading(family, manifest["format"]),
         version=manifest.get("version", ""),
         made=", ".join(made),
         neurons=neurons,
         rows="\n".join(f"| {layer} | {width} | {1 - width / neurons:.1%} |" for layer, width in enumerate(widths)),
         licence=", ".join(licence.values()) or "its folder does not name any",
     ).encode()
+
+
+def _loading(family: Family, format: str) -> str:
+    for start, text in _LOADING.items():
+        if format == start or format.startswith(f"{start}-"):
+            return (text + _GGUF if start.startswith("gguf") else text).format(
+                family=family.name,
+                without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
+            )
+    raise KeyError(format)
 
 
 def read_licence(checkpoint: Path) -> dict[str, str]:

@@ -31,8 +31,9 @@ def answer(run: Run | None, config: Config, target: Target, format: Format) -> d
     Raises:
         LopError: the target cannot be met, or the predictor is missing or of another model.
     """
-    predictor = predictor_for(run, config)
-    footprint = Footprint(predictor.size, format, config.recovery)
+    owner = run or what_ships(config)
+    predictor = predictor_for(owner, config)
+    footprint = Footprint(predictor.size, format, config.recovery, owner.model_folder)
     allocation = footprint.allocate(target, predictor.space, predictor.allocate)
     return footprint.describe(allocation, predictor.space)
 

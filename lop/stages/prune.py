@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from lop import __version__
+from lop.checkpoint.edge.files import check_source
 from lop.checkpoint.export import export
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import Format, check_format
+from lop.checkpoint.formats import FORMATS, Format, check_format
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError
@@ -41,11 +42,12 @@ def prune_stage(
     Raises:
         LopError: the target cannot be met, or something that the run needs is missing or damaged.
     """
-    predictor = predictor_for(run, config)
-    footprint = Footprint(predictor.size, format, config.recovery)
+    owner = run or what_ships(config)
+    predictor = predictor_for(owner, config)
+    footprint = Footprint(predictor.size, format, config.recovery, owner.model_folder)
     allocation = footprint.allocate(target, predictor.space, predictor.allocate)
     return export_allocation(
-        run or what_ships(config),
+        owner,
         allocation,
         out,
         target=predictor.space.ratio(allocation.budget),
@@ -92,7 +94,9 @@ def export_allocation(
     recovery = recovery or run.config.recovery
     check_format(format, recovery)
     place = Location.parse(out)
-    check_new(place, bytes=Footprint(run.size, format, recovery).bytes(allocation.widths))
+    if kind := FORMATS[format].gguf:
+        check_source(run.model_folder, kind)
+    check_new(place, bytes=Footprint(run.size, format, recovery, run.model_folder).bytes(allocation.widths))
     torch.set_num_threads(run.config.threads)
     about = {
         "version": __version__,

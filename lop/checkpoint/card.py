@@ -32,8 +32,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("PATH")
 processor = AutoProcessor.from_pretrained("PATH")
 ```""",
-    "gguf-true": """Each layer's FFN has a width of its own: `qwen2vl.feed_forward_length` is an array, which a llama.cpp
-must take into account in its `qwen2vl`; an unchanged one refuses the file for the shape of a tensor.
+    "gguf-true": """Each layer's FFN has a width of its own: `qwen2vl.feed_forward_length` is an array, which an
+unchanged llama.cpp does not heed in this architecture: it refuses the file for the shape of a tensor.
 
 """,
     "gguf": "",

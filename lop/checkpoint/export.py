@@ -128,7 +128,7 @@ def convert(
     check_format(format, "none")
     tensors = check_checkpoint(source)
     place = Location.parse(out)
-    made = verify(source) if (source / MANIFEST).exists() else {"source": str(source)}
+    made: dict[str, Any] = verify(source) if (source / MANIFEST).exists() else {"source": str(source)}
     found = [info.shape[1] for _, info in down_projections(tensors)]
     widths = made.get("widths", found)
     cuts = cut_tensors(tensors, [np.arange(width) for width in found], widths, format=format, recovered={})

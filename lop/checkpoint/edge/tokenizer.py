@@ -63,7 +63,7 @@ def splitter(tokenizer: dict[str, Any], file: Path) -> str:
     """
     before = tokenizer.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers", [before])
-    known = {
+    known: dict[tuple[str | None, ...], str] = {
         ("bytes",): "gpt-2",
         ("digits", "bytes"): "smollm",
         ("qwen2", "plain"): "qwen2",

@@ -41,15 +41,16 @@ from lop.stages.calibrate import calibrate_stage
 from lop.stages.prune import export_allocation
 from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint
-from tests.llama import Llama, divergence, says
+from tests.llama import Llama, divergence, quantise, says
 
 RESULTS = Path(__file__).parent.parent / "results" / "smaller"
 SEARCHED = Path(__file__).parent.parent / "results" / "smol" / "choice-lop-search-0.3-0.json"
-TYPES = {"f16": "gguf", "q8_0": "gguf-q8_0", "q4_0": "gguf-q4_0"}
+# By the format that writes them; the last one by llama.cpp's own quantiser from the float16 file.
+TYPES = {"f16": "gguf", "q8_0": "gguf-q8_0", "q4_1": "gguf-q4_1", "q4_0": "gguf-q4_0", "q4_k_m": None}
 # What a variant's layers keep: the dense model, what LOP's search found, all alike.
 VARIANTS = ("0.0-dense", "0.3-search", "0.3-uniform", "0.5-uniform")
 ITEMS = 24
-ROUNDS = 3
+ROUNDS = 2
 READ, WRITTEN = 256, 48
 
 
@@ -96,9 +97,13 @@ class Bench:
 
     def file(self, model: str, variant: str, kind: str) -> Path:
         """The language model's GGUF file."""
-        out = self._folder / f"{model}-{variant}-{kind}"
+        out, format = self._folder / f"{model}-{variant}-{kind}", TYPES[kind]
+        if format is None:
+            if not (file := out.with_name(f"{out.name}.gguf")).exists():
+                quantise(self.file(model, variant, "f16"), file)
+            return file
         if not out.exists():
-            convert(self.checkpoint(model, variant), out, format=TYPES[kind])
+            convert(self.checkpoint(model, variant), out, format=format)
         return out / f"model-{kind}.gguf"
 
     def items(self, model: str) -> list[Sample]:
@@ -115,7 +120,7 @@ class Bench:
         """What a model's cell depends on."""
         folder, widths = self.runs[model].model_folder, self.allocation(model, variant).widths
         items = fingerprint_samples(self.items(model))
-        return fingerprint([fingerprint_model(folder), widths, version("llama-cpp-python"), items])
+        return fingerprint([fingerprint_model(folder), widths, list(TYPES), version("llama-cpp-python"), items])
 
     def agreement(self, model: str, variant: str) -> dict[str, Any]:
         """How far llama.cpp's distributions are from transformers', by type."""

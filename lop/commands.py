@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,12 +101,11 @@ def prune(options: argparse.Namespace) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    from lop.checkpoint.export import convert
+    from lop.verbs import convert
 
     check_lasting("--out", options.out)
-    source = find_model(options.checkpoint)
     with _bars() as progress:
-        convert(source, options.out, format=options.format, progress=partial(progress, "export"))
+        convert(options.checkpoint, options.out, format=options.format, progress=progress)
     print(options.out)
 
 

@@ -102,6 +102,20 @@ class Llama:
         return np.ctypeslib.as_array(logits, (count, self.words)).copy()
 
 
+def quantise(source: Path, out: Path) -> None:
+    """Has llama.cpp's own quantiser write a float16 file anew, mostly in Q4_K, as `llama-quantize … q4_k_m` does.
+
+    Raises:
+        RuntimeError: it refuses the file.
+    """
+    from llama_cpp import llama_cpp as api
+
+    settings = api.llama_model_quantize_default_params()
+    settings.nthread, settings.ftype = 1, api.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    if code := api.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings)):
+        raise RuntimeError(f"llama_model_quantize: {code}")
+
+
 class Eyes:
     """A GGUF file of a vision tower in llama.cpp, beside its language model."""
 

@@ -32,17 +32,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("PATH")
 processor = AutoProcessor.from_pretrained("PATH")
 ```""",
-    "gguf-true": """Each layer's FFN has a width of its own: `qwen2vl.feed_forward_length` is an array, which an
-unchanged llama.cpp does not heed in this architecture: it refuses the file for the shape of a tensor.
-
-""",
-    "gguf": "",
 }
-_GGUF = """llama.cpp runs the `.gguf` files; the vision tower's is the one that begins with `mmproj`, if there is one.
+_TRUE = """Each layer's FFN has a width of its own: `qwen2vl.feed_forward_length` is an array, which an unchanged
+llama.cpp does not heed in this architecture; it refuses the file for the shape of a tensor.
+
+"""
+_GGUF = """{warning}llama.cpp runs it: {files}.
 
 ```console
-$ llama-mtmd-cli -m model-TYPE.gguf --mmproj mmproj-f16.gguf --image photo.jpg -p "What is it?"
-$ llama-cli -m model-TYPE.gguf -p "What is it?"
+$ {command} -p "What is it?"
 ```"""
 _CARD = """---
 {front}
@@ -99,7 +97,7 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         ratio=1 - sum(widths) / (len(widths) * neurons),
         parameters=parameters,
         size=size,
-        loading=_loading(family, manifest["format"]),
+        loading=_loading(family, manifest),
         version=manifest.get("version", ""),
         made=", ".join(made),
         neurons=neurons,
@@ -108,14 +106,19 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
     ).encode()
 
 
-def _loading(family: Family, format: str) -> str:
-    for start, text in _LOADING.items():
-        if format == start or format.startswith(f"{start}-"):
-            return (text + _GGUF if start.startswith("gguf") else text).format(
-                family=family.name,
-                without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
-            )
-    raise KeyError(format)
+def _loading(family: Family, manifest: Mapping[str, Any]) -> str:
+    if "gguf" not in manifest:
+        return _LOADING[manifest["format"]].format(
+            family=family.name,
+            without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
+        )
+    language, *tower = manifest["gguf"]["files"]
+    seen = [f"llama-mtmd-cli -m {language} --mmproj {file} --image photo.jpg" for file in tower]
+    return _GGUF.format(
+        warning=_TRUE if len(set(manifest["gguf"]["stored"])) > 1 else "",
+        files=" and ".join(f"`{name}`" for name in (language, *tower)) + ("" if tower else ", which reads text alone"),
+        command=seen[0] if seen else f"llama-cli -m {language}",
+    )
 
 
 def read_licence(checkpoint: Path) -> dict[str, str]:

@@ -42,7 +42,7 @@ class Layout:
         return [-(-max(widths) // block) * block] * len(widths)
 
 
-_GGUF = {"": "f16", "-q8_0": "q8_0", "-q4_0": "q4_0"}
+_GGUF = {"": "f16", "-q8_0": "q8_0", "-q4_1": "q4_1", "-q4_0": "q4_0"}
 FORMATS = {
     "hf": Layout(is_padded=False, holds_bias=True),
     "padded": Layout(is_padded=True, holds_bias=False),

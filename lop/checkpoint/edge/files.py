@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lop.checkpoint.edge.keys import add_language, add_tower, is_left_out, tower_refusal
+from lop.checkpoint.edge.keys import add_language, add_tower, check_family, is_left_out, tower_refusal
 from lop.checkpoint.edge.pieces import Piece, language_pieces, read_piece, stored_widths, tower_pieces
 from lop.checkpoint.edge.tokenizer import add_tokenizer
 from lop.checkpoint.edge.types import check_library, ggml
@@ -22,7 +22,6 @@ from lop.storage.destination import NewFolder
 from lop.storage.files import read_json
 from lop.storage.headers import read_tensors
 
-_FAMILY = "qwen2_5_vl"
 _TOWER_FILE = "mmproj-f16.gguf"
 _ALIGNMENT = 32  # Of tensors in a file, as long as it names no other.
 
@@ -59,6 +58,7 @@ class Plan:
         """What the manifest says of them."""
         pieces = self._pieces
         return {
+            "files": list(self.files),
             "stored": list(self.stored),
             "parameters": sum(prod(piece.shape) for piece in pieces),
             "bytes": sum(piece.bytes for piece in pieces),
@@ -95,8 +95,7 @@ def plan(source: Path, cuts: Sequence[tuple[str, Cut]], kind: str, *, name: str 
     check_library()
     config = read_json(source / "config.json")
     family = FAMILIES[config["model_type"]]
-    if family.model_type != _FAMILY:
-        raise LopError(f"{source} is a {family.name}, and LOP writes GGUF of {FAMILIES[_FAMILY].name} alone")
+    check_family(source, family)
     text, depth = family.text_config(config), family.tower_depth(config)
     cuts = [(tensor, cut) for tensor, cut in cuts if not is_left_out(tensor, config)]
     pieces = language_pieces(cuts, family, kind, text["num_hidden_layers"])

@@ -5,8 +5,10 @@ from typing import Any
 
 from lop.checkpoint.edge.types import KINDS
 from lop.errors import LopError
+from lop.model.families.family import Family
 from lop.model.families.registry import FAMILIES
 
+_FAMILY = "qwen2_5_vl"
 # transformers' numbers where a config leaves out what is as the published models have it.
 _TOWER = {
     "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
@@ -96,6 +98,16 @@ def tower_refusal(vision: Mapping[str, Any], depth: int) -> str | None:
     if every > 1 and sizes["window_size"] != _WINDOW:
         return f"its windows are {sizes['window_size']} pixels wide, and llama.cpp's {_WINDOW}"
     return None
+
+
+def check_family(source: Any, family: Family) -> None:
+    """Refuses a model whose tensors and keys are written nowhere here.
+
+    Raises:
+        LopError: it is no Qwen2.5-VL.
+    """
+    if family.model_type != _FAMILY:
+        raise LopError(f"{source} is a {family.name}, and LOP writes GGUF of {FAMILIES[_FAMILY].name} alone")
 
 
 def has_tower(config: Mapping[str, Any]) -> bool:

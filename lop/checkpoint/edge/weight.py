@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from lop.checkpoint.edge.keys import has_tower, is_left_out
+from lop.checkpoint.edge.keys import check_family, has_tower, is_left_out
 from lop.checkpoint.edge.types import kind_of, stored_bytes
 from lop.model.families.registry import FAMILIES
 from lop.model.tensors import down_projections
@@ -46,9 +46,13 @@ def weigh(source: Path, kind: str) -> Weight:
     Args:
         source: its folder.
         kind: a key of `KINDS`.
+
+    Raises:
+        LopError: it is no Qwen2.5-VL.
     """
     config, tensors = read_json(source / "config.json"), read_tensors(source)
     family = FAMILIES[config["model_type"]]
+    check_family(source, family)
     hidden = down_projections(tensors)[0][1].shape[0]
     parameters = size = 0
     for name, info in tensors.items():

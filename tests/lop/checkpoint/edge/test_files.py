@@ -31,7 +31,7 @@ from tests.lop.checkpoint.edge.conftest import MODEL, ORDER, SPACE
 
 GGUF = [name for name, layout in FORMATS.items() if layout.gguf]
 # How far a number may be from what it was, as a share of the largest of its block of 32.
-ROUNDING = {"f32": 0, "f16": 2**-11, "q8_0": 1 / 225, "q4_0": 1 / 7.9}
+ROUNDING = {"f32": 0, "f16": 2**-11, "q8_0": 1 / 225, "q4_1": 1 / 14, "q4_0": 1 / 7.9}
 LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",

@@ -1,18 +1,17 @@
 """Pruned checkpoints in llama.cpp: `python benchmarks/smaller_edge.py`; needs `llama-cpp-python` and the extra `gguf`.
 
-`tiny` and `smol`, dense and pruned, as GGUF in float16, 8 and 4 bits; without recovery, which neither agreement nor
-speed depends on. llama.cpp reads test items, with and
-without an image, and its distributions are held against those of transformers in float32, which runs the checkpoint
-that the files were made from. Then smol's files take turns on one core, each in a fresh process, round after round:
-tokens a second read and written, and the process's peak memory.
+`tiny` and `smol`, dense and pruned, as GGUF in float16, 8 and 4 bits, without recovery. llama.cpp reads test items,
+with and without an image, and its distributions are held against those of transformers in float32, which runs the
+checkpoint that the files were made from. Then smol's files take turns, each in a fresh process on one thread, round
+after round: tokens read and written in a second of a core's time, and peak memory.
 
 llama.cpp's graph of the vision tower merges 2 × 2 patches, the embedded models' 4 × 4: their images reach llama.cpp as
 what transformers' tower makes of them.
 
 Every model's agreement, and the speeds, are cells under `results/smaller`; what is missing is made. `--check N` makes N
 agreements again. The last line is JSON: `gguf_kl` by model, widths and type, mean over all tokens of the items;
-`same_answer`, how often the likeliest token at the end of a question is the same; `worst_item`; `speed`, by widths and
-type.
+`same_answer`, how often the likeliest token at the end of an item is the same; `worst_f16_item`, of all items the mean
+over its tokens at float16 where it is largest; `speed`, by widths and type.
 """
 
 import argparse
@@ -49,9 +48,9 @@ SEARCHED = Path(__file__).parent.parent / "results" / "smol" / "choice-lop-searc
 TYPES = {"f16": "gguf", "q8_0": "gguf-q8_0", "q4_1": "gguf-q4_1", "q4_0": "gguf-q4_0", "q4_k_m": None}
 # What a variant's layers keep: the dense model, what LOP's search found, all alike.
 VARIANTS = ("0.0-dense", "0.3-search", "0.3-uniform", "0.5-uniform")
-ITEMS = 24
+ITEMS = 12
 ROUNDS = 2
-READ, WRITTEN = 256, 48
+READ, WRITTEN = 256, 32
 
 
 class Bench:
@@ -143,7 +142,7 @@ class Bench:
         return found
 
     def speed(self) -> dict[str, Any]:
-        """Of all files of `smol`, in turns; the best of the rounds, as what else a machine does only slows it."""
+        """Of all files of `smol`, in turns; the best of the rounds, as others can only slow it."""
         files = {(variant, kind): self.file(SMOL, variant, kind) for variant in VARIANTS for kind in TYPES}
         seen: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in files}
         for turn in range(ROUNDS):
@@ -163,16 +162,16 @@ class Bench:
 
 
 def probe(file: Path) -> dict[str, float]:
-    """Tokens a second, read and written, and the most memory that this process had."""
+    """Tokens in a second of a core, read and written, and the most memory that this process had."""
     with Llama(file) as llama:
         tokens = [5 + index % 900 for index in range(READ)]
-        start = time.perf_counter()
+        start = time.thread_time()
         llama.read(tokens)
-        read = READ / (time.perf_counter() - start)
-        start = time.perf_counter()
+        read = READ / (time.thread_time() - start)
+        start = time.thread_time()
         for index in range(WRITTEN):
             llama.read([7 + index], READ + index)
-        written = WRITTEN / (time.perf_counter() - start)
+        written = WRITTEN / (time.thread_time() - start)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return {"read": read, "written": written, "peak_bytes": int(peak.split()[1]) * 1024}
 

@@ -3,7 +3,8 @@
 `tiny` and `smol`, dense and pruned, as GGUF in float16, 8 and 4 bits, without recovery. llama.cpp reads test items,
 with and without an image, and its distributions are held against those of transformers in float32, which runs the
 checkpoint that the files were made from. Then smol's files take turns, each in a fresh process on one thread, round
-after round: tokens read and written in a second of a core's time, and peak memory.
+after round: tokens read and written in a second of a core's time, and the memory that
+it added to the process's.
 
 llama.cpp's graph of the vision tower merges 2 × 2 patches, the embedded models' 4 × 4: their images reach llama.cpp as
 what transformers' tower makes of them.
@@ -18,7 +19,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +40,8 @@ from lop.stages.calibrate import calibrate_stage
 from lop.stages.prune import export_allocation
 from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint
-from tests.llama import Llama, divergence, quantise, says
+from tests.agreement import divergence, says
+from tests.llama import Llama, quantise
 
 RESULTS = Path(__file__).parent.parent / "results" / "smaller"
 SEARCHED = Path(__file__).parent.parent / "results" / "smol" / "choice-lop-search-0.3-0.json"
@@ -50,7 +51,8 @@ TYPES = {"f16": "gguf", "q8_0": "gguf-q8_0", "q4_1": "gguf-q4_1", "q4_0": "gguf-
 VARIANTS = ("0.0-dense", "0.3-search", "0.3-uniform", "0.5-uniform")
 ITEMS = 12
 ROUNDS = 2
-READ, WRITTEN = 256, 32
+TIMED = ("f16", "q4_0")
+PROBE = Path(__file__).with_name("edge_probe.py")
 
 
 class Bench:
@@ -143,37 +145,22 @@ class Bench:
 
     def speed(self) -> dict[str, Any]:
         """Of all files of `smol`, in turns; the best of the rounds, as others can only slow it."""
-        files = {(variant, kind): self.file(SMOL, variant, kind) for variant in VARIANTS for kind in TYPES}
+        files = {(variant, kind): self.file(SMOL, variant, kind) for variant in VARIANTS for kind in TIMED}
         seen: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in files}
         for turn in range(ROUNDS):
             for key, file in files.items():
                 print(f"round {turn + 1} of {ROUNDS}: {' '.join(key)}", flush=True)
                 done = subprocess.run(
-                    [sys.executable, __file__, "--probe", str(file)], capture_output=True, text=True, check=True
+                    [sys.executable, str(PROBE), str(file)], capture_output=True, text=True, check=True
                 )
                 seen[key].append(json.loads(done.stdout.splitlines()[-1]))
         made: dict[str, Any] = {}
         for (variant, kind), rounds in seen.items():
             best = {name: max(one[name] for one in rounds) for name in ("read", "written")}
-            memory = min(one["peak_bytes"] for one in rounds)
+            memory = min(one["added_bytes"] for one in rounds)
             size = files[variant, kind].stat().st_size
-            made.setdefault(variant, {})[kind] = {**best, "peak_bytes": memory, "file_bytes": size}
+            made.setdefault(variant, {})[kind] = {**best, "added_bytes": memory, "file_bytes": size}
         return {"rounds": ROUNDS, "speed": made}
-
-
-def probe(file: Path) -> dict[str, float]:
-    """Tokens in a second of a core, read and written, and the most memory that this process had."""
-    with Llama(file) as llama:
-        tokens = [5 + index % 900 for index in range(READ)]
-        start = time.thread_time()
-        llama.read(tokens)
-        read = READ / (time.thread_time() - start)
-        start = time.thread_time()
-        for index in range(WRITTEN):
-            llama.read([7 + index], READ + index)
-        written = WRITTEN / (time.thread_time() - start)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {"read": read, "written": written, "peak_bytes": int(peak.split()[1]) * 1024}
 
 
 def _bench() -> Bench:
@@ -213,7 +200,7 @@ def summary() -> dict[str, Any]:
         for kind, one in kinds.items():
             print(
                 f"smol  {variant:<12} {kind:<5} reads {one['read']:6.1f} tokens a second, writes "
-                f"{one['written']:5.1f}, peak {one['peak_bytes'] / 1e6:.0f} MB, file {one['file_bytes'] / 1e6:.1f} MB"
+                f"{one['written']:5.1f}, adds {one['added_bytes'] / 1e6:.0f} MB, file {one['file_bytes'] / 1e6:.1f} MB"
             )
     return lines | {"speed": speed["speed"]}
 
@@ -235,12 +222,9 @@ def main() -> None:
     """Makes what is missing, and prints."""
     parser = argparse.ArgumentParser(description="Pruned checkpoints in llama.cpp.")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="make N agreements again")
-    parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.probe:
-        print(json.dumps(probe(options.probe)))
-    elif options.check:
+    if options.check:
         made, agree = check(options.check)
         print(json.dumps({"benchmark": "smaller_edge", "checked": made, "agree": agree}))
     else:

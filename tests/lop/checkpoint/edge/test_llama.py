@@ -16,7 +16,8 @@ from lop.model.find import assets, find_model
 from lop.model.samples import SampleSets
 
 pytest.importorskip("llama_cpp")
-from tests.llama import MARKER, Eyes, Llama, divergence, quantise, says
+from tests.agreement import divergence, says
+from tests.llama import MARKER, Eyes, Llama, quantise
 
 TEXTS = (
     "Hello, world! It's 2024: 3.14 — naïve café 你好\n\n  tabs\tand 12345 numbers",

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +10,15 @@ from typing import Any
 import numpy as np
 
 MARKER = "<__media__>"
+SAID: list[str] = []
+
+
+@cache
+def log_callback() -> Any:
+    """One for all, kept for as long as the process lives: llama.cpp logs to it whatever is open."""
+    from llama_cpp import llama_cpp as api
+
+    return api.llama_log_callback(lambda level, text, data: SAID.append(text.decode(errors="replace")))
 
 
 class Llama:
@@ -26,9 +36,9 @@ class Llama:
         from llama_cpp import llama_cpp as api
 
         self.api: Any = api
-        self.said: list[str] = []
-        self._log = api.llama_log_callback(lambda level, text, data: self.said.append(text.decode(errors="replace")))
-        api.llama_log_set(self._log, ctypes.c_void_p(0))
+        self.said = SAID
+        SAID.clear()
+        api.llama_log_set(log_callback(), ctypes.c_void_p(0))
         model = api.llama_model_default_params()
         model.n_gpu_layers = 0
         self.model = api.llama_model_load_from_file(str(file).encode(), model)
@@ -104,6 +114,7 @@ def quantise(source: Path, out: Path) -> None:
     """
     from llama_cpp import llama_cpp as api
 
+    api.llama_log_set(log_callback(), ctypes.c_void_p(0))
     settings = api.llama_model_quantize_default_params()
     settings.nthread, settings.ftype = 1, api.LLAMA_FTYPE_MOSTLY_Q4_K_M
     if code := api.llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings)):
@@ -118,7 +129,7 @@ class Eyes:
 
         self.api: Any = api
         self.llama = llama
-        api.mtmd_helper_log_set(llama._log, ctypes.c_void_p(0))
+        api.mtmd_helper_log_set(log_callback(), ctypes.c_void_p(0))
         settings = api.mtmd_context_params_default()
         settings.use_gpu, settings.n_threads, settings.warmup = False, 1, False
         self.context = api.mtmd_init_from_file(str(file).encode(), llama.model, settings)

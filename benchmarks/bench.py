@@ -134,7 +134,7 @@ class Bench:
         evaluator = Evaluator(
             self.workshop.elastic,
             self.workshop.encode(self.items),
-            repair=self._repair(chosen.importance),
+            repair=self.repair(chosen.importance),
             divergence=True,
         )
         found = evaluator.compared(Allocation(chosen.widths))
@@ -159,7 +159,7 @@ class Bench:
         there = [folder / name for folder in self._results if (folder / name).exists()]
         return cell((there or [self._results[0] / name])[0], self.made_from, make)
 
-    def _repair(self, name: str) -> Refits:
+    def repair(self, name: str) -> Refits:
         """Sorts the model by an importance, and gives what refits it in that order."""
         run, known = self.run, self.factors
         if name == run.config.importance:
@@ -210,7 +210,7 @@ class Bench:
         # A scan of every layer alone on all samples would take more than all there is to spend: it has fewer of them.
         levels = {"sensitivity": settings.sensitivity_levels, "puzzletron": len(library(run.space))}.get(name)
         share = min(1.0, tokens / (run.space.layers * levels + 1) / whole) if levels else 1.0
-        repair = self._repair(importance)
+        repair = self.repair(importance)
         evaluators = {
             part: Evaluator(
                 workshop.elastic,

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import Bench
 from cells import cell
-from smol import RESULTS as CHOSEN
-from smol import Bench
 
 from lop.checkpoint.recovery import CATCH_UP, refit
 from lop.model.elastic import ElasticFfn, Repair
@@ -31,6 +30,7 @@ from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent.parent / "results" / "recovery"
+CHOSEN = RESULTS.parent / "smol"
 WIDTHS = ("uniform-0.3-0", "lop-search-0.3-0", "uniform-0.5-0", "lop-search-0.5-0")
 SHARES = (0.0, 0.5, 1.0)
 SHIPPED = f"refit {CATCH_UP}"
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--check", type=int, default=0, metavar="N", help="make N scores again")
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-smol"), help="where calibration is kept")
     options = parser.parse_args()
-    recoveries = Recoveries(Bench(options.runs, 0), options.items)
+    recoveries = Recoveries(Bench("smol", options.runs, 0, [CHOSEN]), options.items)
     cells = list(asked(options.widths))
     if options.check:
         agree = 0

@@ -114,9 +114,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_target(prune)
     _add_form(prune)
     _add_max_width(prune)
-    prune.add_argument(
-        "--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder"
+    _add_out(prune)
+    convert = add("convert", "write a checkpoint, dense or pruned, as GGUF", commands.convert, common=False)
+    convert.add_argument(
+        "checkpoint", type=_name, metavar="CHECKPOINT", help="what `lop prune` wrote, or a dense model"
     )
+    convert.add_argument("--format", choices=[name for name in FORMATS if FORMATS[name].gguf], default="gguf")
+    _add_out(convert)
     profile = add("profile", "measure on this device how long the model's parts take", commands.profile)
     profile.add_argument("--out", type=_local, required=True, metavar="FILE", help="where the profile goes, JSON")
     profile.add_argument("--context", type=int, default=512, metavar="TOKENS", help="read, and then held in decoding")
@@ -248,8 +252,14 @@ def _add_target(stage: argparse.ArgumentParser) -> None:
     device.add_argument("--latency-of", choices=PHASES, help="of a token that is generated, or of one read (decode)")
 
 
+def _add_out(stage: argparse.ArgumentParser) -> None:
+    help = "a new folder, or a URI such as s3://bucket/folder"
+    stage.add_argument("--out", type=_name, required=True, metavar="DIR", help=help)
+
+
 def _add_form(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--format", choices=FORMATS, default="hf", help="true widths (hf), or all padded to the widest")
+    help = "true widths (hf), all padded to the widest (padded), or for llama.cpp (gguf, gguf-q8_0, gguf-q4_0 …)"
+    stage.add_argument("--format", choices=FORMATS, default="hf", metavar="FORMAT", help=help)
     stage.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
 
 
@@ -260,7 +270,7 @@ COMPUTING: tuple[Command, ...] = (commands.calibrate, commands.distil)
 def set_up_logging() -> None:
     """LOP's lines go to stderr as they are, and of the libraries' only errors."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL", "torch.utils._pytree"):
+    for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL", "gguf", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

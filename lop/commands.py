@@ -108,7 +108,7 @@ def prune(options: argparse.Namespace) -> None:
     run = _named_run(options, config)
     with _bars() as progress:
         manifest = prune_stage(run, config, _target(options), options.out, format=options.format, progress=progress)
-    if options.format == "padded":
+    if manifest["padding_bytes"]:
         log.info("padding: %s bytes of zeros", f"{manifest['padding_bytes']:,}")
     print(options.out)
 
@@ -139,6 +139,15 @@ def distil(options: argparse.Namespace) -> None:
 
     if PartialState().is_main_process:  # Of several (`accelerate launch`) one speaks for all.
         print(options.out)
+
+
+def convert(options: argparse.Namespace) -> None:
+    from lop.verbs import convert
+
+    check_lasting("--out", options.out)
+    with _bars() as progress:
+        convert(options.checkpoint, options.out, format=options.format, progress=progress)
+    print(options.out)
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
-"""What a person asks of LOP in Python, as the command line does: `lop.predict`, `lop.prune`, `lop.inspect`."""
+"""What a person asks of LOP in Python, as on the command line: `predict`, `prune`, `convert` and `inspect` of `lop`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,33 @@ def prune(
     return _with_run(
         run, named, lambda found, config: prune_stage(found, config, target, out, format=format, progress=progress)
     )
+
+
+def convert(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    format: Format = "gguf",
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+) -> dict[str, Any]:
+    """Writes a checkpoint for llama.cpp, as `lop convert` does: `lop.convert("small", "small-gguf")`.
+
+    Args:
+        checkpoint: what `prune` wrote, or a dense model: a shipped one's name, a local folder or a hub id.
+        out: as in `prune`.
+        format: one of those that begin with `gguf`.
+        progress: called with the step (`"export"`), how many bytes of it are done, and how many it is in all.
+
+    Returns:
+        The new folder's manifest.
+
+    Raises:
+        LopError: the checkpoint is damaged, llama.cpp cannot compute the model, or `out` is there already.
+        OSError: the disk is full or read-only; nothing is left behind.
+    """
+    from lop.checkpoint.export import convert
+
+    return convert(find_model(str(checkpoint)), out, format=format, progress=partial(progress, "export"))
 
 
 def inspect(model: str | Path) -> "Inspection":

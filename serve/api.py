@@ -288,7 +288,7 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
 
 
 def _footprint(model: ServedModel, asked: schemas.AllocationRequest) -> Footprint:
-    return Footprint(model.size, asked.format, asked.recovery or model.recovery, model.shape)
+    return Footprint(model.size, asked.format, asked.recovery or model.recovery, model.shape, model.source)
 
 
 def _device(name: str, profile: Profile, space: Space) -> schemas.Device:

@@ -62,6 +62,7 @@ class ServedModel:
         name: as requests name it.
         space: its allocations.
         size: the dense model's numbers.
+        source: the dense checkpoint's folder.
         fingerprints: of all that a checkpoint depends on beside what is asked for; they go into its id.
         recovery: what the run's config makes up for pruned neurons with; the default.
         companions: bytes of a checkpoint's files beside its tensors.
@@ -73,6 +74,7 @@ class ServedModel:
     name: str
     space: Space
     size: ModelSize
+    source: Path
     fingerprints: Mapping[str, str]
     recovery: str
     companions: int
@@ -119,6 +121,7 @@ def _served(name: str, run: Run, profiles: Mapping[str, Path]) -> ServedModel:
         name,
         predictor.space,
         predictor.size,
+        run.model_folder,
         fingerprints_of(run),
         untrained(run.config.recovery),
         companion_bytes(run),

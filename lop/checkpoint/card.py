@@ -33,6 +33,15 @@ model = AutoModelForImageTextToText.from_pretrained("PATH")
 processor = AutoProcessor.from_pretrained("PATH")
 ```""",
 }
+_TRUE = """Each layer's FFN has a width of its own: `qwen2vl.feed_forward_length` is an array, which an unchanged
+llama.cpp does not heed in this architecture; it refuses the file for the shape of a tensor.
+
+"""
+_GGUF = """{warning}llama.cpp runs it: {files}.
+
+```console
+$ {command} -p "What is it?"
+```"""
 _CARD = """---
 {front}
 ---
@@ -75,7 +84,7 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
     front = {
         **licence,
         **({"base_model": origin} if _is_hub_id(origin) else {}),
-        "library_name": "transformers",
+        "library_name": "gguf" if "gguf" in manifest else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["lop", "pruned", family.model_type],
     }
@@ -91,16 +100,28 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         parameters=parameters,
         size=size,
         untouched="Vision tower, embeddings and head" if "distilled" in manifest else "Vision tower and attention",
-        loading=_LOADING[manifest["format"]].format(
-            family=family.name,
-            without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
-        ),
+        loading=_loading(family, manifest),
         version=manifest.get("version", ""),
         made=", ".join(made),
         neurons=neurons,
         rows="\n".join(f"| {layer} | {width} | {1 - width / neurons:.1%} |" for layer, width in enumerate(widths)),
         licence=", ".join(licence.values()) or "its folder does not name any",
     ).encode()
+
+
+def _loading(family: Family, manifest: Mapping[str, Any]) -> str:
+    if "gguf" not in manifest:
+        return _LOADING[manifest["format"]].format(
+            family=family.name,
+            without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
+        )
+    language, *tower = manifest["gguf"]["files"]
+    seen = [f"llama-mtmd-cli -m {language} --mmproj {file} --image photo.jpg" for file in tower]
+    return _GGUF.format(
+        warning=_TRUE if len(set(manifest["gguf"]["stored"])) > 1 else "",
+        files=" and ".join(f"`{name}`" for name in (language, *tower)) + ("" if tower else ", which reads text alone"),
+        command=seen[0] if seen else f"llama-cli -m {language}",
+    )
 
 
 def read_licence(checkpoint: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from lop import __version__
 from lop.checkpoint.card import CARD, model_card
+from lop.checkpoint.edge.files import plan, write
 from lop.checkpoint.formats import FORMATS, Format, changed_tensors, check_format, cut_tensors, pruned_config
 from lop.checkpoint.shards import Cut, ShardWriter, plan_shards, write_all
 from lop.errors import CancelledError, LopError
@@ -19,11 +22,12 @@ from lop.model.families.family import Family
 from lop.model.sources import MANIFEST, MODELING, check_checkpoint, family_of
 from lop.model.tensors import down_projections
 from lop.space.allocation import Allocation
-from lop.storage.destination import NewFolder, new_folder
+from lop.storage.destination import NewFolder, check_new, new_folder
 from lop.storage.files import read_json
 from lop.storage.headers import TensorInfo
 from lop.storage.location import Location
 
+log = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _HASHED = 8 * 2**20
@@ -47,7 +51,8 @@ def export(
 
     The FFN matrices have really fewer rows and columns; format `padded` fills them up to the widest layer with zeros.
     Tokenizer, processor, chat template and generation config come along. Memory: one FFN matrix, the next one being
-    read, and about 100 MiB of buffers, whatever the checkpoint's size.
+    read, and about 100 MiB of buffers, whatever the checkpoint's size. The `gguf` formats are files that llama.cpp
+    runs, with tokenizer and chat template inside.
 
     Args:
         source: the dense checkpoint's folder, single file or sharded.
@@ -74,16 +79,14 @@ def export(
     bias = any(name not in tensors for name in recovered)
     check_format(format, "bias" if bias else "none")
     cuts = cut_tensors(tensors, order, allocation.widths, format=format, recovered=recovered)
+    about = {**about, "format": format, "widths": list(allocation.widths), "neurons": order.shape[1]}
+    place = Location.parse(out)
+    if FORMATS[format].gguf:
+        return _export_gguf(source, place, cuts, about, progress, cancelled)
     config = pruned_config(read_json(source / "config.json"), allocation.widths, format=format, bias=bias)
-    manifest = {
-        **about,
-        "format": format,
-        "widths": list(allocation.widths),
-        "neurons": order.shape[1],
-        "padding_bytes": _padding(cuts),
-    }
+    manifest = {**about, "padding_bytes": sum(cut.padding * cut.source.item_bytes for _, cut in cuts)}
     made = _Checkpoint(cuts, _companions(source, family, format), _json(config), manifest)
-    return _write_checkpoint(Location.parse(out), made, source, family, progress, cancelled)
+    return _write_checkpoint(place, made, source, family, progress, cancelled)
 
 
 def rewrite(
@@ -124,6 +127,46 @@ def rewrite(
     config = (checkpoint / "config.json").read_bytes()
     made = _Checkpoint(cuts, _companions(checkpoint, family, format), config, manifest)
     return _write_checkpoint(Location.parse(out), made, dense, family, progress, cancelled)
+
+
+def convert(
+    source: Path,
+    out: str | Path | Location,
+    *,
+    format: Format = "gguf",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Writes a checkpoint, dense or exported by LOP, in one of the `gguf` formats; appears whole or not at all.
+
+    Args:
+        source: the checkpoint's folder; one with a manifest is first checked against its hashes.
+        The others are those of `export`.
+
+    Returns:
+        The manifest: the source's, if it has one, with what is new.
+
+    Raises:
+        LopError: as `export`; or the format is none of GGUF.
+        CancelledError, OSError: as `export`.
+    """
+    if not FORMATS[format].gguf:
+        others = ", ".join(name for name, layout in FORMATS.items() if layout.gguf)
+        raise LopError(
+            f"checkpoints are converted to {others}, not to {format!r}: prune the dense model again for that"
+        )
+    check_format(format, "none")
+    tensors = check_checkpoint(source)
+    place = Location.parse(out)
+    made: dict[str, Any] = verify(source) if (source / MANIFEST).exists() else {"source": str(source)}
+    found = [info.shape[1] for _, info in down_projections(tensors)]
+    widths = made.get("widths", found)
+    cuts = cut_tensors(tensors, [np.arange(width) for width in found], widths, format=format, recovered={})
+    check_new(place, bytes=sum(cut.bytes for _, cut in cuts))
+    about = {key: value for key, value in made.items() if key not in ("sha256", "padding_bytes")}
+    about |= {"version": __version__, "format": format, "widths": list(widths)}
+    about.setdefault("neurons", max(found))
+    return _export_gguf(source, place, cuts, about, progress, cancelled)
 
 
 def verify(
@@ -264,13 +307,37 @@ def _check(tensors: Mapping[str, TensorInfo], allocation: Allocation, order: np.
         raise LopError("the order of the neurons does not name each neuron of a layer once")
 
 
-def _write_weights(
-    folder: NewFolder,
+def _export_gguf(
+    source: Path,
+    place: Location,
     cuts: list[tuple[str, Cut]],
+    about: Mapping[str, Any],
     progress: Callable[[int, int], None],
     cancelled: Callable[[], bool],
-) -> dict[str, str]:
-    total, done = sum(cut.bytes for _, cut in cuts), 0
+) -> dict[str, Any]:
+    kind = FORMATS[about["format"]].gguf
+    assert kind is not None
+    family, name = family_of(source), Path(str(about.get("source", source))).name
+    planned = plan(source, cuts, kind, name=name)
+    if planned.without_tower:
+        log.warning("the language model alone is written: %s", planned.without_tower)
+    facts = planned.facts
+    with new_folder(place) as folder:
+        hashes = write(folder, planned, _counter(facts["bytes"], progress, cancelled))
+        for licence in source.glob("LICENSE*"):
+            hashes[licence.name] = _write(folder, licence.name, licence.read_bytes())
+        manifest = {**about, "padding_bytes": planned.padding_bytes, "gguf": facts}
+        card = model_card(source, family, manifest, parameters=facts["parameters"], size=facts["bytes"])
+        hashes[CARD] = _write(folder, CARD, card)
+        manifest["sha256"] = dict(sorted(hashes.items()))
+        # Last: where a folder cannot be renamed it says that this one is whole.
+        _write(folder, MANIFEST, _json(manifest))
+    return manifest
+
+
+def _counter(total: int, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> Callable[[int], None]:
+    """What is told of each few megabytes written."""
+    done = 0
     progress(0, total)
 
     def count(written: int) -> None:
@@ -280,9 +347,19 @@ def _write_weights(
         done += written
         progress(done, total)
 
+    return count
+
+
+def _write_weights(
+    folder: NewFolder,
+    cuts: list[tuple[str, Cut]],
+    progress: Callable[[int, int], None],
+    cancelled: Callable[[], bool],
+) -> dict[str, str]:
+    total = sum(cut.bytes for _, cut in cuts)
     shards = plan_shards(cuts, SHARD_BYTES)
     hashes = {}
-    with ShardWriter(count) as writer:
+    with ShardWriter(_counter(total, progress, cancelled)) as writer:
         for shard in shards:
             with folder.create(shard.name) as file:
                 hashes[shard.name] = writer.write(file, shard)
@@ -310,16 +387,6 @@ def _source(module: str) -> bytes:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).read_bytes()
-
-
-def _padding(cuts: list[tuple[str, Cut]]) -> int:
-    """Bytes of the zeros that fill layers up to the widest."""
-    padding = 0
-    for _, cut in cuts:
-        for axis, chosen in enumerate((cut.rows, cut.columns)):
-            if chosen is not None:
-                padding += cut.bytes // cut.shape[axis] * (cut.shape[axis] - len(chosen))
-    return padding
 
 
 def _write(folder: NewFolder, name: str, data: bytes) -> str:

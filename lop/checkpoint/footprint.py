@@ -4,8 +4,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from lop.checkpoint.edge.types import KINDS
+from lop.checkpoint.edge.weight import Weight, weigh
 from lop.checkpoint.formats import FORMATS, Format, check_format
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.errors import LopError
@@ -40,6 +44,7 @@ class Footprint:
         format: `padded` stores each layer as wide as the widest.
         recovery: `bias` adds one to each layer's `down_proj`, the unpruned layers' included.
         shape: the model's; without it no memory can be asked for.
+        source: the dense checkpoint's folder. Formats of other types than its own weigh by its headers.
 
     Raises:
         LopError: the format has no place for what the recovery adds.
@@ -49,18 +54,25 @@ class Footprint:
     format: Format = "hf"
     recovery: Recovery = "none"
     shape: Shape | None = None
+    source: Path | None = None
 
     def __post_init__(self) -> None:
         check_format(self.format, self.recovery)
 
     def parameters(self, widths: Sequence[int]) -> int:
         """Of the checkpoint whose layers keep `widths` [L] neurons."""
+        stored = self._stored(widths)
+        if self._weight:
+            return self._weight.parameters + sum(map(self._weight.ffn_parameters, stored))
         # A bias is as long as a neuron's column of `down_proj`, one of the three vectors that a neuron holds.
-        return self.size.pruned_parameters(sum(self._stored(widths))) + self._biases * self.size.neuron_parameters // 3
+        return self.size.pruned_parameters(sum(stored)) + self._biases * self.size.neuron_parameters // 3
 
     def bytes(self, widths: Sequence[int]) -> int:
         """Of the tensors of the checkpoint whose layers keep `widths` [L] neurons."""
-        return self.size.pruned_bytes(sum(self._stored(widths))) + self._biases * self.size.neuron_bytes // 3
+        stored = self._stored(widths)
+        if self._weight:
+            return self._weight.bytes + sum(map(self._weight.ffn_bytes, stored))
+        return self.size.pruned_bytes(sum(stored)) + self._biases * self.size.neuron_bytes // 3
 
     def memory(self, widths: Sequence[int], load: Load) -> int:
         """Bytes at the worst moment of a run: the weights, and all that is held beside them (`lop.space.memory`).
@@ -145,6 +157,8 @@ class Footprint:
             return self._latency_limit(target, space)
         unit, weigh = ("bytes", self.bytes) if target.parameters is None else ("parameters", self.parameters)
         asked = getattr(target, unit)
+        if unit == "bytes":
+            self._check_linear(space)
 
         def bounds(budget: int) -> tuple[int, int]:
             weight = weigh(uniform(space, budget).widths)  # However it is spread, or alike in all layers.
@@ -160,6 +174,8 @@ class Footprint:
 
     def _memory_limit(self, target: Target, space: Space) -> _Limit:
         load, asked = target.load, target.memory
+        if FORMATS[self.format].gguf:
+            raise LopError(f"memory is told of transformers' runs, not of llama.cpp's: format {self.format!r} has none")
         shape = self.shape
         assert load is not None
         assert asked is not None
@@ -178,6 +194,8 @@ class Footprint:
 
     def _latency_limit(self, target: Target, space: Space) -> _Limit:
         profile, asked = target.profile, target.latency
+        if FORMATS[self.format].gguf:
+            raise LopError(f"a device profile times transformers, not llama.cpp: format {self.format!r} has no latency")
         assert profile is not None
         assert asked is not None
         if (profile.layers, profile.neurons) != (space.layers, space.neurons):
@@ -202,7 +220,26 @@ class Footprint:
 
     def _stored(self, widths: Sequence[int]) -> Sequence[int]:
         """[L] neurons on disk, those of zeros included."""
-        return [max(widths)] * len(widths) if FORMATS[self.format].is_padded else widths
+        return FORMATS[self.format].stored(widths)
+
+    @cached_property
+    def _weight(self) -> Weight | None:
+        kind = FORMATS[self.format].gguf
+        if kind is None:
+            return None
+        assert self.source is not None
+        return weigh(self.source, kind)
+
+    def _check_linear(self, space: Space) -> None:
+        """What a layer weighs must not depend on how neurons are spread, or a budget would not say what fits."""
+        layout = FORMATS[self.format]
+        block = KINDS[layout.gguf].block if layout.gguf else 1
+        if not layout.is_padded and space.granularity % block:
+            padded = self.format.replace("-true", "")
+            raise LopError(
+                f"format {self.format!r} stores layers in blocks of {block} neurons, and widths come in steps of "
+                f"{space.granularity}: name a --target ratio, or take format {padded!r}"
+            )
 
     @property
     def _biases(self) -> int:

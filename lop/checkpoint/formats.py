@@ -1,4 +1,4 @@
-"""What a pruned checkpoint looks like on disk: true widths (`hf`), or padded to one width (`padded`)."""
+"""What a pruned checkpoint looks like on disk: safetensors or GGUF, true widths or all padded to one."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lop.checkpoint.edge.types import KINDS, check_library
 from lop.checkpoint.recoveries import RECOVERIES, UNTRAINED, Recovery
 from lop.checkpoint.shards import Cut
 from lop.errors import LopError
@@ -26,21 +27,38 @@ class Layout:
     Attributes:
         is_padded: each as wide as the widest, filled up with zeros.
         holds_bias: there is a place for a bias of `down_proj`.
+        gguf: the type of the weights in GGUF files, a key of `KINDS`; None for safetensors, of the dense model's type.
     """
 
     is_padded: bool
     holds_bias: bool
+    gguf: str | None = None
+
+    def stored(self, widths: Sequence[int]) -> list[int]:
+        """[L] neurons on disk of layers that keep `widths` [L], those of zeros included."""
+        if not self.is_padded:
+            return list(widths)
+        block = KINDS[self.gguf].block if self.gguf else 1
+        return [-(-max(widths) // block) * block] * len(widths)
 
 
-FORMATS = {"hf": Layout(is_padded=False, holds_bias=True), "padded": Layout(is_padded=True, holds_bias=False)}
+_GGUF = {"": "f16", "-q8_0": "q8_0", "-q4_1": "q4_1", "-q4_0": "q4_0"}
+FORMATS = {
+    "hf": Layout(is_padded=False, holds_bias=True),
+    "padded": Layout(is_padded=True, holds_bias=False),
+    **{f"gguf{end}": Layout(is_padded=True, holds_bias=False, gguf=kind) for end, kind in _GGUF.items()},
+    **{f"gguf-true{end}": Layout(is_padded=False, holds_bias=False, gguf=kind) for end, kind in _GGUF.items()},
+}
 
 
 def check_format(format: Format, recovery: Recovery) -> None:
     """Looks before anything is done for nothing.
 
     Raises:
-        LopError: the format has no place for what the recovery adds.
+        LopError: the format has no place for what the recovery adds, or what writes it is not installed.
     """
+    if FORMATS[format].gguf:
+        check_library()
     if RECOVERIES[recovery].adds_bias and not FORMATS[format].holds_bias:
         fits = " or ".join(repr(name) for name in reversed(UNTRAINED) if not UNTRAINED[name].adds_bias)
         others = " or ".join(repr(name) for name, layout in FORMATS.items() if layout.holds_bias)
@@ -49,17 +67,18 @@ def check_format(format: Format, recovery: Recovery) -> None:
 
 def cut_tensors(
     tensors: Mapping[str, TensorInfo],
-    order: np.ndarray,
+    order: Sequence[np.ndarray] | np.ndarray,
     widths: Sequence[int],
     *,
     format: Format,
     recovered: Mapping[str, TensorInfo],
 ) -> list[tuple[str, Cut]]:
-    """What to write of each tensor of a dense checkpoint.
+    """What to write of each tensor of a checkpoint.
 
     Args:
-        tensors: the dense checkpoint's.
-        order: [L, F] neurons of each layer, the most important first.
+        tensors: the checkpoint's.
+        order: [L, F] neurons of each layer, the most important first; a checkpoint whose layers differ has as many
+            arrays of as many neurons.
         widths: [L] neurons kept.
         recovered: tensors that take the place of those cut from the dense checkpoint, of any part, with the neurons
             kept in their order (`down_proj` weights [H, k], `gate_proj` and `up_proj` [k, H]), or that come on top
@@ -68,7 +87,8 @@ def cut_tensors(
     Raises:
         LopError: a recovered tensor has another shape than the one that it replaces would be cut to.
     """
-    cuts = [(name, _cut(name, info, recovered.get(name), order, widths, format)) for name, info in tensors.items()]
+    stored = FORMATS[format].stored(widths)
+    cuts = [(name, _cut(name, info, recovered.get(name), order, widths, stored)) for name, info in tensors.items()]
     return cuts + [(name, Cut(info, info.shape)) for name, info in recovered.items() if name not in tensors]
 
 
@@ -100,10 +120,15 @@ def changed_tensors(
 
 
 def _cut(
-    name: str, info: TensorInfo, recovered: TensorInfo | None, order: np.ndarray, widths: Sequence[int], format: Format
+    name: str,
+    info: TensorInfo,
+    recovered: TensorInfo | None,
+    order: Sequence[np.ndarray] | np.ndarray,
+    widths: Sequence[int],
+    stored: Sequence[int],
 ) -> Cut:
     part = ffn_part(name)
-    kept = None if part is None else order[ffn_layer(name), : widths[ffn_layer(name)]]
+    kept = None if part is None else order[ffn_layer(name)][: widths[ffn_layer(name)]]
 
     def shape(width: int) -> tuple[int, ...]:
         return (info.shape[0], width) if part == "down_proj" else (width, *info.shape[1:])
@@ -115,7 +140,7 @@ def _cut(
     if kept is None:
         return Cut(source, expected)
     chosen = np.arange(len(kept)) if recovered else kept
-    full = shape(max(widths)) if FORMATS[format].is_padded else expected
+    full = shape(stored[ffn_layer(name)])
     return Cut(source, full, columns=chosen) if part == "down_proj" else Cut(source, full, rows=chosen)
 
 

@@ -23,7 +23,8 @@ class Inspection:
     """What a checkpoint is.
 
     Attributes:
-        format: `dense`, `hf` or `padded`; a pruned checkpoint without a manifest (as `save_pretrained` leaves) is `hf`.
+        format: `dense`, or a key of `FORMATS`; a pruned checkpoint without a manifest (as `save_pretrained` leaves) is
+            `hf`.
         widths: [L] neurons that each layer keeps.
         stored: [L] neurons that each layer has on disk; more than it keeps if padded.
         neurons: of a layer of the dense model; of the widest layer if nothing tells.
@@ -64,6 +65,8 @@ def inspect(folder: Path) -> Inspection:
     manifest = read_manifest(folder) if has_manifest else {}
     hashes = manifest.pop("sha256", {})
     damage = _damage(folder, hashes)
+    if "gguf" in manifest:
+        return _of_gguf(folder, manifest, len(hashes), damage)
     try:
         tensors = check_checkpoint(folder)
     except LopError as error:
@@ -101,6 +104,9 @@ def print_inspection(found: Inspection) -> None:
         "importance": manifest.get("importance"),
         "parameters": f"{found.parameters:,}",
         "bytes": f"{found.bytes:,}",
+        "types": ", ".join(f"{count} {kind}" for kind, count in manifest.get("gguf", {}).get("types", {}).items())
+        or None,
+        "vision": f"not there: {reason}" if (reason := manifest.get("gguf", {}).get("without_tower")) else None,
         "padding": f"{manifest['padding_bytes']:,} bytes of zeros" if manifest.get("padding_bytes") else None,
         "made from": ", ".join(f"{name} {value}" for name, value in manifest.get("fingerprints", {}).items()) or None,
         "hashes": _verdict(found),
@@ -120,6 +126,23 @@ def _learnt(record: Mapping[str, Any]) -> str:
     """What a training came to."""
     kl = record["reward_kl"]
     return f"{record['tokens']:,} tokens, KL to dense {kl['start']:.4f} → {kl['end']:.4f} on the reward samples"
+
+
+def _of_gguf(folder: Path, manifest: Mapping[str, Any], files: int, damage: str) -> Inspection:
+    """What the manifest says, which the hashes vouch for."""
+    facts = manifest["gguf"]
+    return Inspection(
+        path=str(folder),
+        format=manifest["format"],
+        widths=tuple(manifest["widths"]),
+        stored=tuple(facts["stored"]),
+        neurons=manifest["neurons"],
+        parameters=facts["parameters"],
+        bytes=facts["bytes"],
+        manifest=manifest,
+        checked=files,
+        damage=damage,
+    )
 
 
 def _text_config(config: Any) -> dict[str, Any]:

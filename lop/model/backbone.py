@@ -131,10 +131,6 @@ class Backbone:
         return self.normed(self.feed_forward(layer, torch.addmm(x[tails], attended, layer.out.T)))
 
     def normed(self, x: Tensor) -> Tensor:
-        """The states [M, H] after the last layer as the head is given them."""
-        return self._norm(x, self.norm)
-
-    def normed(self, x: Tensor) -> Tensor:
         """What the head is given, [M, H], of states [M, H] after the last layer."""
         return self._norm(x, self.norm)
 

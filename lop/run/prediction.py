@@ -62,7 +62,7 @@ def footprint_for(run: Run, predictor: Predictor, format: Format, recovery: Reco
     Raises:
         LopError: the model is missing, or the format has no place for the recovery.
     """
-    return Footprint(predictor.size, format, recovery, shape_of(run, predictor))
+    return Footprint(predictor.size, format, recovery, shape_of(run, predictor), run.model_folder)
 
 
 def shape_of(run: Run, predictor: Predictor) -> Shape:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from lop import __version__
+from lop.checkpoint.edge.files import check_source
 from lop.checkpoint.export import export
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import Format, check_format
+from lop.checkpoint.formats import FORMATS, Format, check_format
 from lop.checkpoint.recoveries import RECOVERIES, Recovery, untrained
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError
@@ -42,9 +43,10 @@ def prune_stage(
     Raises:
         LopError: the target cannot be met, or something that the run needs is missing or damaged.
     """
-    predictor, _, allocation = allocate(run, config, target, format)
+    owner = run or what_ships(config)
+    predictor, _, allocation = allocate(owner, config, target, format)
     return export_allocation(
-        run or what_ships(config),
+        owner,
         allocation,
         out,
         target=predictor.space.ratio(allocation.budget),
@@ -95,7 +97,9 @@ def export_allocation(
     order = run.order_by(importance) if importance else run.order
     check_format(format, recovery)
     place = Location.parse(out)
-    check_new(place, bytes=Footprint(run.size, format, recovery).bytes(allocation.widths))
+    if kind := FORMATS[format].gguf:
+        check_source(run.model_folder, kind)
+    check_new(place, bytes=Footprint(run.size, format, recovery, source=run.model_folder).bytes(allocation.widths))
     if RECOVERIES[recovery].trains:
         with TemporaryDirectory(prefix="lop-untrained-", dir=scratch) as folder:
             start = Path(folder) / "checkpoint"

@@ -123,6 +123,18 @@ def test_a_format_takes_the_room_that_it_needs(start: Start) -> None:
     assert (refused.status, "bias" in refused.json["detail"]) == (422, True)
 
 
+def test_a_file_for_llama_cpp_is_a_format_like_any(service: Service) -> None:
+    asked = 1_500_000
+    made = service.make({"bytes": asked}, format="gguf-q8_0").json
+    state = service.finish(made["id"])
+    assert state["state"] == "complete"
+    assert {"model-q8_0.gguf", "lop.json"} <= state["files"].keys()
+    manifest = service.ask("GET", state["files"]["lop.json"]["url"]).json
+    assert manifest["gguf"]["bytes"] == made["allocation"]["bytes"] <= asked
+    refused = service.make({"ratio": 0.5}, format="gguf", recovery="bias")
+    assert (refused.status, "bias" in refused.json["detail"]) == (422, True)
+
+
 def test_a_size_is_never_exceeded_in_any_format(service: Service) -> None:
     asked = 4_321_000
     widths = []

@@ -33,14 +33,20 @@ model = AutoModelForImageTextToText.from_pretrained("PATH")
 processor = AutoProcessor.from_pretrained("PATH")
 ```""",
 }
+_LOADING["dense"] = _LOADING["padded"].replace("All FFNs are as wide as the widest one, filled up with zeros: w", "W")
+_QUANTISED = """
+Weights of the language backbone's linear layers have {bits} bits, by groups of {group} with a scale and a zero point each,
+in the format `pack-quantized` of `compressed-tensors`, which has to be installed. transformers unpacks them when the model
+is first run.
+"""
 _CARD = """---
 {front}
 ---
 
 # {name}, {ratio:.1%} of its FFN neurons pruned
 
-{parameters:,} parameters, {size:,} bytes. Vision tower and attention are the dense model's.
-
+{parameters:,} parameters, {size:,} bytes. {rest} the dense model's.
+{quantised}
 ## Loading
 
 {loading}
@@ -71,7 +77,7 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         size: of all its tensors, in bytes.
     """
     origin, licence = str(manifest.get("source", source)), read_licence(source)
-    widths, neurons = manifest["widths"], manifest["neurons"]
+    widths, neurons, quantised = manifest["widths"], manifest["neurons"], manifest.get("quantised")
     front = {
         **licence,
         **({"base_model": origin} if _is_hub_id(origin) else {}),
@@ -88,6 +94,8 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         ratio=1 - sum(widths) / (len(widths) * neurons),
         parameters=parameters,
         size=size,
+        rest=_unchanged(quantised),
+        quantised=_QUANTISED.format(**quantised) if quantised else "",
         loading=_LOADING[manifest["format"]].format(
             family=family.name,
             without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
@@ -98,6 +106,12 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         rows="\n".join(f"| {layer} | {width} | {1 - width / neurons:.1%} |" for layer, width in enumerate(widths)),
         licence=", ".join(licence.values()) or "its folder does not name any",
     ).encode()
+
+
+def _unchanged(quantised: Mapping[str, Any] | None) -> str:
+    if not quantised:
+        return "Vision tower and attention are"
+    return "Embeddings are" if quantised["vision"] else "Vision tower and embeddings are"
 
 
 def read_licence(checkpoint: Path) -> dict[str, str]:

@@ -3,13 +3,16 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from lop.checkpoint.bits import Packing
 from lop.checkpoint.card import CARD, model_card
 from lop.checkpoint.formats import FORMATS, Format, check_format, cut_tensors, pruned_config
 from lop.checkpoint.shards import Cut, ShardWriter, plan_shards, write_all
@@ -39,7 +42,10 @@ def export(
     about: Mapping[str, Any],
     format: Format = "hf",
     recovered: Mapping[str, TensorInfo] | None = None,
+    packing: Packing | None = None,
+    scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    on_matrix: Callable[[int, int], None] = lambda done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Writes the checkpoint that keeps the most important neurons of each layer; appears whole or not at all.
@@ -55,8 +61,11 @@ def export(
         order: [L, F] neurons of each layer in the dense numbering, the most important first.
         about: what the manifest should say of where the allocation comes from (target, fingerprints).
         recovered: tensors that recovery has refitted or added; see `lop.checkpoint.recovery.recover_checkpoint`.
+        packing: how to quantise what is written; None leaves weights as they are.
+        scratch: where quantised weights wait until they are written; by default the system's place for such files.
         progress: called in this thread with the bytes written so far and in all.
-        cancelled: asked about every 8 MiB whether to give up.
+        on_matrix: called with the matrices quantised so far and in all.
+        cancelled: asked after each matrix, and about every 8 MiB, whether to give up.
 
     Returns:
         The manifest, as it stands in `lop.json`.
@@ -74,20 +83,84 @@ def export(
     check_format(format, "bias" if bias else "none")
     cuts = cut_tensors(tensors, order, allocation.widths, format=format, recovered=recovered)
     config = pruned_config(read_json(source / "config.json"), allocation.widths, format=format, bias=bias)
-    with new_folder(Location.parse(out)) as folder:
+    manifest = {
+        **about,
+        "format": format,
+        "widths": list(allocation.widths),
+        "neurons": order.shape[1],
+        "padding_bytes": _padding(cuts),
+    }
+    beside = companions(source)
+    if not FORMATS[format].is_padded:
+        beside[MODELING] = _source(family.modeling)
+    return write_checkpoint(
+        source,
+        out,
+        Parts(cuts, config, manifest, beside),
+        family,
+        packing=packing,
+        scratch=scratch,
+        progress=progress,
+        on_matrix=on_matrix,
+        cancelled=cancelled,
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a checkpoint is made of, before anything of it is quantised.
+
+    Attributes:
+        cuts: its tensors.
+        config: what stands in its `config.json`.
+        manifest: what its `lop.json` says, but for the hashes.
+        companions: its other files.
+    """
+
+    cuts: list[tuple[str, Cut]]
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    companions: Mapping[str, bytes]
+
+
+def write_checkpoint(
+    source: Path,
+    out: str | Path | Location,
+    parts: Parts,
+    family: Family,
+    *,
+    packing: Packing | None = None,
+    scratch: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    on_matrix: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Writes a new checkpoint, quantised if it is to be, with card, manifest and hashes; arguments as in `export`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        LopError: `out` is there already, or the library that quantises is not.
+        CancelledError: `cancelled` said so.
+        OSError: the disk is full or read-only. After any error nothing is left behind.
+    """
+    cuts, config, manifest = parts.cuts, dict(parts.config), dict(parts.manifest)
+    parameters = sum(prod(cut.shape) for _, cut in cuts)
+    with TemporaryDirectory(prefix="lop-packed-", dir=scratch) as packed, new_folder(Location.parse(out)) as folder:
+        if packing is not None:
+            from lop.checkpoint.packing import pack_cuts
+            from lop.model.rounding import library
+
+            cuts = pack_cuts(cuts, packing, Path(packed), progress=on_matrix, cancelled=cancelled)
+            config["quantization_config"] = packing.config
+            manifest["quantised"] = {**packing.about, "library": library()}
         hashes = _write_weights(folder, cuts, progress, cancelled)
-        for name, data in _companions(source, family, format).items():
+        for name, data in parts.companions.items():
             hashes[name] = _write(folder, name, data)
         text = _json(config)
         hashes["config.json"] = hashlib.sha256(text).hexdigest()
-        manifest = {
-            **about,
-            "format": format,
-            "widths": list(allocation.widths),
-            "neurons": order.shape[1],
-            "padding_bytes": _padding(cuts),
-        }
-        parameters, size = (sum(values) for values in zip(*((prod(cut.shape), cut.bytes) for _, cut in cuts)))
+        size = sum(cut.bytes for _, cut in cuts)
         hashes[CARD] = _write(folder, CARD, model_card(source, family, manifest, parameters=parameters, size=size))
         manifest["sha256"] = dict(sorted(hashes.items()))
         _write(folder, MANIFEST, _json(manifest))
@@ -216,16 +289,14 @@ def _write_weights(
     return hashes
 
 
-def _companions(source: Path, family: Family, format: Format) -> dict[str, bytes]:
-    found = {
+def companions(source: Path) -> dict[str, bytes]:
+    """The files that come along as they are: tokenizer, processor, chat template, generation config."""
+    return {
         file.name: file.read_bytes()
         for pattern in _COMPANIONS
         for file in source.glob(pattern)
         if file.name not in _OWN
     }
-    if not FORMATS[format].is_padded:
-        found[MODELING] = _source(family.modeling)
-    return found
 
 
 def _source(module: str) -> bytes:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lop.checkpoint.bits import BITS, Weight
 from lop.checkpoint.formats import FORMATS, Format, check_format
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.errors import LopError
@@ -19,6 +20,7 @@ class Footprint:
         size: the dense model's numbers.
         format: `padded` stores each layer as wide as the widest.
         recovery: `bias` adds one to each layer's `down_proj`, the unpruned layers' included.
+        quantised: the model with its weights in fewer bits, if they are to be; see `lop.checkpoint.bits`.
 
     Raises:
         LopError: the format has no place for what the recovery adds.
@@ -27,6 +29,7 @@ class Footprint:
     size: ModelSize
     format: Format = "hf"
     recovery: Recovery = "none"
+    quantised: Weight | None = None
 
     def __post_init__(self) -> None:
         check_format(self.format, self.recovery)
@@ -38,7 +41,9 @@ class Footprint:
 
     def bytes(self, widths: Sequence[int]) -> int:
         """Of the tensors of the checkpoint whose layers keep `widths` [L] neurons."""
-        return self.size.pruned_bytes(self._stored(widths)) + self._biases * self.size.neuron_bytes // 3
+        pruned = self.size.layers * self.size.neurons - self._stored(widths)
+        # Biases are not quantised.
+        return self._weight.bytes - pruned * self._weight.neuron_bits // 8 + self._biases * self.size.neuron_bytes // 3
 
     def is_uniform(self, target: Target) -> bool:
         """Whether all layers keep alike, whatever a predictor says.
@@ -57,17 +62,20 @@ class Footprint:
         if target.ratio is not None:
             return space.budget(target.ratio)
         if target.parameters is not None:
-            weigh, each, asked, unit = self.parameters, self.size.neuron_parameters, target.parameters, "parameters"
+            weigh, each, asked, unit = self.parameters, 8 * self.size.neuron_parameters, target.parameters, "parameters"
         else:
             assert target.bytes is not None
-            weigh, each, asked, unit = self.bytes, self.size.neuron_bytes, target.bytes, "bytes"
+            weigh, each, asked, unit = self.bytes, self._weight.neuron_bits, target.bytes, "bytes"
         least, whole = (weigh([width] * space.layers) for width in (space.min_width, space.neurons))
         if not least <= asked <= whole:
             biased = " with recovery 'bias'" if self._biases else ""
-            raise LopError(f"target of {asked} {unit} is outside what this model can have{biased}: {least} to {whole}")
+            rounded = f" with {self.bits} bits" if self.quantised and unit == "bytes" else ""
+            raise LopError(
+                f"target of {asked} {unit} is outside what this model can have{biased}{rounded}: {least} to {whole}"
+            )
         step = space.granularity * (space.layers if self.is_uniform(target) else 1)
         smallest = space.layers * space.min_width
-        return smallest + (asked - least) // (each * step) * step
+        return smallest + 8 * (asked - least) // (each * step) * step
 
     def allocate(self, target: Target, space: Space, predict: Callable[[int], Allocation]) -> Allocation:
         """The allocation for a target; its checkpoint never exceeds parameters or bytes that were asked for.
@@ -90,7 +98,17 @@ class Footprint:
             "kept_neurons": allocation.budget,
             "parameters": self.parameters(allocation.widths),
             "bytes": self.bytes(allocation.widths),
+            "bits": self.bits,
         }
+
+    @property
+    def bits(self) -> int:
+        """Of the weights, 16 standing for those that the dense model has."""
+        return self._weight.bits
+
+    @property
+    def _weight(self) -> Weight:
+        return self.quantised or Weight(BITS[0], self.size.bytes, 8 * self.size.neuron_bytes)
 
     def _stored(self, widths: Sequence[int]) -> int:
         """Neurons on disk, those of zeros included."""

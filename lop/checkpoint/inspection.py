@@ -16,6 +16,7 @@ from lop.model.families.registry import FAMILIES
 from lop.model.sources import MANIFEST, check_checkpoint
 from lop.model.tensors import down_projections
 from lop.storage.files import read_as
+from lop.storage.headers import read_tensors
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Inspection:
         widths: [L] neurons that each layer keeps.
         stored: [L] neurons that each layer has on disk; more than it keeps if padded.
         neurons: of a layer of the dense model; of the widest layer if nothing tells.
+        bits: of the backbone's weights; None where they are as the dense model has them.
         parameters, bytes: of all tensors.
         manifest: what the export wrote down (source, target, recovery, fingerprints), without its hashes.
         checked: files that were held against their SHA-256 in the manifest; None without a manifest.
@@ -38,6 +40,7 @@ class Inspection:
     widths: tuple[int, ...]
     stored: tuple[int, ...]
     neurons: int
+    bits: int | None
     parameters: int
     bytes: int
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -65,7 +68,7 @@ def inspect(folder: Path) -> Inspection:
     hashes = manifest.pop("sha256", {})
     damage = _damage(folder, hashes)
     try:
-        tensors = check_checkpoint(folder)
+        tensors = check_checkpoint(folder, quantised=True)
     except LopError as error:
         # What is wrong with a file that is not what was written says less than that.
         raise LopError(damage or str(error)) from None
@@ -79,8 +82,9 @@ def inspect(folder: Path) -> Inspection:
         widths=tuple(manifest.get("widths", stored)),
         stored=stored,
         neurons=manifest.get("neurons", text.get("intermediate_size", max(stored))),
+        bits=manifest.get("quantised", {}).get("bits"),
         parameters=sum(info.parameters for info in tensors.values()),
-        bytes=sum(info.bytes for info in tensors.values()),
+        bytes=sum(info.bytes for info in read_tensors(folder).values()),
         manifest=manifest,
         checked=len(hashes) if has_manifest else None,
         damage=damage,
@@ -96,6 +100,7 @@ def print_inspection(found: Inspection) -> None:
         "source": manifest.get("source"),
         "target": f"{manifest['target']:.4f}" if "target" in manifest else None,
         "pruned": f"{found.ratio:.2%} of {len(found.widths)} layers of {found.neurons} neurons",
+        "bits": _rounding(manifest.get("quantised")),
         "recovery": manifest.get("recovery"),
         "importance": manifest.get("importance"),
         "parameters": f"{found.parameters:,}",
@@ -113,6 +118,13 @@ def print_inspection(found: Inspection) -> None:
             f"layer {layer}", f"{width}", Bar(found.neurons, 0, width, width=40), f"{width / found.neurons:.1%}"
         )
     PlainConsole().print(Group(facts, "", chart))
+
+
+def _rounding(quantised: Mapping[str, Any] | None) -> str | None:
+    if not quantised:
+        return None
+    tower = ", vision tower too" if quantised["vision"] else ""
+    return f"{quantised['bits']}, by groups of {quantised['group']}{tower} ({quantised['library']})"
 
 
 def _text_config(config: Any) -> dict[str, Any]:

@@ -5,11 +5,13 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from lop.checkpoint.bits import BITS
 from lop.errors import LopError
 from lop.model.find import find_model
 from lop.model.smol import NAME as SMOL
@@ -19,10 +21,12 @@ from lop.storage.places import check_lasting
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
 if TYPE_CHECKING:
+    from lop.run.choice import Choice
     from lop.run.compute import Compute
     from lop.run.run import Run
 
 log = logging.getLogger(__name__)
+_UNITS = {"recover": "layer", "quantise": "matrix"}
 
 
 def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
@@ -75,14 +79,17 @@ def train(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    from lop.run.prediction import answer
+    from lop.run.choice import choose
 
     config, target = _config(options), _target(options)
-    found = answer(_named_run(options, config), config, target, options.format)
+    choice = choose(_named_run(options, config), config, target, options.format, bits=options.bits)
+    _tell_choice(choice, options)
+    found = choice.describe()
     if options.json:
         print(json.dumps(found))
         return
-    print(f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, ratio {found['ratio']:.4f}")
+    bits = f", {found['bits']} bits" if found["bits"] != BITS[0] else ""
+    print(f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, ratio {found['ratio']:.4f}{bits}")
     for layer, (ratio, width) in enumerate(zip(found["ratios"], found["widths"])):
         print(f"layer {layer:>2}  {width:>6}  {'█' * round(40 * (1 - ratio)):<40}  {ratio:.1%} pruned")
 
@@ -94,9 +101,41 @@ def prune(options: argparse.Namespace) -> None:
     config = _config(options)
     run = _named_run(options, config)
     with _bars() as progress:
-        manifest = prune_stage(run, config, _target(options), options.out, format=options.format, progress=progress)
+        manifest = prune_stage(
+            run,
+            config,
+            _target(options),
+            options.out,
+            format=options.format,
+            bits=options.bits,
+            vision=options.vision,
+            on_choice=partial(_tell_choice, options=options),
+            progress=progress,
+        )
     if options.format == "padded":
         log.info("padding: %s bytes of zeros", f"{manifest['padding_bytes']:,}")
+    print(options.out)
+
+
+def measure(options: argparse.Namespace) -> None:
+    from lop.console import PlainConsole
+    from lop.report.qualities import plot_qualities, qualities_table
+    from lop.stages.measure import measure_stage
+
+    run = _run(options)
+    qualities = measure_stage(run, _compute(run.config))
+    plot_qualities(qualities, run.folder / "qualities.png")
+    PlainConsole().print(qualities_table(qualities))
+    print(run.location / run.qualities_file.name)
+
+
+def quantise(options: argparse.Namespace) -> None:
+    from lop.checkpoint.quantise import quantise
+
+    check_lasting("--out", options.out)
+    folder = find_model(options.model)
+    with _bars() as progress:
+        quantise(folder, options.out, options.bits, name=options.model, vision=options.vision, progress=progress)
     print(options.out)
 
 
@@ -230,6 +269,14 @@ def _compute(config: Config) -> "Compute":
     return OnRay()
 
 
+def _tell_choice(choice: "Choice", options: argparse.Namespace) -> None:
+    """Says what each number of bits would give, or how to have that weighed."""
+    for option in choice.options:
+        log.info("%s%s", option, " (chosen)" if option.bits == choice.bits else "")
+    if options.bytes is not None and options.bits is None and not choice.options and options.format == "hf":
+        log.info("%d bits: `lop measure` once, and --bytes chooses the best of ratio and bits", choice.bits)
+
+
 def _target(options: argparse.Namespace) -> Target:
     if options.parameters is not None:
         return Target(parameters=parse_count(options.parameters, what="parameters"))
@@ -248,7 +295,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
     def update(step: str, done: int, total: int) -> None:
         if step not in bars:
-            unit = {"unit": "B", "unit_scale": True} if step == "export" else {"unit": "layer"}
+            unit = {"unit": "B", "unit_scale": True} if step == "export" else {"unit": _UNITS[step]}
             bars[step] = tqdm(total=total, desc=step, **unit)
         bars[step].update(done - bars[step].n)
 

@@ -1,8 +1,8 @@
 """Weights of 8 or 4 bits: which tensors get them, in what groups, and what they then weigh. Arithmetic without torch.
 
-A weight matrix [N, K] of b bits is four tensors, the format `pack-quantized` of compressed-tensors: `weight_packed`, N rows
-of whole 32-bit words; for every g numbers of a row a scale of the weights' own type, `weight_scale` [N, K/g], and a zero
-point of b bits, `weight_zero_point`, whose columns are packed; and `weight_shape`, two int64.
+A weight matrix [N, K] of b bits is four tensors, the format `pack-quantized` of compressed-tensors: `weight_packed`, N
+rows of whole 32-bit words; for every g numbers of a row a scale of the weights' own type, `weight_scale` [N, K/g], and
+a zero point of b bits, `weight_zero_point`, whose columns are packed; and `weight_shape`, two int64.
 """
 
 import re
@@ -21,6 +21,8 @@ from lop.storage.headers import TensorInfo
 # Of a weight: as they are, and what they can be rounded to. The first is what is written where nothing is asked for.
 BITS = (16, 8, 4)
 QUANTISED = tuple(bits for bits in BITS if bits < 16)
+# Below so many bits, rounding to the nearest costs too much (`lop.checkpoint.compensation`).
+COMPENSATED = 8
 # Numbers that share a scale. The largest that fits is taken; larger ones than 128 kernels do not have.
 GROUPS = (128, 64, 32, 16, 8)
 _SHAPE_BYTES = 16
@@ -113,12 +115,17 @@ def check_bits(bits: int) -> None:
 
 
 def packing(
-    tensors: Mapping[str, TensorInfo], family: Family, bits: int, *, granularity: int | None = None, vision: bool = False
+    tensors: Mapping[str, TensorInfo],
+    family: Family,
+    bits: int,
+    *,
+    granularity: int | None = None,
+    vision: bool = False,
 ) -> Packing:
     """How to quantise a checkpoint, or all that can be pruned of it.
 
-    The linear layers of the language backbone are quantised. Embeddings and head are not: in half of the models they are
-    one tensor, which is looked up as well as multiplied, and no loader's kernels take both.
+    The linear layers of the language backbone are quantised. Embeddings and head are not: in half of the models they
+    are one tensor, which is looked up as well as multiplied, and the format has no place for that.
 
     Args:
         tensors: the checkpoint's, by its names.
@@ -137,8 +144,8 @@ def packing(
     if group is None:
         all_of = f"multiples of granularity {granularity} and " if granularity else ""
         raise LopError(
-            f"weights of {bits} bits share a scale by groups of {GROUPS[-1]} to {GROUPS[0]}, which must divide all rows: "
-            f"no such group divides {all_of}{', '.join(map(str, sorted(widths)))}"
+            f"weights of {bits} bits share a scale by groups of {GROUPS[-1]} to {GROUPS[0]}: "
+            f"none divides the rows of all matrices, {all_of}{', '.join(map(str, sorted(widths)))}"
         )
     tower = [name for name in matrices if _is_of(name, family.tower, family)]
     fits = {name for name in tower if tensors[name].shape[1] % group == 0}

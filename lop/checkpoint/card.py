@@ -35,9 +35,9 @@ processor = AutoProcessor.from_pretrained("PATH")
 }
 _LOADING["dense"] = _LOADING["padded"].replace("All FFNs are as wide as the widest one, filled up with zeros: w", "W")
 _QUANTISED = """
-Weights of the language backbone's linear layers have {bits} bits, by groups of {group} with a scale and a zero point each,
-in the format `pack-quantized` of `compressed-tensors`, which has to be installed. transformers unpacks them when the model
-is first run.
+Weights of the language backbone's linear layers have {bits} bits, by groups of {group} with a scale and a zero point
+each, in the format `pack-quantized` of `compressed-tensors`, which has to be installed. transformers unpacks them when
+it loads the model.
 """
 _CARD = """---
 {front}

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import prod
@@ -43,6 +43,7 @@ def export(
     format: Format = "hf",
     recovered: Mapping[str, TensorInfo] | None = None,
     packing: Packing | None = None,
+    packed: Mapping[str, Sequence[tuple[str, TensorInfo]]] | None = None,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_matrix: Callable[[int, int], None] = lambda done, total: None,
@@ -62,6 +63,7 @@ def export(
         about: what the manifest should say of where the allocation comes from (target, fingerprints).
         recovered: tensors that recovery has refitted or added; see `lop.checkpoint.recovery.recover_checkpoint`.
         packing: how to quantise what is written; None leaves weights as they are.
+        packed: weights that are quantised already, by their names; see `lop.checkpoint.compensation`.
         scratch: where quantised weights wait until they are written; by default the system's place for such files.
         progress: called in this thread with the bytes written so far and in all.
         on_matrix: called with the matrices quantised so far and in all.
@@ -99,6 +101,7 @@ def export(
         Parts(cuts, config, manifest, beside),
         family,
         packing=packing,
+        packed=packed,
         scratch=scratch,
         progress=progress,
         on_matrix=on_matrix,
@@ -130,6 +133,7 @@ def write_checkpoint(
     family: Family,
     *,
     packing: Packing | None = None,
+    packed: Mapping[str, Sequence[tuple[str, TensorInfo]]] | None = None,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     on_matrix: Callable[[int, int], None] = lambda done, total: None,
@@ -147,14 +151,15 @@ def write_checkpoint(
     """
     cuts, config, manifest = parts.cuts, dict(parts.config), dict(parts.manifest)
     parameters = sum(prod(cut.shape) for _, cut in cuts)
-    with TemporaryDirectory(prefix="lop-packed-", dir=scratch) as packed, new_folder(Location.parse(out)) as folder:
+    with TemporaryDirectory(prefix="lop-packed-", dir=scratch) as spool, new_folder(Location.parse(out)) as folder:
         if packing is not None:
             from lop.checkpoint.packing import pack_cuts
             from lop.model.rounding import library
 
-            cuts = pack_cuts(cuts, packing, Path(packed), progress=on_matrix, cancelled=cancelled)
+            cuts = pack_cuts(cuts, packing, Path(spool), packed=packed, progress=on_matrix, cancelled=cancelled)
             config["quantization_config"] = packing.config
-            manifest["quantised"] = {**packing.about, "library": library()}
+            rounding = "compensated" if packed else "nearest"
+            manifest["quantised"] = {**packing.about, "rounding": rounding, "library": library()}
         hashes = _write_weights(folder, cuts, progress, cancelled)
         for name, data in parts.companions.items():
             hashes[name] = _write(folder, name, data)

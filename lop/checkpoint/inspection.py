@@ -123,8 +123,9 @@ def print_inspection(found: Inspection) -> None:
 def _rounding(quantised: Mapping[str, Any] | None) -> str | None:
     if not quantised:
         return None
-    tower = ", vision tower too" if quantised["vision"] else ""
-    return f"{quantised['bits']}, by groups of {quantised['group']}{tower} ({quantised['library']})"
+    parts = "backbone and vision tower" if quantised["vision"] else "backbone"
+    how = f"{quantised['rounding']}, {quantised['library']}"
+    return f"{quantised['bits']} of the {parts}'s weights, by groups of {quantised['group']} ({how})"
 
 
 def _text_config(config: Any) -> dict[str, Any]:

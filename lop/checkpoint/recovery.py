@@ -170,7 +170,7 @@ def refit(
     pruned = list(dense)
     for layer, width in zip(layers, widths, strict=True):
         ffn = cast(ElasticFfn, layer.ffn)
-        normal = _NormalEquations(ffn.down[:, :width])
+        normal = NormalEquations(ffn.down[:, :width])
         for index, batch in enumerate(encoded.batches):
             rotation = batch.rotation.to(device)
             ffn.width, ffn.refitted, ffn.bias = ffn.neurons, None, None
@@ -187,7 +187,7 @@ def refit(
         yield ffn.refitted
 
 
-class _NormalEquations:
+class NormalEquations:
     """Sums over tokens, and the weights W + Δ that follow from them; see `refit`.
 
     Args:
@@ -198,6 +198,11 @@ class _NormalEquations:
         self._weight = weight
         self._gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
         self._target = torch.zeros_like(weight, dtype=torch.float64)
+
+    @property
+    def gram(self) -> Tensor:
+        """G [k, k], float64, until the weights are solved for."""
+        return self._gram
 
     def add(self, hidden: Tensor, wanted: Tensor) -> None:
         """Adds tokens' activations h [N, k] and what they should add to the residual stream, t [N, H]."""

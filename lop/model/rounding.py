@@ -38,6 +38,9 @@ class Rounding:
     Of ten grids, which span 100, 95, … 55% of what a group's numbers do, each group takes the one that leaves the least
     squared error.
 
+    Attributes:
+        bits: of each number.
+
     Raises:
         LopError: the library is not there.
     """
@@ -47,7 +50,7 @@ class Rounding:
         from compressed_tensors.compressors import PackedQuantizationCompressor
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-        self._group = group
+        self.bits, self._group = bits, group
         self._least, self._most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         self._compressor: Any = PackedQuantizationCompressor
         weights = QuantizationArgs(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=group)
@@ -111,7 +114,7 @@ class Rounding:
         block = max(_BLOCK, self._group)
         for first in range(0, weight.shape[1], block):
             last = min(first + block, weight.shape[1])
-            errors = torch.zeros(len(weight), last - first)
+            errors = weight.new_zeros(len(weight), last - first)
             for column in range(first, last):
                 if column % self._group == 0:
                     scale, zero = self._grid(weight[:, None, column : column + self._group], dtype)
@@ -128,7 +131,7 @@ class Rounding:
 
 def _inverse_factor(gram: Tensor) -> Tensor:
     """The upper factor U of `(G + λI)⁻¹ = Uᵀ·U`, [K, K] float32."""
-    damped = gram.double().clone()
+    damped = gram.double().clone()  # What is silent on all samples leaves zeros on the diagonal.
     damped.diagonal().add_(_DAMPING * damped.diagonal().mean() + torch.finfo(torch.float32).tiny)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True).float()

@@ -1,17 +1,13 @@
-"""Which predictor answers for a model: a run's own, or the one that ships. Like the answer itself, without torch."""
+"""Which predictor answers for a model: a run's own, or the one that ships. Without torch."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import Format
 from lop.errors import LopError
 from lop.predictor.predictor import Predictor, load_predictor
 from lop.run.config import Config
 from lop.run.run import Run, shipped_run
 from lop.space.allocation import Space
-from lop.space.size import Target
 from lop.storage.fingerprint import check_fingerprints
 
 
@@ -23,18 +19,6 @@ def predictor_for(run: Run | None, config: Config) -> Predictor:
     """
     owner = run or what_ships(config)
     return open_predictor(owner, owner.predictor_folder)
-
-
-def answer(run: Run | None, config: Config, target: Target, format: Format) -> dict[str, Any]:
-    """What a checkpoint of the target would be, as plain JSON values; see `Footprint.describe`.
-
-    Raises:
-        LopError: the target cannot be met, or the predictor is missing or of another model.
-    """
-    predictor = predictor_for(run, config)
-    footprint = Footprint(predictor.size, format, config.recovery)
-    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
-    return footprint.describe(allocation, predictor.space)
 
 
 def open_predictor(run: Run, folder: Path) -> Predictor:

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 
 from lop import __version__
+from lop.checkpoint.bits import BITS, COMPENSATED
+from lop.checkpoint.compensation import compensate_checkpoint
 from lop.checkpoint.export import export
-from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import Format, check_format
+from lop.checkpoint.formats import FORMATS, Format, check_format
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError
+from lop.model.rounding import check_library
+from lop.run.choice import Choice, choose, footprint_of, packing_of
 from lop.run.config import Config
-from lop.run.prediction import predictor_for, what_ships
+from lop.run.prediction import what_ships
 from lop.run.run import Run
 from lop.space.allocation import Allocation
 from lop.space.size import Target
@@ -33,23 +36,31 @@ def prune_stage(
     out: str | Path,
     *,
     format: Format = "hf",
+    bits: int | None = None,
+    vision: bool = False,
+    on_choice: Callable[[Choice], None] = lambda choice: None,
     progress: Progress = lambda step, done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Predicts the target's allocation and writes the checkpoint; see `export_allocation`.
 
+    Args:
+        bits: of the weights; None lets a target in bytes choose, where `lop measure` has been run.
+        on_choice: told what will be written, before it is.
+
     Raises:
         LopError: the target cannot be met, or something that the run needs is missing or damaged.
     """
-    predictor = predictor_for(run, config)
-    footprint = Footprint(predictor.size, format, config.recovery)
-    allocation = footprint.allocate(target, predictor.space, predictor.allocate)
+    choice = choose(run, config, target, format, bits=bits, vision=vision)
+    on_choice(choice)
     return export_allocation(
         run or what_ships(config),
-        allocation,
+        choice.allocation,
         out,
-        target=predictor.space.ratio(allocation.budget),
+        target=choice.predictor.space.ratio(choice.allocation.budget),
         format=format,
+        bits=choice.bits,
+        vision=vision,
         progress=progress,
         cancelled=cancelled,
     )
@@ -63,6 +74,8 @@ def export_allocation(
     target: float,
     format: Format = "hf",
     recovery: Recovery | None = None,
+    bits: int = BITS[0],
+    vision: bool = False,
     scratch: Path | None = None,
     progress: Progress = lambda step, done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
@@ -76,8 +89,12 @@ def export_allocation(
         out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
         target: the pruning ratio that was asked for; goes into the manifest.
         recovery: None takes the config's.
+        bits: of the language backbone's weights: below 16 they are quantised, and below 8 layer by layer on the
+            calibration samples, whatever the recovery (`lop.checkpoint.compensation`).
+        vision: quantises the vision tower, too.
         scratch: where recovery keeps a folder while it runs; by default the system's place for temporary files.
-        progress: called in this thread with the step (`"recover"`, counted in layers, or `"export"`, in bytes), how
+        progress: called in this thread with the step (`"recover"`, counted in layers, `"quantise"`, in matrices, or
+            `"export"`, in bytes), how
             much of it is done, and how much it is in all.
         cancelled: asked after each layer, and about every 8 MiB, whether to give up.
 
@@ -91,8 +108,10 @@ def export_allocation(
     """
     recovery = recovery or run.config.recovery
     check_format(format, recovery)
-    place = Location.parse(out)
-    check_new(place, bytes=Footprint(run.size, format, recovery).bytes(allocation.widths))
+    place, packing = Location.parse(out), packing_of(run, bits, vision=vision)
+    if packing is not None:
+        check_library()
+    check_new(place, bytes=footprint_of(run, format, recovery, bits, vision=vision).bytes(allocation.widths))
     torch.set_num_threads(run.config.threads)
     about = {
         "version": __version__,
@@ -108,23 +127,34 @@ def export_allocation(
             raise CancelledError("the export was cancelled")
         progress("recover", done, total)
 
-    if RECOVERIES[recovery].refits:
+    is_compensated = packing is not None and bits < COMPENSATED
+    if RECOVERIES[recovery].refits or is_compensated:
         warn_of_samples(run)
+    inputs: dict[str, Any] = {
+        "order": run.order,
+        "means": run.statistics.mean,
+        "samples": run.samples.calibration,
+        "batch_tokens": run.config.batch_tokens,
+        "images": run.config.images,
+        "device": run.config.device,
+        "dtype": run.config.dtype,
+        "progress": on_layer,
+    }
     with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
-        recovered = recover_checkpoint(
-            run.model_folder,
-            allocation,
-            recovery,
-            Path(folder),
-            order=run.order,
-            means=run.statistics.mean,
-            samples=run.samples.calibration,
-            batch_tokens=run.config.batch_tokens,
-            images=run.config.images,
-            device=run.config.device,
-            dtype=run.config.dtype,
-            progress=on_layer,
-        )
+        recovered, packed = {}, {}
+        if is_compensated:
+            assert packing is not None
+            packed = compensate_checkpoint(
+                run.model_folder,
+                allocation,
+                recovery,
+                packing,
+                Path(folder),
+                padded=FORMATS[format].is_padded,
+                **inputs,
+            )
+        if not (is_compensated and RECOVERIES[recovery].refits):
+            recovered = recover_checkpoint(run.model_folder, allocation, recovery, Path(folder), **inputs)
         return export(
             run.model_folder,
             place,
@@ -133,6 +163,10 @@ def export_allocation(
             about=about,
             format=format,
             recovered=recovered,
+            packing=packing,
+            packed=packed,
+            scratch=scratch,
             progress=lambda done, total: progress("export", done, total),
+            on_matrix=lambda done, total: progress("quantise", done, total),
             cancelled=cancelled,
         )

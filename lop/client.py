@@ -41,15 +41,17 @@ class Client:
         return list(self._json("GET", "/v1/models")["models"])
 
     def allocation(
-        self, model: str, *, format: str = "hf", recovery: str | None = None, **target: float
+        self, model: str, *, format: str = "hf", recovery: str | None = None, bits: int = 16, **target: float
     ) -> dict[str, Any]:
         """What each layer would keep for `ratio=`, `parameters=` or `bytes=`, and the accuracy to expect of it."""
-        asked = {"model": model, "target": target, "format": format, "recovery": recovery}
+        asked = {"model": model, "target": target, "format": format, "recovery": recovery, "bits": bits}
         return self._json("POST", "/v1/allocations", asked)
 
-    def make(self, model: str, *, format: str = "hf", recovery: str | None = None, **target: float) -> dict[str, Any]:
+    def make(
+        self, model: str, *, format: str = "hf", recovery: str | None = None, bits: int = 16, **target: float
+    ) -> dict[str, Any]:
         """Asks for a checkpoint and returns its state at once; asking again makes nothing twice."""
-        asked = {"model": model, "target": target, "format": format, "recovery": recovery}
+        asked = {"model": model, "target": target, "format": format, "recovery": recovery, "bits": bits}
         return self._json("POST", "/v1/checkpoints", asked)
 
     def state(self, id: str) -> dict[str, Any]:
@@ -61,7 +63,14 @@ class Client:
         self._open("DELETE", f"/v1/checkpoints/{urllib.parse.quote(id, safe='')}").close()
 
     def get(
-        self, model: str, *, out: str | Path, format: str = "hf", recovery: str | None = None, **target: float
+        self,
+        model: str,
+        *,
+        out: str | Path,
+        format: str = "hf",
+        recovery: str | None = None,
+        bits: int = 16,
+        **target: float,
     ) -> Path:
         """Has a checkpoint made, waits for it, and downloads it into a new folder, which it returns.
 
@@ -73,7 +82,7 @@ class Client:
         if not place.is_local:
             raise LopError(f"out={str(out)!r} is a URI: name a local folder")
         check_new(place)
-        checkpoint = self.make(model, format=format, recovery=recovery, **target)
+        checkpoint = self.make(model, format=format, recovery=recovery, bits=bits, **target)
         while checkpoint["state"] in ("queued", "running"):
             time.sleep(_POLL_SECONDS)
             checkpoint = self.state(checkpoint["id"])

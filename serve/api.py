@@ -26,7 +26,7 @@ from lop.space.allocation import Allocation, uniform
 from serve import schemas
 from serve.catalogue import Curve, ServedModel
 from serve.downloads import ID, RETRY_SECONDS, Id, add_events, add_files, describe, find_job, problem_response, url_of
-from serve.exporting import FORMATS, RECOVERIES
+from serve.exporting import BITS, FORMATS, RECOVERIES
 from serve.job import Asked, Job, QueueFullError, TooLargeError
 from serve.jobs import JobStore
 from serve.schemas import problems
@@ -121,6 +121,7 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
                 footprint.recovery,
                 asked.target.model_dump(),
                 footprint.is_uniform(asked.target.target()),
+                footprint.bits,
             ),
             allocation,
             reserved=allocation["bytes"] + model.companions,
@@ -258,11 +259,20 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
         answer = footprint.describe(uniform(model.space, budget), model.space)
         return {"model": model.name, **answer, "expected_accuracy": None}  # What was measured is the predictor's.
     answer = footprint.describe(Allocation(await predict(model.name, budget)), model.space)
-    return {"model": model.name, **answer, "expected_accuracy": _expected(model, asked.recovery, answer["ratio"])}
+    # What was measured is of weights that are not quantised.
+    expected = _expected(model, asked.recovery, answer["ratio"]) if asked.bits == BITS[0] else None
+    return {"model": model.name, **answer, "expected_accuracy": expected}
 
 
 def _footprint(model: ServedModel, asked: schemas.AllocationRequest) -> Footprint:
-    return Footprint(model.size, asked.format, asked.recovery or model.recovery)
+    """What checkpoints come to.
+
+    Raises:
+        LopError: the format has no place for the recovery, or the model is not offered with so many bits.
+    """
+    if asked.bits not in (offered := [BITS[0], *model.weights]):
+        raise LopError(f"model {model.name} is not offered with {asked.bits} bits: bits is one of {offered}")
+    return Footprint(model.size, asked.format, asked.recovery or model.recovery, model.weights.get(asked.bits))
 
 
 def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[str, Any] | None:
@@ -291,6 +301,7 @@ def _model(model: ServedModel) -> schemas.Model:
         formats=list(FORMATS),
         recoveries=list(RECOVERIES),
         recovery=model.recovery,
+        bits=[BITS[0], *model.weights],
         accuracy=[_curve(curve) for curve in model.curves.values()],
     )
 

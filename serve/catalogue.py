@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lop.checkpoint.bits import Weight
 from lop.errors import LopError
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.report.intervals import Interval, wilson
@@ -18,7 +19,7 @@ from lop.space.allocation import Space
 from lop.space.size import ModelSize
 from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint, fingerprint_file
-from serve.exporting import companion_bytes
+from serve.exporting import companion_bytes, quantised_weights
 from serve.settings import ModelSettings, ServiceSettings
 
 log = logging.getLogger("ray.serve")
@@ -61,6 +62,7 @@ class ServedModel:
         fingerprints: of all that a checkpoint depends on beside what is asked for; they go into its id.
         recovery: what the run's config makes up for pruned neurons with; the default.
         companions: bytes of a checkpoint's files beside its tensors.
+        weights: what the dense model comes to with weights of fewer bits, by those that are offered.
         curves: what is known of its accuracy, by recovery; empty if nothing has been measured.
     """
 
@@ -70,6 +72,7 @@ class ServedModel:
     fingerprints: Mapping[str, str]
     recovery: str
     companions: int
+    weights: Mapping[int, Weight]
     curves: Mapping[str, Curve]
 
     def curve(self, recovery: str) -> Curve | None:
@@ -114,6 +117,7 @@ def _served(name: str, run: Run) -> ServedModel:
         fingerprints_of(run),
         run.config.recovery,
         companion_bytes(run),
+        quantised_weights(run),
         measured_curves(run),
     )
 

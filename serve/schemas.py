@@ -23,6 +23,7 @@ _ALLOCATION: JsonDict = {
     "kept_neurons": 352,
     "parameters": 2_033_000,
     "bytes": 4_066_000,
+    "bits": 16,
     "expected_accuracy": _EXPECTED,
 }
 _MODEL: JsonDict = {
@@ -40,6 +41,7 @@ _MODEL: JsonDict = {
     "formats": [*FORMATS],
     "recoveries": [*RECOVERIES],
     "recovery": "refit",
+    "bits": [16, 8, 4],
     "accuracy": [
         {
             "source": "the predictor's allocations on the test samples",
@@ -59,6 +61,7 @@ _CHECKPOINT: JsonDict = {
     "target": {"ratio": 0.3},
     "format": "hf",
     "recovery": "refit",
+    "bits": 16,
     "allocation": _ALLOCATION,
     "progress": {"step": "export", "done": 1_048_576, "total": 4_066_000},
     "error": None,
@@ -157,6 +160,7 @@ class AllocationRequest(_Request):
         iter(FORMATS)
     )
     recovery: _Recovery = None
+    bits: Annotated[Literal[16, 8, 4], Field(description="of the weights; of `bits` of the model")] = 16
 
 
 class CheckpointRequest(AllocationRequest):
@@ -229,6 +233,7 @@ class Model(_Answer):
     formats: list[str]
     recoveries: list[str]
     recovery: Annotated[str, Field(description="the default")]
+    bits: Annotated[list[int], Field(description="that weights can have")]
     accuracy: Annotated[list[AccuracyCurve], Field(description="empty where nothing was measured")]
 
 
@@ -250,14 +255,15 @@ class Allocation(_Answer):
     kept_neurons: int
     parameters: Annotated[int, Field(description="of the whole checkpoint")]
     bytes: Annotated[int, Field(description="of the checkpoint's tensors, zeros of padding included")]
+    bits: Annotated[int, Field(description="of the weights")] = 16
     expected_accuracy: Annotated[ExpectedAccuracy | None, Field(description="null where nothing was measured")]
 
 
 class Progress(_Answer):
     """How far an export is."""
 
-    step: Literal["recover", "export", "check"]
-    done: Annotated[int, Field(description="layers recovered, or bytes written, or found written and checked")]
+    step: Literal["recover", "quantise", "export", "check"]
+    done: Annotated[int, Field(description="layers recovered, matrices quantised, bytes written, or found and checked")]
     total: int
 
 
@@ -279,6 +285,7 @@ class Checkpoint(_Answer):
     target: dict[str, float | int]
     format: str
     recovery: str
+    bits: int
     allocation: Allocation
     progress: Progress | None
     error: Annotated[str | None, Field(description="why it failed")]

@@ -6,7 +6,7 @@ a zero point of b bits, `weight_zero_point`, whose columns are packed; and `weig
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
@@ -112,6 +112,28 @@ def check_bits(bits: int) -> None:
     """
     if bits not in BITS:
         raise LopError(f"weights of {bits} bits cannot be written: name {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}")
+
+
+def least_width(bits: int) -> int:
+    """The fewest neurons that a layer of a quantised checkpoint may keep.
+
+    Zero points of so few rows that they are one word cannot be unpacked by compressed-tensors (seen in 0.20).
+    """
+    return 32 // bits + 1 if bits < COMPENSATED else 1
+
+
+def check_widths(bits: int, widths: Sequence[int]) -> None:
+    """Looks at the widths that are to be quantised.
+
+    Raises:
+        LopError: a layer is too narrow.
+    """
+    layer = min(range(len(widths)), key=lambda layer: widths[layer])
+    if widths[layer] < least_width(bits):
+        raise LopError(
+            f"layer {layer} would keep {widths[layer]} neurons, and with {bits} bits it takes {least_width(bits)} or more: "
+            "prune less, or choose more bits"
+        )
 
 
 def packing(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lop import __version__
-from lop.checkpoint.bits import packing
+from lop.checkpoint.bits import check_widths, packing
 from lop.checkpoint.export import Parts, companions, read_manifest, write_checkpoint
 from lop.checkpoint.shards import Cut
 from lop.model.rounding import check_library
@@ -50,9 +50,10 @@ def quantise(
     check_library()
     tensors, family = check_checkpoint(source), family_of(source)
     chosen = packing(tensors, family, bits, vision=vision)
+    down = down_projections(tensors)
+    check_widths(bits, [info.shape[1] for _, info in down])
     sizes = {tensor: chosen.bytes(info) if tensor in chosen.tensors else info.bytes for tensor, info in tensors.items()}
     check_new(Location.parse(out), bytes=sum(sizes.values()))
-    down = down_projections(tensors)
     manifest: dict[str, Any] = {
         "version": __version__,
         "source": name or str(source),

@@ -105,33 +105,33 @@ class Rounding:
         return ((values / scale + zero).round_().clamp_(self._least, self._most) - zero).mul_(scale)
 
     def _compensated(self, weight: Tensor, gram: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """What GPTQ makes of a matrix [N, K]: numbers of the grid [N, K], scales and zero points [N, K / group].
-
-        Changes `weight`.
-        """
+        """What GPTQ makes of a matrix [N, K]: numbers of the grid [N, K], scales and zero points [N, K / group]."""
         upper = _inverse_factor(gram)
-        rounded, scales, zeros = torch.empty_like(weight), [], []
+        columns = weight.T.contiguous()  # [K, N]: one column after the other is read and written.
+        scales, zeros = [], []
         block = max(_BLOCK, self._group)
-        for first in range(0, weight.shape[1], block):
-            last = min(first + block, weight.shape[1])
-            errors = weight.new_zeros(len(weight), last - first)
-            for column in range(first, last):
-                if column % self._group == 0:
-                    scale, zero = self._grid(weight[:, None, column : column + self._group], dtype)
+        for first in range(0, len(columns), block):
+            mine, factor = columns[first : first + block], upper[first : first + block, first : first + block]
+            errors = torch.empty_like(mine)
+            for index in range(len(mine)):
+                if (first + index) % self._group == 0:
+                    scale, zero = self._grid(mine[index : index + self._group].T[:, None], dtype)
                     scales.append(scale)
                     zeros.append(zero)
-                mine = weight[:, column : column + 1]
-                rounded[:, column : column + 1] = self._nearest(mine, scales[-1], zeros[-1])
-                error = (mine - rounded[:, column : column + 1]) / upper[column, column]
-                weight[:, column:last].addmm_(error, upper[column : column + 1, column:last], alpha=-1)
-                errors[:, column - first] = error[:, 0]
-            weight[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1)
-        return rounded, torch.cat(scales, 1), torch.cat(zeros, 1)
+                rounded = self._nearest(mine[index], scales[-1][:, 0], zeros[-1][:, 0])
+                torch.div(mine[index] - rounded, factor[index, index], out=errors[index])
+                mine[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
+                mine[index] = rounded
+            rest = first + len(mine)
+            columns[rest:].addmm_(upper[first:rest, rest:].T, errors, alpha=-1)
+        return columns.T.contiguous(), torch.cat(scales, 1), torch.cat(zeros, 1)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
     """The upper factor U of `(G + λI)⁻¹ = Uᵀ·U`, [K, K] float32."""
     damped = gram.double().clone()  # What is silent on all samples leaves zeros on the diagonal.
     damped.diagonal().add_(_DAMPING * damped.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    # With rows and columns in reverse, the lower factor L of G + λI is an upper one, R, and U is its inverse.
+    lower = torch.linalg.cholesky(damped.flip(0, 1))
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lop.checkpoint.bits import BITS, Packing, check_bits, packing
+from lop.checkpoint.bits import BITS, Packing, check_bits, least_width, packing
 from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.formats import Format
 from lop.model.sources import family_of
@@ -145,7 +145,8 @@ def _budget(footprint: Footprint, target: Target, predictor: Predictor) -> int |
         return whole
     if asked < footprint.bytes([space.min_width] * space.layers):
         return None
-    return footprint.budget(target, space)
+    budget = footprint.budget(target, space)
+    return budget if min(predictor.allocate(budget).widths) >= least_width(footprint.bits) else None
 
 
 def _options(

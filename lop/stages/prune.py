@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lop import __version__
-from lop.checkpoint.bits import BITS, COMPENSATED
+from lop.checkpoint.bits import BITS, COMPENSATED, check_widths
 from lop.checkpoint.compensation import compensate_checkpoint
 from lop.checkpoint.export import export
 from lop.checkpoint.formats import FORMATS, Format, check_format
@@ -111,6 +111,7 @@ def export_allocation(
     place, packing = Location.parse(out), packing_of(run, bits, vision=vision)
     if packing is not None:
         check_library()
+        check_widths(bits, allocation.widths)
     check_new(place, bytes=footprint_of(run, format, recovery, bits, vision=vision).bytes(allocation.widths))
     torch.set_num_threads(run.config.threads)
     about = {

@@ -131,7 +131,7 @@ def check_widths(bits: int, widths: Sequence[int]) -> None:
     layer = min(range(len(widths)), key=lambda layer: widths[layer])
     if widths[layer] < least_width(bits):
         raise LopError(
-            f"layer {layer} would keep {widths[layer]} neurons, and with {bits} bits it takes {least_width(bits)} or more: "
+            f"layer {layer} would keep {widths[layer]} neurons, and {bits} bits take {least_width(bits)} or more: "
             "prune less, or choose more bits"
         )
 

@@ -5,11 +5,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from lop.errors import LopError
 
 LIBRARY = "compressed-tensors"
+# Before, transformers did not unpack when it loads, and compressed-tensors alone does not read zero points it has packed.
+_TRANSFORMERS = "5.24"
 # Shares of a group's span that its numbers may reach over: what lies beyond is cut off, and the rest is finer.
 _REACHES = tuple(1 - 0.05 * step for step in range(10))
 # Of the mean of a Gram matrix's diagonal: what is added to it, as GPTQ does.
@@ -18,13 +21,17 @@ _BLOCK = 128
 
 
 def check_library() -> None:
-    """Looks whether the library is there.
+    """Looks whether the library is there, and a transformers that unpacks what it has packed.
 
     Raises:
-        LopError: it is not.
+        LopError: one is not.
     """
     if find_spec("compressed_tensors") is None:
         raise LopError(f"quantised weights need {LIBRARY}: pip install 'lop-vl[quantise]'")
+    if Version(found := version("transformers")) < Version(_TRANSFORMERS):
+        raise LopError(
+            f"quantised weights need transformers {_TRANSFORMERS}, not {found}: pip install 'lop-vl[quantise]'"
+        )
 
 
 def library() -> str:

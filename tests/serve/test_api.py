@@ -124,6 +124,7 @@ def test_a_format_takes_the_room_that_it_needs(start: Start) -> None:
 
 
 def test_bits_are_asked_for_and_make_another_checkpoint(start: Start, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.24")
     service = start()
     (model,) = service.ask("GET", "/v1/models").json["models"]
     assert model["bits"] == [16, 8, 4]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lop.errors import LopError
 
 LIBRARY = "compressed-tensors"
-# Before, transformers did not unpack when it loads, and compressed-tensors alone does not read zero points it has packed.
+# Before, transformers did not unpack when it loads, and compressed-tensors alone does not read packed zero points.
 _TRANSFORMERS = "5.24"
 # Shares of a group's span that its numbers may reach over: what lies beyond is cut off, and the rest is finer.
 _REACHES = tuple(1 - 0.05 * step for step in range(10))
@@ -29,9 +29,8 @@ def check_library() -> None:
     if find_spec("compressed_tensors") is None:
         raise LopError(f"quantised weights need {LIBRARY}: pip install 'lop-vl[quantise]'")
     if Version(found := version("transformers")) < Version(_TRANSFORMERS):
-        raise LopError(
-            f"quantised weights need transformers {_TRANSFORMERS}, not {found}: pip install 'lop-vl[quantise]'"
-        )
+        needed = f"transformers {_TRANSFORMERS} or later, not {found}"
+        raise LopError(f"quantised weights need {needed}: pip install 'lop-vl[quantise]'")
 
 
 def library() -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lop.cli import main
@@ -44,6 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return with_qualities(tmp_path_factory.mktemp("choice") / "run")
 
 
+@settings(max_examples=12)
 @given(share=st.floats(0, 1))
 def test_the_best_that_fits_is_chosen(run: Run, share: float) -> None:
     largest = footprint_of(run, "hf", "refit", 16).bytes(dense(run.space).widths)
@@ -77,20 +78,23 @@ def test_between_ratios_quality_never_gets_better_by_pruning(run: Run) -> None:
     assert bumpy.at(4, 0.1) is None
 
 
-def test_the_command_line_says_what_the_others_would_give(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["predict", "--run", str(run.folder), "--bytes", "4.0MB", "--json"]
-    assert main(command) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["bits"] == 8
-    assert [line.split(" bits")[0] for line in told.err.splitlines()] == ["16", "8", "4"]
-    assert ["(chosen)" in line for line in told.err.splitlines()] == [False, True, False]
-    assert main([*command, "--bits", "16"]) == 0
-    told = capsys.readouterr()
-    assert (json.loads(told.out)["bits"], told.err) == (16, "")
-    assert main(["predict", "--bytes", "4.0MB", "--json"]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["bits"] == 16
-    assert "`lop measure`" in told.err
+def test_the_command_line_says_what_the_others_would_give(
+    run: Run, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="lop.commands")
+
+    def bits(*options: str) -> int:
+        caplog.clear()
+        assert main(["predict", "--bytes", "4.0MB", "--json", *options]) == 0
+        return int(json.loads(capsys.readouterr().out)["bits"])
+
+    assert bits("--run", str(run.folder)) == 8
+    assert [line.split(" bits")[0] for line in caplog.messages] == ["16", "8", "4"]
+    assert ["(chosen)" in line for line in caplog.messages] == [False, True, False]
+    assert bits("--run", str(run.folder), "--bits", "16") == 16
+    assert caplog.messages == []
+    assert bits() == 16
+    assert "`lop measure`" in caplog.text
 
 
 def test_what_was_measured_with_another_predictor_is_refused(run: Run, tmp_path: Path) -> None:

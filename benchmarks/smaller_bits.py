@@ -2,7 +2,7 @@
 
 Each pair of a pruning ratio and a number of bits is a small file under `results/smaller`, scored on the first 300 of
 the test items of `benchmarks/smol.py`. All pairs are made alike, as `lop prune --bits` does (`quantised_elastic`):
-refit layer by layer, below 8 bits with GPTQ, on the same 250 calibration samples. Widths are those that LOP's search
+refit layer by layer, below 8 bits with GPTQ, on the calibration samples. Widths are those that LOP's search
 found where `results/smol` has them, else uniform. Weights are unpacked for scoring: what the checkpoint holds, without
 its kernels. `--check N` makes N of the cells again.
 
@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import Bench
 from cells import cell
-from smol import RESULTS as SMOL
-from smol import Bench
 
 from lop.checkpoint.bits import BITS
 from lop.checkpoint.compensation import quantised_elastic
 from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.packing import stored_dtype
+from lop.checkpoint.recovery import CATCH_UP
 from lop.model.rounding import Rounding
 from lop.model.samples import fingerprint_samples
 from lop.report.intervals import paired_bootstrap
@@ -42,8 +42,8 @@ from lop.storage.fingerprint import fingerprint
 from lop.storage.headers import read_tensors
 
 RESULTS = Path(__file__).parent.parent / "results" / "smaller"
+CHOSEN = RESULTS.parent / "smol"
 ITEMS = 300
-CALIBRATION = 250
 RATIOS = (0.3, 0.5)
 # By size, which the pair's checkpoint has: what it is compared with.
 JOINT = ((0.1, 8), (0.1, 4), (0.2, 4), (0.3, 4))
@@ -55,13 +55,13 @@ class Smaller:
     """The model, and what is measured with it, each made when it is first needed."""
 
     def __init__(self, runs: Path) -> None:
-        self._bench = Bench(runs, 0)
+        self._bench = Bench("smol", runs, 0, [CHOSEN])
         self.run = self._bench.run
         self.items = self._bench.items[:ITEMS]
 
     def widths(self, ratio: float) -> tuple[int, ...]:
         """LOP's search's where there are some, else uniform ones."""
-        path = SMOL / f"choice-lop-search-{ratio}-0.json"
+        path = CHOSEN / f"choice-lop-search-{ratio}-0.json"
         if path.exists():
             return tuple(read_json(path)["widths"])
         space = self.run.space
@@ -144,15 +144,13 @@ class Smaller:
     @cached_property
     def _calibration(self) -> Any:
         _ = self._evaluator  # What the dense model says comes first.
-        samples = self.run.samples.calibration
-        chosen = np.random.default_rng(0).permutation(len(samples))[:CALIBRATION]
-        return self._bench.workshop.encode([samples[index] for index in sorted(chosen)])
+        return self._bench.workshop.encode(self.run.samples.calibration)
 
     @cached_property
     def _made_from(self) -> str:
         run = self.run
         return fingerprint(
-            [run.calibration_fingerprints, run.config.importance, fingerprint_samples(self.items), CALIBRATION]
+            [run.calibration_fingerprints, run.config.importance, fingerprint_samples(self.items), CATCH_UP]
         )
 
 

@@ -1,6 +1,7 @@
 """LOP: one checkpoint of a vision-language model, pruned to any size by a learned allocation (arXiv 2506.12826).
 
-What a person needs: `predict`, `prune`, `load`, `inspect`, `evaluations`, `Client`, and the `LopError` that they raise.
+What a person needs: `predict`, `prune`, `convert`, `load`, `inspect`, `evaluations`, `Client`, and the `LopError` that
+they raise.
 """
 
 from importlib import import_module
@@ -12,12 +13,13 @@ if TYPE_CHECKING:
     from lop.checkpoint.export import load
     from lop.client import Client
     from lop.search.ledger import evaluations
-    from lop.verbs import inspect, predict, prune
+    from lop.verbs import convert, inspect, predict, prune
 
-__all__ = ["Client", "LopError", "evaluations", "inspect", "load", "predict", "prune"]
+__all__ = ["Client", "LopError", "convert", "evaluations", "inspect", "load", "predict", "prune"]
 __version__ = "0.1.0"
 _HOMES = {
     "Client": "lop.client",
+    "convert": "lop.verbs",
     "evaluations": "lop.search.ledger",
     "inspect": "lop.verbs",
     "load": "lop.checkpoint.export",

@@ -17,6 +17,7 @@ from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
 from lop.model.find import EMBEDDED, SHIPPED
+from lop.space.latency import PHASES
 from lop.terminal import prepare_streams, say, settle_streams
 
 log = logging.getLogger(__name__)
@@ -117,16 +118,26 @@ def build_parser() -> argparse.ArgumentParser:
     _add_max_width(prune)
     _add_bits(prune)
     prune.add_argument("--vision", action="store_true", help="with --bits, quantise the vision tower, too")
-    prune.add_argument(
-        "--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI such as s3://bucket/folder"
-    )
+    _add_out(prune)
     measure = add("measure", "measure pruned and quantised models, for --bytes to choose by", commands.measure)
     _add_workers(measure)
     quantise = add("quantise", "write a checkpoint again with weights of fewer bits", commands.quantise, common=False)
     quantise.add_argument("model", type=_name, metavar="CHECKPOINT", help="a checkpoint, dense or pruned, or a hub id")
     quantise.add_argument("--bits", type=int, required=True, choices=QUANTISED, help="of each weight")
     quantise.add_argument("--vision", action="store_true", help="quantise the vision tower, too")
-    quantise.add_argument("--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI")
+    _add_out(quantise)
+    convert = add("convert", "write a checkpoint, dense or pruned, as GGUF", commands.convert, common=False)
+    convert.add_argument(
+        "checkpoint", type=_name, metavar="CHECKPOINT", help="what `lop prune` wrote, or a dense model"
+    )
+    convert.add_argument("--format", choices=[name for name in FORMATS if FORMATS[name].gguf], default="gguf")
+    _add_out(convert)
+    profile = add("profile", "measure on this device how long the model's parts take", commands.profile)
+    profile.add_argument("--out", type=_local, required=True, metavar="FILE", help="where the profile goes, JSON")
+    profile.add_argument("--context", type=int, default=512, metavar="TOKENS", help="read, and then held in decoding")
+    distil = add("distil", "have a pruned checkpoint learn from its dense model", commands.distil)
+    _add_workers(distil)
+    _add_distil(distil)
     inspect = add("inspect", "tell what a checkpoint is, and check its files", commands.inspect, common=False)
     inspect.add_argument(
         "model", type=_name, metavar="MODEL", help=f"'{EMBEDDED}', a local checkpoint, dense or pruned, or a hub id"
@@ -226,26 +237,56 @@ def _add_evaluate(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _add_distil(stage: argparse.ArgumentParser) -> None:
+    stage.add_argument("checkpoint", type=_local, metavar="CHECKPOINT", help="a folder that `lop prune` wrote")
+    stage.add_argument("--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI")
+    stage.add_argument(
+        "--text", type=_local, action="append", default=[], metavar="FILE", help="plain text to learn from, too"
+    )
+    stage.add_argument(
+        "--samples", type=_local, action="append", default=[], metavar="FOLDER", help="samples to learn from, too"
+    )
+    stage.add_argument(
+        "--work", type=_local, default=Path("runs/distil"), metavar="DIR", help="where what the teacher says is kept"
+    )
+
+
 def _add_target(stage: argparse.ArgumentParser) -> None:
     target = stage.add_mutually_exclusive_group(required=True)
     target.add_argument("--target", metavar="RATIO", help="share of FFN neurons to remove, such as 0.3")
     target.add_argument("--parameters", metavar="COUNT", help="of the whole checkpoint, at most, such as 5B")
     target.add_argument("--bytes", metavar="SIZE", help="of the whole checkpoint's tensors, at most, such as 8GiB")
+    target.add_argument("--memory", metavar="SIZE", help="held while it answers, at most, such as 24GiB; see --context")
+    target.add_argument("--latency", metavar="TIME", help="of a token, at most, such as 40ms; see --device-profile")
+    load = stage.add_argument_group("with --memory")
+    load.add_argument("--context", type=int, metavar="TOKENS", help="of one sequence, images and answer included")
+    load.add_argument("--images", type=int, metavar="N", help="in each sequence (0)")
+    load.add_argument("--batch", type=int, metavar="N", help="sequences at once (1)")
+    load.add_argument("--image-pixels", metavar="COUNT", help="of each image, before the processor scales it (1048576)")
+    device = stage.add_argument_group("with --latency")
+    device.add_argument("--device-profile", type=_local, metavar="FILE", help="what `lop profile` has measured")
+    device.add_argument("--latency-of", choices=PHASES, help="of a token that is generated, or of one read (decode)")
+
+
+def _add_out(stage: argparse.ArgumentParser) -> None:
+    help = "a new folder, or a URI such as s3://bucket/folder"
+    stage.add_argument("--out", type=_name, required=True, metavar="DIR", help=help)
 
 
 def _add_form(stage: argparse.ArgumentParser) -> None:
-    stage.add_argument("--format", choices=FORMATS, default="hf", help="true widths (hf), or all padded to the widest")
+    help = "true widths (hf), all padded to the widest (padded), or for llama.cpp (gguf, gguf-q8_0, gguf-q4_0 …)"
+    stage.add_argument("--format", choices=FORMATS, default="hf", metavar="FORMAT", help=help)
     stage.add_argument("--recovery", choices=RECOVERIES, help="what makes up for the pruned neurons (default: refit)")
 
 
 # They compute with the model themselves and start nothing else: a job runs them where the GPUs are.
-COMPUTING: tuple[Command, ...] = (commands.calibrate,)
+COMPUTING: tuple[Command, ...] = (commands.calibrate, commands.distil)
 
 
 def set_up_logging() -> None:
     """LOP's lines go to stderr as they are, and of the libraries' only errors."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL", "torch.utils._pytree"):
+    for name in ("transformers", "httpx", "huggingface_hub", "matplotlib", "PIL", "gguf", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -41,14 +41,20 @@ class Client:
         return list(self._json("GET", "/v1/models")["models"])
 
     def allocation(
-        self, model: str, *, format: str = "hf", recovery: str | None = None, bits: int = 16, **target: float
+        self, model: str, *, format: str = "hf", recovery: str | None = None, bits: int = 16, **target: float | str
     ) -> dict[str, Any]:
-        """What each layer would keep for `ratio=`, `parameters=` or `bytes=`, and the accuracy to expect of it."""
+        """What each layer would keep for a target, and the accuracy to expect of it.
+
+        Args:
+            bits: of the weights; see `models` for those on offer.
+            target: `ratio=`, `parameters=`, `bytes=`, `memory=` with `context=` (and `images=`, `batch=`, `pixels=`),
+                or `latency=` in seconds with `device=` (and `phase=`).
+        """
         asked = {"model": model, "target": target, "format": format, "recovery": recovery, "bits": bits}
         return self._json("POST", "/v1/allocations", asked)
 
     def make(
-        self, model: str, *, format: str = "hf", recovery: str | None = None, bits: int = 16, **target: float
+        self, model: str, *, format: str = "hf", recovery: str | None = None, bits: int = 16, **target: float | str
     ) -> dict[str, Any]:
         """Asks for a checkpoint and returns its state at once; asking again makes nothing twice."""
         asked = {"model": model, "target": target, "format": format, "recovery": recovery, "bits": bits}
@@ -70,7 +76,7 @@ class Client:
         format: str = "hf",
         recovery: str | None = None,
         bits: int = 16,
-        **target: float,
+        **target: float | str,
     ) -> Path:
         """Has a checkpoint made, waits for it, and downloads it into a new folder, which it returns.
 

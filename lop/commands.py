@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lop.checkpoint.bits import BITS
+from lop.checkpoint.recoveries import UNTRAINED
 from lop.errors import LopError
 from lop.model.find import find_model
 from lop.model.smol import NAME as SMOL
 from lop.run.config import Config, config_for, find_config, load_config
-from lop.space.size import Target, parse_count
+from lop.run.prediction import read_profile
+from lop.space.latency import PHASES
+from lop.space.memory import Load
+from lop.space.size import Target, parse_count, parse_seconds
 from lop.storage.places import check_lasting
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
@@ -26,7 +30,8 @@ if TYPE_CHECKING:
     from lop.run.run import Run
 
 log = logging.getLogger(__name__)
-_UNITS = {"recover": "layer", "quantise": "matrix"}
+# What the progress of each step is counted in.
+_UNITS = {"recover": "layer", "quantise": "matrix", "teacher": "token", "distil": "step", "export": "B"}
 
 
 def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
@@ -36,6 +41,9 @@ def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
         LopError: they are not valid, or what the stage writes would be lost.
     """
     with at_run(options):
+        if "checkpoint" in options:  # It is all that the stage needs; there may be no run.
+            _check_distil(options)
+            return _config(options), options
         run = _run(options)
         return run.config, argparse.Namespace(**{**vars(options), "run": run.location.uri})
 
@@ -90,6 +98,10 @@ def predict(options: argparse.Namespace) -> None:
         return
     bits = f", {found['bits']} bits" if found["bits"] != BITS[0] else ""
     print(f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, ratio {found['ratio']:.4f}{bits}")
+    if "memory" in found:
+        print(f"{found['memory']:,} bytes of memory at most while it answers")
+    if target.profile is not None:
+        print(f"{1000 * found['latency']:.3f} ms a token in {target.phase} on {target.profile.device}")
     for layer, (ratio, width) in enumerate(zip(found["ratios"], found["widths"])):
         print(f"layer {layer:>2}  {width:>6}  {'█' * round(40 * (1 - ratio)):<40}  {ratio:.1%} pruned")
 
@@ -112,7 +124,7 @@ def prune(options: argparse.Namespace) -> None:
             on_choice=partial(_tell_choice, options=options),
             progress=progress,
         )
-    if options.format == "padded":
+    if manifest["padding_bytes"]:
         log.info("padding: %s bytes of zeros", f"{manifest['padding_bytes']:,}")
     print(options.out)
 
@@ -136,6 +148,43 @@ def quantise(options: argparse.Namespace) -> None:
     folder = find_model(options.model)
     with _bars() as progress:
         quantise(folder, options.out, options.bits, name=options.model, vision=options.vision, progress=progress)
+    print(options.out)
+
+
+def profile(options: argparse.Namespace) -> None:
+    from lop.stages.profile import profile_stage
+
+    profile_stage(_run(options), options.out, context=options.context)
+    print(options.out)
+
+
+def distil(options: argparse.Namespace) -> None:
+    _check_distil(options)
+    config = _config(options)
+    from lop.stages.distil import distil_stage
+
+    with _bars() as progress:
+        distil_stage(
+            config,
+            options.checkpoint,
+            options.out,
+            texts=options.text,
+            folders=options.samples,
+            work=options.work,
+            progress=progress,
+        )
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:  # Of several (`accelerate launch`) one speaks for all.
+        print(options.out)
+
+
+def convert(options: argparse.Namespace) -> None:
+    from lop.verbs import convert
+
+    check_lasting("--out", options.out)
+    with _bars() as progress:
+        convert(options.checkpoint, options.out, format=options.format, progress=progress)
     print(options.out)
 
 
@@ -226,6 +275,16 @@ def serve(options: argparse.Namespace) -> None:
         launch(application, host=options.host, port=options.port)
 
 
+def _check_distil(options: argparse.Namespace) -> None:
+    """Has the model default to what the checkpoint was pruned from."""
+    from lop.checkpoint.export import source_of
+
+    check_lasting("--out", options.out)
+    check_lasting("--work", options.work)
+    if not (options.model or options.config or options.run):
+        options.model = source_of(options.checkpoint)
+
+
 def _config(options: argparse.Namespace) -> Config:
     """The named config, else the run's own, else the one made for the model."""
     named_config = options.config or (_demo_config(options.model) if options.is_demo else None)
@@ -273,19 +332,42 @@ def _tell_choice(choice: "Choice", options: argparse.Namespace) -> None:
     """Says what each number of bits would give, or how to have that weighed."""
     for option in choice.options:
         log.info("%s%s", option, " (chosen)" if option.bits == choice.bits else "")
-    if options.bytes is not None and options.bits is None and not choice.options and options.format == "hf":
+    is_open = options.bytes is not None and options.bits is None and options.format == "hf"
+    if is_open and not choice.options and choice.footprint.recovery in UNTRAINED:
         log.info("%d bits: `lop measure` once, and --bytes chooses the best of ratio and bits", choice.bits)
 
 
 def _target(options: argparse.Namespace) -> Target:
+    load, profile = _load(options), options.device_profile and read_profile(options.device_profile)
+    if options.latency_of and options.latency is None:
+        raise LopError("--latency-of is for --latency")
+    # A target refuses what does not belong to it.
+    target = partial(Target, load=load, profile=profile, phase=options.latency_of or PHASES[0])
     if options.parameters is not None:
-        return Target(parameters=parse_count(options.parameters, what="parameters"))
+        return target(parameters=parse_count(options.parameters, what="parameters"))
     if options.bytes is not None:
-        return Target(bytes=parse_count(options.bytes, what="bytes"))
+        return target(bytes=parse_count(options.bytes, what="bytes"))
+    if options.memory is not None:
+        return target(memory=parse_count(options.memory, what="bytes"))
+    if options.latency is not None:
+        return target(latency=parse_seconds(options.latency))
     try:
-        return Target(ratio=float(options.target))
+        ratio = float(options.target)
     except ValueError:
         raise LopError(f"target {options.target!r} is not a number such as 0.3") from None
+    return target(ratio=ratio)
+
+
+def _load(options: argparse.Namespace) -> Load | None:
+    """What `--memory` is to suffice for."""
+    pixels = options.image_pixels and parse_count(options.image_pixels, what="pixels")
+    given = {"images": options.images, "batch": options.batch, "pixels": pixels}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.context is not None:
+        return Load(options.context, **given)
+    if given:
+        raise LopError("--images, --batch and --image-pixels go with --memory and its --context")
+    return None
 
 
 @contextmanager
@@ -295,8 +377,8 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
     def update(step: str, done: int, total: int) -> None:
         if step not in bars:
-            unit = {"unit": "B", "unit_scale": True} if step == "export" else {"unit": _UNITS[step]}
-            bars[step] = tqdm(total=total, desc=step, **unit)
+            scale = step in ("export", "teacher")
+            bars[step] = tqdm(total=total, desc=step, unit=_UNITS[step], unit_scale=scale)
         bars[step].update(done - bars[step].n)
 
     try:

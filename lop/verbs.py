@@ -1,6 +1,7 @@
-"""What a person asks of LOP in Python, as the command line does: `lop.predict`, `lop.prune`, `lop.inspect`."""
+"""What a person asks of LOP in Python, as on the command line: `predict`, `prune`, `convert` and `inspect` of `lop`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,10 @@ from lop.checkpoint.recoveries import Recovery
 from lop.model.find import find_model
 from lop.run.choice import answer
 from lop.run.config import Config, config_for, load_config
+from lop.run.prediction import read_profile
 from lop.run.run import Run
-from lop.space.size import Target, parse_count
+from lop.space.memory import Load
+from lop.space.size import Target, parse_count, parse_seconds
 from lop.storage.mirror import local_run
 
 # With torch behind them: a prediction needs none.
@@ -24,6 +27,14 @@ def predict(
     ratio: float | None = None,
     parameters: int | str | None = None,
     bytes: int | str | None = None,
+    memory: int | str | None = None,
+    context: int | None = None,
+    images: int = 0,
+    batch: int = 1,
+    image_pixels: int = 2**20,
+    latency: float | str | None = None,
+    device_profile: str | Path | None = None,
+    latency_of: str = "decode",
     run: str | Path | None = None,
     format: Format = "hf",
     recovery: Recovery | None = None,
@@ -34,20 +45,26 @@ def predict(
 
     Args:
         model: a shipped model's name, a local checkpoint or a hub id; by default the run's own, or `tiny`.
-        ratio, parameters, bytes: exactly one of them. The share of FFN neurons to remove; or at most so many of the
-            whole checkpoint, as numbers or as `"5B"` and `"8GiB"`.
+        ratio, parameters, bytes, memory, latency: exactly one of them. The share of FFN neurons to remove; or at most
+            so many of the whole checkpoint, as numbers or as `"5B"` and `"8GiB"`; or held at most while it answers;
+            or at most so long a token, in seconds or as `"40ms"`.
+        context, images, batch, image_pixels: with `memory`, what it must suffice for: tokens of a sequence, images in
+            it and the pixels of each, sequences at once.
+        device_profile, latency_of: with `latency`, what `lop profile` has measured; of `decode` or `prefill`.
         run: the folder or URI of the run whose predictor answers; by default what ships for the model.
         format, recovery: of the checkpoint that is meant; None takes the config's recovery.
         max_width_ratio: no layer wider than so many times the mean width.
         bits: 16, 8 or 4, of the weights; None is 16, or with `bytes` the best that `lop measure` knows of.
 
     Returns:
-        `ratio`, `ratios` [L], `widths` [L], `kept_neurons`, `parameters`, `bytes`, `bits`.
+        `ratio`, `ratios` [L], `widths` [L], `kept_neurons`, `parameters`, `bytes`, `bits`; `memory` or `latency` if
+        asked for.
 
     Raises:
         LopError: the target cannot be met, or the predictor is missing or of another model.
     """
-    target = _target(ratio, parameters, bytes)
+    load = (context, images, batch, image_pixels)
+    target = _target(ratio, parameters, bytes, memory, load, latency, device_profile, latency_of)
     named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}
     return _with_run(run, named, lambda found, config: answer(found, config, target, format, bits))
 
@@ -59,6 +76,14 @@ def prune(
     ratio: float | None = None,
     parameters: int | str | None = None,
     bytes: int | str | None = None,
+    memory: int | str | None = None,
+    context: int | None = None,
+    images: int = 0,
+    batch: int = 1,
+    image_pixels: int = 2**20,
+    latency: float | str | None = None,
+    device_profile: str | Path | None = None,
+    latency_of: str = "decode",
     run: str | Path | None = None,
     format: Format = "hf",
     recovery: Recovery | None = None,
@@ -84,13 +109,41 @@ def prune(
     """
     from lop.stages.prune import prune_stage
 
-    target = _target(ratio, parameters, bytes)
+    load = (context, images, batch, image_pixels)
+    target = _target(ratio, parameters, bytes, memory, load, latency, device_profile, latency_of)
     named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}
     return _with_run(
         run,
         named,
         lambda found, config: prune_stage(found, config, target, out, format=format, bits=bits, progress=progress),
     )
+
+
+def convert(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    format: Format = "gguf",
+    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
+) -> dict[str, Any]:
+    """Writes a checkpoint for llama.cpp, as `lop convert` does: `lop.convert("small", "small-gguf")`.
+
+    Args:
+        checkpoint: what `prune` wrote, or a dense model: a shipped one's name, a local folder or a hub id.
+        out: as in `prune`.
+        format: one of those that begin with `gguf`.
+        progress: called with the step (`"export"`), how many bytes of it are done, and how many it is in all.
+
+    Returns:
+        The new folder's manifest.
+
+    Raises:
+        LopError: the checkpoint is damaged, llama.cpp cannot compute the model, or `out` is there already.
+        OSError: the disk is full or read-only; nothing is left behind.
+    """
+    from lop.checkpoint.export import convert
+
+    return convert(find_model(str(checkpoint)), out, format=format, progress=partial(progress, "export"))
 
 
 def inspect(model: str | Path) -> "Inspection":
@@ -107,11 +160,30 @@ def inspect(model: str | Path) -> "Inspection":
     return inspect(find_model(str(model)))
 
 
-def _target(ratio: float | None, parameters: int | str | None, bytes: int | str | None) -> Target:
+def _target(
+    ratio: float | None,
+    parameters: int | str | None,
+    bytes: int | str | None,
+    memory: int | str | None,
+    load: tuple[int | None, int, int, int],
+    latency: float | str | None,
+    profile: str | Path | None,
+    phase: str,
+) -> Target:
     def count(value: int | str | None, what: str) -> int | None:
         return parse_count(value, what=what) if isinstance(value, str) else value
 
-    return Target(ratio=ratio, parameters=count(parameters, "parameters"), bytes=count(bytes, "bytes"))
+    context, *rest = load
+    return Target(
+        ratio=ratio,
+        parameters=count(parameters, "parameters"),
+        bytes=count(bytes, "bytes"),
+        memory=count(memory, "bytes"),
+        latency=parse_seconds(latency) if isinstance(latency, str) else latency,
+        load=None if context is None else Load(context, *rest),
+        profile=None if profile is None else read_profile(Path(profile)),
+        phase=phase,
+    )
 
 
 def _with_run(

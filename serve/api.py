@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,8 @@ import lop
 from lop.checkpoint.footprint import Footprint
 from lop.errors import LopError
 from lop.report.intervals import Interval
-from lop.space.allocation import Allocation, uniform
+from lop.space.allocation import Allocation, Space, uniform
+from lop.space.latency import Profile
 from serve import schemas
 from serve.catalogue import Curve, ServedModel
 from serve.downloads import ID, RETRY_SECONDS, Id, add_events, add_files, describe, find_job, problem_response, url_of
@@ -38,16 +40,23 @@ Predict = Callable[[str, int], Awaitable[tuple[int, ...]]]
 Check = Callable[[], Awaitable[object]]
 
 _READY_SECONDS = 5
+_TRIED_AT_ONCE = 16
 _COMMON = (400, 401, 403, 408, 413, 429)
 
 DESCRIPTION = """\
-Ask for a size, get a model. A **target** is a pruning ratio, a number of parameters or a number of bytes;
+Ask for a size, get a model. A **target** is a pruning ratio, parameters, bytes, memory for a context, or a latency;
 `POST /v1/allocations` says at once what each layer would keep, `POST /v1/checkpoints` makes the checkpoint.
 Errors are problem documents (RFC 9457), and each answer carries an `X-Request-ID`."""
 
 
 def build_api(
-    models: Mapping[str, ServedModel], store: JobStore, predict: Predict, check_pruner: Check, *, streams: int
+    models: Mapping[str, ServedModel],
+    store: JobStore,
+    predict: Predict,
+    check_pruner: Check,
+    *,
+    streams: int,
+    needs_key: bool = False,
 ) -> FastAPI:
     """The application's routes.
 
@@ -57,6 +66,7 @@ def build_api(
         predict: asks the predictor.
         check_pruner: raises if nobody exports.
         streams: event streams kept open at once.
+        needs_key: whether what is below `/v1/` needs an API key; goes into the document alone, the guard asks for it.
     """
     api = FastAPI(
         title="LOP",
@@ -65,6 +75,8 @@ def build_api(
         docs_url=None,  # Both pages would load scripts from other sites.
         redoc_url=None,
         responses=problems(*_COMMON),
+        # A route's function is named as a generated client should name the call.
+        generate_unique_id_function=lambda route: route.name,
     )
     _add_errors(api)
     _add_models(api, models, predict)
@@ -73,14 +85,14 @@ def build_api(
     add_events(api, store, streams)
     _add_health(api, models, store, predict, check_pruner)
     _add_page(api)
-    api.openapi = lambda: _openapi(api)  # type: ignore[method-assign]
+    api.openapi = lambda: _openapi(api, needs_key)  # type: ignore[method-assign]
     return api
 
 
 def _add_models(api: FastAPI, models: Mapping[str, ServedModel], predict: Predict) -> None:
     listed = schemas.Models(models=[_model(model) for model in models.values()])
 
-    @api.get("/v1/models", summary="Models on offer")
+    @api.get("/v1/models", summary="Models on offer", tags=["models"])
     async def list_models() -> schemas.Models:
         return listed
 
@@ -88,6 +100,7 @@ def _add_models(api: FastAPI, models: Mapping[str, ServedModel], predict: Predic
     @api.post(
         "/v1/allocations",
         summary="What each layer would keep",
+        tags=["models"],
         response_class=JSONResponse,
         response_model=None,
         responses={200: {"model": schemas.Allocation}, **problems(404, 422)},
@@ -102,13 +115,14 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
         "/v1/checkpoints",
         status_code=202,
         summary="Make a checkpoint",
+        tags=["checkpoints"],
         description="The same request again gives the same id: one that is there, or under way, is not made twice.",
         responses={
             202: {"headers": {"Location": {"schema": {"type": "string"}, "description": "where its state is"}}},
             **problems(404, 422),
         },
     )
-    async def create(asked: schemas.CheckpointRequest, response: Response) -> schemas.Checkpoint:
+    async def create_checkpoint(asked: schemas.CheckpointRequest, response: Response) -> schemas.Checkpoint:
         model = _find(models, asked.model)
         footprint = _footprint(model, asked)
         allocation = await _allocate(model, asked, predict)
@@ -120,7 +134,7 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
                 footprint.format,
                 footprint.recovery,
                 asked.target.model_dump(),
-                footprint.is_uniform(asked.target.target()),
+                footprint.is_uniform(asked.target.target(model.profiles)),
                 footprint.bits,
             ),
             allocation,
@@ -136,7 +150,7 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
         response.headers["Location"] = url_of(job.id)
         return describe(job, store)
 
-    @api.get("/v1/checkpoints", summary="All checkpoints", responses=problems(422))
+    @api.get("/v1/checkpoints", summary="All checkpoints", tags=["checkpoints"], responses=problems(422))
     def list_checkpoints(
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         after: Annotated[str | None, Query(pattern=ID, description="`next` of the page before")] = None,
@@ -150,14 +164,18 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
         page = [describe(job, store) for job in jobs[:limit]]
         return schemas.Checkpoints(checkpoints=page, next=page[-1].id if len(jobs) > limit else None)
 
-    @api.get("/v1/checkpoints/{id}", summary="A checkpoint's state", responses=problems(404, 422))
-    def show(id: Id) -> schemas.Checkpoint:
+    @api.get("/v1/checkpoints/{id}", summary="A checkpoint's state", tags=["checkpoints"], responses=problems(404, 422))
+    def get_checkpoint(id: Id) -> schemas.Checkpoint:
         return describe(find_job(store, id), store)
 
     @api.delete(
-        "/v1/checkpoints/{id}", status_code=204, summary="Cancel or remove a checkpoint", responses=problems(404, 422)
+        "/v1/checkpoints/{id}",
+        status_code=204,
+        summary="Cancel or remove a checkpoint",
+        tags=["checkpoints"],
+        responses=problems(404, 422),
     )
-    def remove(id: Id) -> None:
+    def delete_checkpoint(id: Id) -> None:
         if not store.remove(id):
             raise HTTPException(404, "there is no such checkpoint")
 
@@ -172,7 +190,7 @@ def _add_health(
         yield "storage", run_sync(store.check)
 
     @api.get("/healthz", summary="Whether the process lives", tags=["health"])
-    async def healthz() -> schemas.Status:
+    async def get_health() -> schemas.Status:
         return schemas.Status(status="ok")
 
     @api.get(
@@ -182,7 +200,7 @@ def _add_health(
         responses=problems(503),
         tags=["health"],
     )
-    async def readyz() -> schemas.Status:
+    async def get_readiness() -> schemas.Status:
         async for what, check in checks():
             try:
                 async with asyncio.timeout(_READY_SECONDS):
@@ -253,26 +271,44 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
     Raises:
         LopError: the target cannot be met, or the format has no place for the recovery.
     """
-    footprint, target = _footprint(model, asked), asked.target.target()
-    budget = footprint.budget(target, model.space)
-    if footprint.is_uniform(target):
-        answer = footprint.describe(uniform(model.space, budget), model.space)
-        return {"model": model.name, **answer, "expected_accuracy": None}  # What was measured is the predictor's.
-    answer = footprint.describe(Allocation(await predict(model.name, budget)), model.space)
-    # What was measured is of weights that are not quantised.
-    expected = _expected(model, asked.recovery, answer["ratio"]) if asked.bits == BITS[0] else None
-    return {"model": model.name, **answer, "expected_accuracy": expected}
+    footprint, target, space = _footprint(model, asked), asked.target.target(model.profiles), model.space
+    # Many at once where many may have to be tried: the predictor is asked for them in one call.
+    left = footprint.budgets(target, space)
+    while budgets := list(islice(left, _TRIED_AT_ONCE)):
+        if footprint.is_uniform(target):
+            found = [uniform(space, budget) for budget in budgets]
+        else:
+            found = [Allocation(w) for w in await asyncio.gather(*(predict(model.name, budget) for budget in budgets))]
+        for allocation in found:
+            if footprint.meets(target, allocation.widths, space):
+                answer = footprint.describe(allocation, space, target)
+                # What was measured is the predictor's, of weights that are not quantised.
+                is_known = footprint.bits == BITS[0] and not footprint.is_uniform(target)
+                expected = _expected(model, asked.recovery, answer["ratio"]) if is_known else None
+                return {"model": model.name, "memory": None, "latency": None, **answer, "expected_accuracy": expected}
+    raise AssertionError("the least budget of a target meets it")
 
 
 def _footprint(model: ServedModel, asked: schemas.AllocationRequest) -> Footprint:
-    """What checkpoints come to.
+    """What checkpoints take.
 
     Raises:
         LopError: the format has no place for the recovery, or the model is not offered with so many bits.
     """
     if asked.bits not in (offered := [BITS[0], *model.weights]):
         raise LopError(f"model {model.name} is not offered with {asked.bits} bits: bits is one of {offered}")
-    return Footprint(model.size, asked.format, asked.recovery or model.recovery, model.weights.get(asked.bits))
+    quantised, recovery = model.weights.get(asked.bits), asked.recovery or model.recovery
+    return Footprint(model.size, asked.format, recovery, model.shape, model.source, quantised)
+
+
+def _device(name: str, profile: Profile, space: Space) -> schemas.Device:
+    ranges = {
+        phase: schemas.Range(
+            least=times.of([space.min_width] * space.layers), largest=times.of([space.neurons] * space.layers)
+        )
+        for phase, times in profile.phases.items()
+    }
+    return schemas.Device(name=name, description=profile.device, **ranges)
 
 
 def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[str, Any] | None:
@@ -302,6 +338,7 @@ def _model(model: ServedModel) -> schemas.Model:
         recoveries=list(RECOVERIES),
         recovery=model.recovery,
         bits=[BITS[0], *model.weights],
+        devices=[_device(name, profile, space) for name, profile in model.profiles.items()],
         accuracy=[_curve(curve) for curve in model.curves.values()],
     )
 
@@ -318,7 +355,7 @@ def _interval(interval: Interval) -> dict[str, float]:
     return {"value": interval.value, "low": interval.low, "high": interval.high}
 
 
-def _openapi(api: FastAPI) -> dict[str, Any]:
+def _openapi(api: FastAPI, needs_key: bool) -> dict[str, Any]:
     if api.openapi_schema is None:
         document = get_openapi(title=api.title, version=api.version, description=api.description, routes=api.routes)
         schemes = document["components"]
@@ -326,10 +363,12 @@ def _openapi(api: FastAPI) -> dict[str, Any]:
         for name, schema in schemes["schemas"].items():
             if "examples" in schema:  # FastAPI has dropped their nulls.
                 schema["examples"] = getattr(schemas, name).model_json_schema()["examples"]
-        schemes["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        for path, methods in document["paths"].items():
-            for operation in methods.values():
-                if path.startswith("/v1/"):
-                    operation["security"] = [{"key": []}]
+        # Where no key is needed a generated client is not to ask for one.
+        if needs_key:
+            schemes["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, methods in document["paths"].items():
+                for operation in methods.values():
+                    if path.startswith("/v1/"):
+                        operation["security"] = [{"key": []}]
         api.openapi_schema = document
     return api.openapi_schema

@@ -140,7 +140,14 @@ class ApiDeployment:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         settings = self._settings
-        api = build_api(self._models, self._store, self._predict, self._check_pruner, streams=settings.streams)
+        api = build_api(
+            self._models,
+            self._store,
+            self._predict,
+            self._check_pruner,
+            streams=settings.streams,
+            needs_key=bool(self._keys),
+        )
         limits = Limits(settings.rate, settings.burst, settings.body_limit, settings.body_seconds)
         return Guard(api, self._keys, limits)
 

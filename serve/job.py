@@ -31,7 +31,7 @@ class Asked:
     budget: int
     format: str
     recovery: str
-    target: Mapping[str, float | int]
+    target: Mapping[str, float | int | str]
     uniform: bool = False
     bits: int = 16
 

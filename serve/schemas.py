@@ -1,11 +1,14 @@
 """What requests and answers look like; the OpenAPI document is made of these."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 
+from lop.errors import LopError
+from lop.space.latency import PHASES, Profile
+from lop.space.memory import Load
 from lop.space.size import Target
 from serve.exporting import FORMATS, RECOVERIES
 from serve.job import State
@@ -42,6 +45,7 @@ _MODEL: JsonDict = {
     "recoveries": [*RECOVERIES],
     "recovery": "refit",
     "bits": [16, 8, 4],
+    "devices": [],
     "accuracy": [
         {
             "source": "the predictor's allocations on the test samples",
@@ -88,12 +92,21 @@ class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+def _offered(names: Collection[str]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"is not one of {', '.join(names)}")
+        return name
+
+    return check
+
+
 class RatioTarget(_Request):
     """Share of the FFN neurons to remove."""
 
     ratio: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, examples=[0.3])]
 
-    def target(self) -> Target:
+    def target(self, profiles: Mapping[str, Profile]) -> Target:
         return Target(ratio=self.ratio)
 
 
@@ -102,7 +115,7 @@ class ParametersTarget(_Request):
 
     parameters: Annotated[int, Field(ge=1, le=_LARGEST, examples=[2_500_000])]
 
-    def target(self) -> Target:
+    def target(self, profiles: Mapping[str, Profile]) -> Target:
         return Target(parameters=self.parameters)
 
 
@@ -111,37 +124,63 @@ class BytesTarget(_Request):
 
     bytes: Annotated[int, Field(ge=1, le=_LARGEST, examples=[5_000_000])]
 
-    def target(self) -> Target:
+    def target(self, profiles: Mapping[str, Profile]) -> Target:
         return Target(bytes=self.bytes)
 
 
+_Count = Annotated[int, Field(ge=1, le=2**32)]
+
+
+class MemoryTarget(_Request):
+    """Bytes that are held while the model answers, at most: weights, KV cache, activations and the vision tower's."""
+
+    memory: Annotated[int, Field(ge=1, le=_LARGEST, examples=[24 * 2**30])]
+    context: Annotated[_Count, Field(description="tokens of one sequence, images and answer included")]
+    images: Annotated[int, Field(ge=0, le=2**32, description="in each sequence")] = 0
+    batch: Annotated[_Count, Field(description="sequences at once")] = 1
+    pixels: Annotated[_Count, Field(description="of each image, before the processor scales it")] = 2**20
+
+    def target(self, profiles: Mapping[str, Profile]) -> Target:
+        return Target(memory=self.memory, load=Load(self.context, self.images, self.batch, self.pixels))
+
+
+class LatencyTarget(_Request):
+    """Seconds a token, at most, on a device that the service has a profile of."""
+
+    latency: Annotated[float, Field(gt=0, allow_inf_nan=False, examples=[0.04])]
+    device: Annotated[Name, Field(description="one of the model's `devices`")]
+    phase: Annotated[str, AfterValidator(_offered(PHASES)), Field(json_schema_extra={"enum": list(PHASES)})] = PHASES[0]
+
+    def target(self, profiles: Mapping[str, Profile]) -> Target:
+        """Raises LopError: there is no such device."""
+        if self.device not in profiles:
+            there = ", ".join(profiles) or "none"
+            raise LopError(f"the service has no profile of device {self.device!r} for this model, it has: {there}")
+        return Target(latency=self.latency, profile=profiles[self.device], phase=self.phase)
+
+
+_KINDS = ("ratio", "parameters", "bytes", "memory", "latency")
+
+
 def _kind(target: object) -> str | None:
-    """Which target a request means: by its only key."""
-    keys = (
-        target.keys() if isinstance(target, dict) else type(target).model_fields if isinstance(target, _Request) else ()
-    )
-    return next(iter(keys)) if len(keys) == 1 else None
+    """Which target a request means: by the only key that names one."""
+    keys = target.keys() if isinstance(target, dict) else getattr(type(target), "model_fields", {})
+    kinds = [kind for kind in _KINDS if kind in keys]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 AnyTarget = Annotated[
     Annotated[RatioTarget, Tag("ratio")]
     | Annotated[ParametersTarget, Tag("parameters")]
-    | Annotated[BytesTarget, Tag("bytes")],
+    | Annotated[BytesTarget, Tag("bytes")]
+    | Annotated[MemoryTarget, Tag("memory")]
+    | Annotated[LatencyTarget, Tag("latency")],
     Discriminator(
         _kind,
         custom_error_type="target",
-        custom_error_message="name exactly one target: ratio, parameters or bytes",
+        custom_error_message=f"name exactly one target: {', '.join(_KINDS[:-1])} or {_KINDS[-1]}",
     ),
 ]
-
-
-def _offered(names: Collection[str]) -> Callable[[str], str]:
-    def check(name: str) -> str:
-        if name not in names:
-            raise ValueError(f"is not one of {', '.join(names)}")
-        return name
-
-    return check
 
 
 _Recovery = Annotated[
@@ -220,6 +259,15 @@ class Ranges(_Answer):
     bytes: CountRange
 
 
+class Device(_Answer):
+    """A device that the model was measured on, and the seconds a token that can be asked for."""
+
+    name: str
+    description: str
+    decode: Range
+    prefill: Range
+
+
 class Model(_Answer):
     """A model on offer."""
 
@@ -234,6 +282,7 @@ class Model(_Answer):
     recoveries: list[str]
     recovery: Annotated[str, Field(description="the default")]
     bits: Annotated[list[int], Field(description="that weights can have")]
+    devices: Annotated[list[Device], Field(description="that a latency can be asked for")]
     accuracy: Annotated[list[AccuracyCurve], Field(description="empty where nothing was measured")]
 
 
@@ -256,6 +305,8 @@ class Allocation(_Answer):
     parameters: Annotated[int, Field(description="of the whole checkpoint")]
     bytes: Annotated[int, Field(description="of the checkpoint's tensors, zeros of padding included")]
     bits: Annotated[int, Field(description="of the weights")] = 16
+    memory: Annotated[int | None, Field(description="bytes, predicted, where memory was asked for")] = None
+    latency: Annotated[float | None, Field(description="seconds a token, predicted, where it was asked for")] = None
     expected_accuracy: Annotated[ExpectedAccuracy | None, Field(description="null where nothing was measured")]
 
 
@@ -282,7 +333,7 @@ class Checkpoint(_Answer):
     id: Annotated[str, Field(description="hash of what was asked for")]
     state: State
     model: str
-    target: dict[str, float | int]
+    target: dict[str, float | int | str]
     format: str
     recovery: str
     bits: int

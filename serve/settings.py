@@ -21,10 +21,12 @@ class ModelSettings(_Settings):
     Attributes:
         run: the folder of its run, with `config.yaml`, statistics and predictor; without one, what ships is used.
         config: the name or path of its settings; by default the run's own.
+        profiles: by the name that requests use, what `lop profile` measured of the model on a device.
     """
 
     run: Path | None = None
     config: str | None = None
+    profiles: dict[Name, Path] = {}
 
 
 class ServiceSettings(_Settings):
@@ -72,6 +74,7 @@ class ServiceSettings(_Settings):
                 run=entry.run and entry.run.expanduser().resolve(),
                 # The name of one that comes along stays: each machine has its own.
                 config=str(Path(entry.config).resolve()) if entry.config and _is_file(entry.config) else entry.config,
+                profiles={device: path.expanduser().resolve() for device, path in entry.profiles.items()},
             )
             for name, entry in self.models.items()
         }

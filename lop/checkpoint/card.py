@@ -39,13 +39,22 @@ Weights of the language backbone's linear layers have {bits} bits, by groups of 
 each, in the format `pack-quantized` of `compressed-tensors`, which has to be installed. transformers unpacks them when
 it loads the model.
 """
+_TRUE = """Each layer's FFN has a width of its own: `qwen2vl.feed_forward_length` is an array, which an unchanged
+llama.cpp does not heed in this architecture; it refuses the file for the shape of a tensor.
+
+"""
+_GGUF = """{warning}llama.cpp runs it: {files}.
+
+```console
+$ {command} -p "What is it?"
+```"""
 _CARD = """---
 {front}
 ---
 
 # {name}, {ratio:.1%} of its FFN neurons pruned
 
-{parameters:,} parameters, {size:,} bytes. {rest} the dense model's.
+{parameters:,} parameters, {size:,} bytes. {untouched} are the dense model's.
 {quantised}
 ## Loading
 
@@ -77,29 +86,28 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         size: of all its tensors, in bytes.
     """
     origin, licence = str(manifest.get("source", source)), read_licence(source)
-    widths, neurons, quantised = manifest["widths"], manifest["neurons"], manifest.get("quantised")
+    widths, neurons = manifest["widths"], manifest["neurons"]
     front = {
         **licence,
         **({"base_model": origin} if _is_hub_id(origin) else {}),
-        "library_name": "transformers",
+        "library_name": "gguf" if "gguf" in manifest else "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["lop", "pruned", family.model_type],
     }
     made = [f"{key} {manifest[key]}" for key in ("format", "importance", "recovery") if key in manifest]
     if "target" in manifest:
         made.append(f"target {manifest['target']:.4f}")
+    if "distilled" in manifest:
+        made.append(f"{sum(record['tokens'] for record in manifest['distilled']):,} tokens read in distillation")
     return _CARD.format(
         front="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
         name=origin if _is_hub_id(origin) else Path(origin).name,
         ratio=1 - sum(widths) / (len(widths) * neurons),
         parameters=parameters,
         size=size,
-        rest=_unchanged(quantised),
-        quantised=_QUANTISED.format(**quantised) if quantised else "",
-        loading=_LOADING[manifest["format"]].format(
-            family=family.name,
-            without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
-        ),
+        untouched=_untouched(manifest),
+        quantised=_QUANTISED.format(**manifest["quantised"]) if "quantised" in manifest else "",
+        loading=_loading(family, manifest),
         version=manifest.get("version", ""),
         made=", ".join(made),
         neurons=neurons,
@@ -108,10 +116,27 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
     ).encode()
 
 
-def _unchanged(quantised: Mapping[str, Any] | None) -> str:
+def _untouched(manifest: Mapping[str, Any]) -> str:
+    """What no step has changed."""
+    quantised = manifest.get("quantised")
     if not quantised:
-        return "Vision tower and attention are"
-    return "Embeddings are" if quantised["vision"] else "Vision tower and embeddings are"
+        return "Vision tower, embeddings and head" if "distilled" in manifest else "Vision tower and attention"
+    return "Embeddings and head" if quantised["vision"] else "Vision tower, embeddings and head"
+
+
+def _loading(family: Family, manifest: Mapping[str, Any]) -> str:
+    if "gguf" not in manifest:
+        return _LOADING[manifest["format"]].format(
+            family=family.name,
+            without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
+        )
+    language, *tower = manifest["gguf"]["files"]
+    seen = [f"llama-mtmd-cli -m {language} --mmproj {file} --image photo.jpg" for file in tower]
+    return _GGUF.format(
+        warning=_TRUE if len(set(manifest["gguf"]["stored"])) > 1 else "",
+        files=" and ".join(f"`{name}`" for name in (language, *tower)) + ("" if tower else ", which reads text alone"),
+        command=seen[0] if seen else f"llama-cli -m {language}",
+    )
 
 
 def read_licence(checkpoint: Path) -> dict[str, str]:

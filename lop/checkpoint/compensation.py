@@ -19,7 +19,7 @@ from lop.checkpoint.bits import COMPENSATED, Packing
 from lop.checkpoint.forecast import tell_refit
 from lop.checkpoint.packing import stored_dtype, write_packed
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
-from lop.checkpoint.recovery import NormalEquations, recover_elastic
+from lop.checkpoint.recovery import CATCH_UP, NormalEquations, recover_elastic
 from lop.model.backbone import ROWS, Backbone, Layer
 from lop.model.elastic import ElasticFfn, ElasticModel, Repair
 from lop.model.encoding import Encoded, encode
@@ -93,6 +93,9 @@ class _Compensation:
     def feed_forward(self, layer: Layer, ffn: ElasticFfn, stored: int, wanted: Sequence[Tensor] | None) -> None:
         """Quantises a layer's FFN, refitted first if it is known what it should say, and takes the states through it.
 
+        Then tokens count for the rounding of `down_proj`, too, as they do in the refit (`lop.checkpoint.recovery`). A
+        layer that keeps all its neurons is not refitted.
+
         Args:
             stored: as many neurons are written, those of zeros included.
             wanted: each batch's states [N, H] after the dense model's layer.
@@ -105,16 +108,25 @@ class _Compensation:
         if wanted is None:
             gram = self.gram(lambda _, x: ffn.hidden(backbone.ffn_input(layer, x)))
         else:
-            normal = NormalEquations(down)
-            for index, state in enumerate(self.states):
-                residual, output = state.to(self._device), wanted[index].to(self._device)
-                for x, y in zip(residual.split(ROWS), output.split(ROWS)):
-                    normal.add(ffn.hidden(backbone.ffn_input(layer, x)), y.float() - x.float())
+            normal = self._normal_equations(layer, ffn, wanted)
             gram = normal.gram.clone()
-            down = normal.solve(RIDGE)
+            if width < ffn.neurons:
+                down = normal.solve(RIDGE)
         ffn.refitted = self.pack("down_proj", down, gram, (hidden, stored))
         for index, state in enumerate(self.states):
             self.states[index] = backbone.feed_forward(layer, state.to(self._device)).cpu()
+
+    def _normal_equations(self, layer: Layer, ffn: ElasticFfn, wanted: Sequence[Tensor]) -> NormalEquations:
+        """Those of the kept neurons' refit; pruned ones, which are not quantised, tell what is missing."""
+        backbone, width = self._backbone, ffn.width
+        normal = NormalEquations(ffn.down, width)
+        ffn.width = ffn.neurons
+        for state, output in zip(self.states, wanted, strict=True):
+            residual = state.to(self._device)
+            for x, y in zip(residual.split(ROWS), output.to(self._device).split(ROWS)):
+                normal.add(ffn.hidden(backbone.ffn_input(layer, x)), x.float(), y.float(), CATCH_UP)
+        ffn.width = width
+        return normal
 
 
 @torch.inference_mode()
@@ -138,8 +150,8 @@ def compensated(
         widths: [L] neurons kept.
         dtype: of the weights as they are stored: their scales' type.
         stored: [L] neurons written, those of zeros included; None writes those kept.
-        refits: solves for `down_proj` anew before it is quantised, so that each layer says again what the dense one
-            does (`lop.checkpoint.recovery.refit`): what rounding costs the layers before it is made up for, too.
+        refits: solves for the `down_proj` of pruned layers anew before it is quantised
+            (`lop.checkpoint.recovery.refit`): it makes up for a share of what rounding costs the layers before, too.
         repair: what makes up for pruned neurons otherwise.
 
     Yields:

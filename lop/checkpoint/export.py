@@ -3,34 +3,26 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from lop.checkpoint.bits import Packing
-from lop.checkpoint.card import CARD, model_card
-from lop.checkpoint.formats import FORMATS, Format, check_format, cut_tensors, pruned_config
-from lop.checkpoint.shards import Cut, ShardWriter, plan_shards, write_all
-from lop.errors import CancelledError, LopError
-from lop.model.families.family import Family
+from lop import __version__
+from lop.checkpoint.bits import BITS, Packing
+from lop.checkpoint.formats import FORMATS, Format, changed_tensors, check_format, cut_tensors, pruned_config
+from lop.checkpoint.writing import Parts, companions, write_checkpoint, write_gguf
+from lop.errors import LopError
 from lop.model.sources import MANIFEST, MODELING, check_checkpoint, family_of
 from lop.model.tensors import down_projections
 from lop.space.allocation import Allocation
-from lop.storage.destination import NewFolder, new_folder
+from lop.storage.destination import check_new
 from lop.storage.files import read_json
 from lop.storage.headers import TensorInfo
 from lop.storage.location import Location
 
-_INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
 _HASHED = 8 * 2**20
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-_OWN = {"config.json", _INDEX, MANIFEST}
 
 
 def export(
@@ -53,7 +45,8 @@ def export(
 
     The FFN matrices have really fewer rows and columns; format `padded` fills them up to the widest layer with zeros.
     Tokenizer, processor, chat template and generation config come along. Memory: one FFN matrix, the next one being
-    read, and about 100 MiB of buffers, whatever the checkpoint's size.
+    read, and about 100 MiB of buffers, whatever the checkpoint's size. The `gguf` formats are files that llama.cpp
+    runs, with tokenizer and chat template inside.
 
     Args:
         source: the dense checkpoint's folder, single file or sharded.
@@ -67,14 +60,14 @@ def export(
         scratch: where quantised weights wait until they are written; by default the system's place for such files.
         progress: called in this thread with the bytes written so far and in all.
         on_matrix: called with the matrices quantised so far and in all.
-        cancelled: asked after each matrix, and about every 8 MiB, whether to give up.
+        cancelled: asked after each matrix that is quantised, and about every 8 MiB, whether to give up.
 
     Returns:
         The manifest, as it stands in `lop.json`.
 
     Raises:
-        LopError: the source is damaged, no dense model that LOP takes or of another shape than the allocation, or `out`
-            is there already.
+        LopError: the source is damaged, no dense model that LOP takes or of another shape than the allocation; the
+            format has no place for biases that recovery adds, or for quantised weights; or `out` is there already.
         CancelledError: `cancelled` said so.
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
@@ -82,23 +75,21 @@ def export(
     _check(tensors, allocation, order)
     recovered = recovered or {}
     bias = any(name not in tensors for name in recovered)
-    check_format(format, "bias" if bias else "none")
+    check_format(format, "bias" if bias else "none", packing.bits if packing else BITS[0])
     cuts = cut_tensors(tensors, order, allocation.widths, format=format, recovered=recovered)
+    about = {**about, "format": format, "widths": list(allocation.widths), "neurons": order.shape[1]}
+    place = Location.parse(out)
+    if FORMATS[format].gguf:
+        return write_gguf(source, place, cuts, about, progress, cancelled)
     config = pruned_config(read_json(source / "config.json"), allocation.widths, format=format, bias=bias)
-    manifest = {
-        **about,
-        "format": format,
-        "widths": list(allocation.widths),
-        "neurons": order.shape[1],
-        "padding_bytes": _padding(cuts),
-    }
+    manifest = {**about, "padding_bytes": sum(cut.padding * cut.source.item_bytes for _, cut in cuts)}
     beside = companions(source)
     if not FORMATS[format].is_padded:
         beside[MODELING] = _source(family.modeling)
     return write_checkpoint(
-        source,
-        out,
+        place,
         Parts(cuts, config, manifest, beside),
+        source,
         family,
         packing=packing,
         packed=packed,
@@ -109,69 +100,82 @@ def export(
     )
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a checkpoint is made of, before anything of it is quantised.
-
-    Attributes:
-        cuts: its tensors.
-        config: what stands in its `config.json`.
-        manifest: what its `lop.json` says, but for the hashes.
-        companions: its other files.
-    """
-
-    cuts: list[tuple[str, Cut]]
-    config: Mapping[str, Any]
-    manifest: Mapping[str, Any]
-    companions: Mapping[str, bytes]
-
-
-def write_checkpoint(
-    source: Path,
+def rewrite(
+    checkpoint: Path,
     out: str | Path | Location,
-    parts: Parts,
-    family: Family,
+    changed: Mapping[str, TensorInfo],
     *,
-    packing: Packing | None = None,
-    packed: Mapping[str, Sequence[tuple[str, TensorInfo]]] | None = None,
-    scratch: Path | None = None,
+    dense: Path,
+    about: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda done, total: None,
-    on_matrix: Callable[[int, int], None] = lambda done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Writes a new checkpoint, quantised if it is to be, with card, manifest and hashes; arguments as in `export`.
+    """Writes an exported checkpoint again with other weights in it; appears whole or not at all.
+
+    Format, widths, config, modelling file and all that comes along stay as they are.
+
+    Args:
+        checkpoint: one that LOP exported.
+        out: as in `export`.
+        changed: what takes the place of some of its tensors, by its names; FFN weights without padding.
+        dense: the checkpoint that it was pruned from, whose card tells the licence.
+        about: what its manifest is to say beside what it says already, or instead.
+        progress, cancelled: as in `export`.
 
     Returns:
-        The manifest.
+        The manifest, as it stands in `lop.json`.
 
     Raises:
-        LopError: `out` is there already, or the library that quantises is not.
+        LopError: the checkpoint is none of LOP's, or damaged, or a tensor does not fit it; or `out` is there already.
         CancelledError: `cancelled` said so.
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
-    cuts, config, manifest = parts.cuts, dict(parts.config), dict(parts.manifest)
-    parameters = sum(prod(cut.shape) for _, cut in cuts)
-    with TemporaryDirectory(prefix="lop-packed-", dir=scratch) as spool, new_folder(Location.parse(out)) as folder:
-        if packing is not None:
-            from lop.checkpoint.packing import pack_cuts
-            from lop.model.rounding import library
+    tensors, family = check_checkpoint(checkpoint), family_of(checkpoint)
+    manifest = {**read_manifest(checkpoint), **about}
+    del manifest["sha256"]
+    cuts = changed_tensors(tensors, changed, format=manifest["format"])
+    parts = Parts(cuts, read_json(checkpoint / "config.json"), manifest, companions(checkpoint))
+    return write_checkpoint(Location.parse(out), parts, dense, family, progress=progress, cancelled=cancelled)
 
-            cuts = pack_cuts(cuts, packing, Path(spool), packed=packed, progress=on_matrix, cancelled=cancelled)
-            config["quantization_config"] = packing.config
-            rounding = "compensated" if packed else "nearest"
-            manifest["quantised"] = {**packing.about, "rounding": rounding, "library": library()}
-        hashes = _write_weights(folder, cuts, progress, cancelled)
-        for name, data in parts.companions.items():
-            hashes[name] = _write(folder, name, data)
-        text = _json(config)
-        hashes["config.json"] = hashlib.sha256(text).hexdigest()
-        size = sum(cut.bytes for _, cut in cuts)
-        hashes[CARD] = _write(folder, CARD, model_card(source, family, manifest, parameters=parameters, size=size))
-        manifest["sha256"] = dict(sorted(hashes.items()))
-        _write(folder, MANIFEST, _json(manifest))
-        # Last, as it is what loaders look for: where a folder cannot be renamed it makes this one a checkpoint.
-        _write(folder, "config.json", text)
-    return manifest
+
+def convert(
+    source: Path,
+    out: str | Path | Location,
+    *,
+    format: Format = "gguf",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Writes a checkpoint, dense or exported by LOP, in one of the `gguf` formats; appears whole or not at all.
+
+    Args:
+        source: the checkpoint's folder; one with a manifest is first checked against its hashes.
+        The others are those of `export`.
+
+    Returns:
+        The manifest: the source's, if it has one, with what is new.
+
+    Raises:
+        LopError: as `export`; or the format is none of GGUF.
+        CancelledError, OSError: as `export`.
+    """
+    if not FORMATS[format].gguf:
+        others = ", ".join(name for name, layout in FORMATS.items() if layout.gguf)
+        raise LopError(
+            f"checkpoints are converted to {others}, not to {format!r}: prune the dense model again for that"
+        )
+    check_format(format, "none")
+    tensors = check_checkpoint(source)
+    place = Location.parse(out)
+    made: dict[str, Any] = verify(source) if (source / MANIFEST).exists() else {"source": str(source)}
+    found = [info.shape[1] for _, info in down_projections(tensors)]
+    widths = made.get("widths", found)
+    cuts = cut_tensors(tensors, [np.arange(width) for width in found], widths, format=format, recovered={})
+    check_new(place, bytes=sum(cut.bytes for _, cut in cuts))
+    about = {key: value for key, value in made.items() if key not in ("sha256", "padding_bytes")}
+    about |= {"version": __version__, "format": format, "widths": list(widths)}
+    about.setdefault("neurons", max(found))
+    return write_gguf(source, place, cuts, about, progress, cancelled)
 
 
 def verify(
@@ -241,6 +245,18 @@ def read_manifest(folder: Path | Location) -> dict[str, Any]:
         raise LopError(f"{folder} is not a checkpoint exported by LOP: {MANIFEST} is missing or damaged") from None
 
 
+def source_of(checkpoint: Path) -> str:
+    """The name of the dense model that a checkpoint was pruned from.
+
+    Raises:
+        LopError: LOP has not exported it, or its manifest does not name any.
+    """
+    source = read_manifest(checkpoint).get("source")
+    if not source:
+        raise LopError(f"{checkpoint} does not say what it was pruned from: name the dense model with --model")
+    return str(source)
+
+
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
     """Opens a checkpoint, dense or pruned, as transformers' class of its family, ready for inference.
 
@@ -266,67 +282,9 @@ def _check(tensors: Mapping[str, TensorInfo], allocation: Allocation, order: np.
         raise LopError("the order of the neurons does not name each neuron of a layer once")
 
 
-def _write_weights(
-    folder: NewFolder,
-    cuts: list[tuple[str, Cut]],
-    progress: Callable[[int, int], None],
-    cancelled: Callable[[], bool],
-) -> dict[str, str]:
-    total, done = sum(cut.bytes for _, cut in cuts), 0
-    progress(0, total)
-
-    def count(written: int) -> None:
-        nonlocal done
-        if cancelled():
-            raise CancelledError("the export was cancelled")
-        done += written
-        progress(done, total)
-
-    shards = plan_shards(cuts, SHARD_BYTES)
-    hashes = {}
-    with ShardWriter(count) as writer:
-        for shard in shards:
-            with folder.create(shard.name) as file:
-                hashes[shard.name] = writer.write(file, shard)
-    if len(shards) > 1:
-        weight_map = {name: shard.name for shard in shards for name, _ in shard.cuts}
-        hashes[_INDEX] = _write(folder, _INDEX, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    return hashes
-
-
-def companions(source: Path) -> dict[str, bytes]:
-    """The files that come along as they are: tokenizer, processor, chat template, generation config."""
-    return {
-        file.name: file.read_bytes()
-        for pattern in _COMPANIONS
-        for file in source.glob(pattern)
-        if file.name not in _OWN
-    }
-
-
 def _source(module: str) -> bytes:
     """The text of a module, which need not be imported."""
     spec = find_spec(module)
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).read_bytes()
-
-
-def _padding(cuts: list[tuple[str, Cut]]) -> int:
-    """Bytes of the zeros that fill layers up to the widest."""
-    padding = 0
-    for _, cut in cuts:
-        for axis, chosen in enumerate((cut.rows, cut.columns)):
-            if chosen is not None:
-                padding += cut.bytes // cut.shape[axis] * (cut.shape[axis] - len(chosen))
-    return padding
-
-
-def _write(folder: NewFolder, name: str, data: bytes) -> str:
-    with folder.create(name) as file:
-        write_all(file, memoryview(data))
-    return hashlib.sha256(data).hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,97 +1,152 @@
-"""What a pruned checkpoint weighs in its format and with its recovery, and the allocation that a target then allows."""
+"""What a pruned checkpoint takes in its format and with its recovery, and the allocation that a target then allows."""
 
-from collections.abc import Callable, Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from lop.checkpoint.bits import BITS, Weight
+from lop.checkpoint.edge.types import KINDS
+from lop.checkpoint.edge.weight import GgufWeight, weigh
 from lop.checkpoint.formats import FORMATS, Format, check_format
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.errors import LopError
 from lop.space.allocation import Allocation, Space, uniform
+from lop.space.memory import Load, Shape, working_bytes
 from lop.space.size import ModelSize, Target
 
 
 @dataclass(frozen=True)
+class _Limit:
+    """The most that an allocation may take of something.
+
+    Attributes:
+        most: as asked for.
+        cost: of widths [L].
+        bounds: the least and the most that allocations of a budget cost; both grow with it.
+        refusal: what to say where that is outside of what the leanest and the dense model cost; None if it is not.
+    """
+
+    most: float
+    cost: Callable[[Sequence[int]], float]
+    bounds: Callable[[int], tuple[float, float]]
+    refusal: Callable[[float, float], str | None]
+
+
+@dataclass(frozen=True)
 class Footprint:
-    """What the tensors of any pruned checkpoint of one model come to, exactly.
+    """What any pruned checkpoint of one model takes: its tensors exactly, memory and time as predicted.
 
     Attributes:
         size: the dense model's numbers.
         format: `padded` stores each layer as wide as the widest.
         recovery: `bias` adds one to each layer's `down_proj`, the unpruned layers' included.
+        shape: the model's; without it no memory can be asked for.
+        source: the dense checkpoint's folder. Formats of other types than its own weigh by its headers.
         quantised: the model with its weights in fewer bits, if they are to be; see `lop.checkpoint.bits`.
 
     Raises:
-        LopError: the format has no place for what the recovery adds.
+        LopError: the format has no place for what the recovery adds, or weights of a type of its own.
     """
 
     size: ModelSize
     format: Format = "hf"
     recovery: Recovery = "none"
+    shape: Shape | None = None
+    source: Path | None = None
     quantised: Weight | None = None
 
     def __post_init__(self) -> None:
-        check_format(self.format, self.recovery)
+        check_format(self.format, self.recovery, self.bits)
+
+    @property
+    def bits(self) -> int:
+        """Of the weights, 16 standing for the type that the dense model or the format has."""
+        return self.quantised.bits if self.quantised else BITS[0]
 
     def parameters(self, widths: Sequence[int]) -> int:
         """Of the checkpoint whose layers keep `widths` [L] neurons."""
+        stored = self._stored(widths)
+        if self._gguf:
+            return self._gguf.parameters + sum(map(self._gguf.ffn_parameters, stored))
         # A bias is as long as a neuron's column of `down_proj`, one of the three vectors that a neuron holds.
-        return self.size.pruned_parameters(self._stored(widths)) + self._biases * self.size.neuron_parameters // 3
+        return self.size.pruned_parameters(sum(stored)) + self._biases * self.size.neuron_parameters // 3
 
     def bytes(self, widths: Sequence[int]) -> int:
         """Of the tensors of the checkpoint whose layers keep `widths` [L] neurons."""
-        pruned = self.size.layers * self.size.neurons - self._stored(widths)
-        # Biases are not quantised.
-        return self._weight.bytes - pruned * self._weight.neuron_bits // 8 + self._biases * self.size.neuron_bytes // 3
+        if self._gguf:
+            return self._gguf.bytes + sum(map(self._gguf.ffn_bytes, self._stored(widths)))
+        return self._bytes(widths, self.quantised or self._plain)
+
+    def memory(self, widths: Sequence[int], load: Load) -> int:
+        """Bytes at the worst moment of a run: the weights, and all that is held beside them (`lop.space.memory`).
+
+        The run is one of transformers, which unpacks quantised weights when it loads them: whatever their bits, they
+        count as those of the dense model's type that they are then.
+
+        Raises:
+            LopError: the load's images do not fit its context.
+        """
+        assert self.shape is not None
+        return self._bytes(widths, self._plain) + working_bytes(self.shape, load, max(widths))
 
     def is_uniform(self, target: Target) -> bool:
         """Whether all layers keep alike, whatever a predictor says.
 
-        Zeros that pad a layer to the widest one take as much room as neurons would. Where the room is what is limited,
-        every allocation that fits is therefore part of the uniform one of the greatest width that does.
+        Zeros that pad a layer to the widest one take as much room, and time, as neurons would. Where these are what is
+        limited, every allocation that fits is therefore part of the uniform one of the greatest width that does.
         """
         return FORMATS[self.format].is_padded and target.ratio is None
 
-    def budget(self, target: Target, space: Space) -> int:
-        """The neurons to keep: the most that the target allows.
+    def budgets(self, target: Target, space: Space) -> Iterator[int]:
+        """Neurons to keep, the most first: the first whose allocation `meets` the target is the answer.
+
+        There is more than one only where it matters how an allocation spreads its neurons; the last surely meets it.
 
         Raises:
-            LopError: no checkpoint of the model is that small, or that large; says what is possible.
+            LopError: no checkpoint of the model can meet the target; says what is possible.
         """
         if target.ratio is not None:
-            return space.budget(target.ratio)
-        if target.parameters is not None:
-            weigh, each, asked, unit = self.parameters, 8 * self.size.neuron_parameters, target.parameters, "parameters"
-        else:
-            assert target.bytes is not None
-            weigh, each, asked, unit = self.bytes, self._weight.neuron_bits, target.bytes, "bytes"
-        least, whole = (weigh([width] * space.layers) for width in (space.min_width, space.neurons))
-        if not least <= asked <= whole:
-            biased = " with recovery 'bias'" if self._biases else ""
-            rounded = f" with {self.bits} bits" if self.quantised and unit == "bytes" else ""
-            raise LopError(
-                f"target of {asked} {unit} is outside what this model can have{biased}{rounded}: {least} to {whole}"
-            )
+            return iter([space.budget(target.ratio)])
+        limit = self._limit(target, space)
+        least, whole = (limit.cost([width] * space.layers) for width in (space.min_width, space.neurons))
+        if refusal := limit.refusal(least, whole):
+            raise LopError(refusal)
         step = space.granularity * (space.layers if self.is_uniform(target) else 1)
-        smallest = space.layers * space.min_width
-        return smallest + 8 * (asked - least) // (each * step) * step
+        smallest, largest = space.layers * space.min_width, space.layers * space.neurons
+        most_first = range(smallest + (largest - smallest) // step * step, smallest - 1, -step)
+        first = bisect_left(most_first, True, key=lambda budget: limit.bounds(budget)[0] <= limit.most)
+        sure = bisect_left(most_first, True, lo=first, key=lambda budget: limit.bounds(budget)[1] <= limit.most)
+        return iter(most_first[first : sure + 1])
+
+    def meets(self, target: Target, widths: Sequence[int], space: Space) -> bool:
+        """Whether a checkpoint whose layers keep `widths` [L] is within what was asked for; a ratio always is."""
+        if target.ratio is not None:
+            return True
+        limit = self._limit(target, space)
+        return limit.cost(widths) <= limit.most
 
     def allocate(self, target: Target, space: Space, predict: Callable[[int], Allocation]) -> Allocation:
-        """The allocation for a target; its checkpoint never exceeds parameters or bytes that were asked for.
+        """The allocation for a target, the largest of those predicted that meet it.
 
         Args:
             predict: the predictor's allocation of a budget.
 
         Raises:
-            LopError: as `budget`.
+            LopError: as `budgets`.
         """
-        budget = self.budget(target, space)
-        return uniform(space, budget) if self.is_uniform(target) else predict(budget)
+        allocations = (
+            uniform(space, budget) if self.is_uniform(target) else predict(budget)
+            for budget in self.budgets(target, space)
+        )
+        return next(found for found in allocations if self.meets(target, found.widths, space))
 
-    def describe(self, allocation: Allocation, space: Space) -> dict[str, Any]:
-        """The answer to a target as plain JSON values."""
-        return {
+    def describe(self, allocation: Allocation, space: Space, target: Target) -> dict[str, Any]:
+        """The answer to a target as plain JSON values; with `memory` or `latency` where these were asked for."""
+        answer = {
             "ratio": space.ratio(allocation.budget),
             "ratios": list(allocation.ratios(space)),
             "widths": list(allocation.widths),
@@ -100,20 +155,127 @@ class Footprint:
             "bytes": self.bytes(allocation.widths),
             "bits": self.bits,
         }
+        if target.load is not None:
+            answer["memory"] = self.memory(allocation.widths, target.load)
+        if target.profile is not None:
+            answer["latency"] = target.profile.phases[target.phase].of(self._stored(allocation.widths))
+        return answer
+
+    def _limit(self, target: Target, space: Space) -> _Limit:
+        if target.memory is not None:
+            return self._memory_limit(target, space)
+        if target.latency is not None:
+            return self._latency_limit(target, space)
+        unit, weigh = ("bytes", self.bytes) if target.parameters is None else ("parameters", self.parameters)
+        asked = getattr(target, unit)
+        if unit == "bytes":
+            self._check_linear(space)
+
+        def bounds(budget: int) -> tuple[int, int]:
+            weight = weigh(uniform(space, budget).widths)  # However it is spread, or alike in all layers.
+            return weight, weight
+
+        def refusal(least: float, whole: float) -> str | None:
+            if least <= asked <= whole:
+                return None
+            biased = " with recovery 'bias'" if self._biases else ""
+            rounded = f" with {self.bits} bits" if self.quantised and unit == "bytes" else ""
+            return f"target of {asked} {unit} is outside what this model can have{biased}{rounded}: {least} to {whole}"
+
+        return _Limit(asked, weigh, bounds, refusal)
+
+    def _memory_limit(self, target: Target, space: Space) -> _Limit:
+        load, asked = target.load, target.memory
+        if FORMATS[self.format].gguf:
+            raise LopError(f"memory is told of transformers' runs, not of llama.cpp's: format {self.format!r} has none")
+        shape = self.shape
+        assert load is not None
+        assert asked is not None
+        assert shape is not None
+
+        def bounds(budget: int) -> tuple[int, int]:
+            even = uniform(space, budget).widths
+            widest = max(even) if self.is_uniform(target) else space.max_width(budget)
+            return self.memory(even, load), self._bytes(even, self._plain) + working_bytes(shape, load, widest)
+
+        def refusal(least: float, whole: float) -> str | None:
+            doing = f"with a context of {load.context}, {load.images} images and a batch of {load.batch}"
+            return None if least <= asked else _too_little("memory", _size(asked), doing, _size(least))
+
+        return _Limit(asked, lambda widths: self.memory(widths, load), bounds, refusal)
+
+    def _latency_limit(self, target: Target, space: Space) -> _Limit:
+        profile, asked = target.profile, target.latency
+        if FORMATS[self.format].gguf:
+            raise LopError(f"a device profile times transformers, not llama.cpp: format {self.format!r} has no latency")
+        assert profile is not None
+        assert asked is not None
+        if (profile.layers, profile.neurons) != (space.layers, space.neurons):
+            found, here = f"{profile.layers}x{profile.neurons}", f"{space.layers}x{space.neurons}"
+            raise LopError(f"the device profile is of a model of {found} FFN neurons, and this one has {here}")
+        times = profile.phases[target.phase]
+
+        def cost(widths: Sequence[int]) -> float:
+            return times.of(self._stored(widths))
+
+        def bounds(budget: int) -> tuple[float, float]:
+            if self.is_uniform(target):
+                even = cost(uniform(space, budget).widths)
+                return even, even
+            return times.bounds(budget, space.layers)
+
+        def refusal(least: float, whole: float) -> str | None:
+            doing = f"in {target.phase} on {profile.device}"
+            return None if least <= asked else _too_little("latency", _ms(asked), doing, _ms(least))
+
+        return _Limit(asked, cost, bounds, refusal)
+
+    def _stored(self, widths: Sequence[int]) -> Sequence[int]:
+        """[L] neurons on disk, those of zeros included."""
+        return FORMATS[self.format].stored(widths)
+
+    def _bytes(self, widths: Sequence[int], weight: Weight) -> int:
+        """In safetensors, with weights of a type; biases have always the dense model's."""
+        pruned = self.size.layers * self.size.neurons - sum(self._stored(widths))
+        return weight.bytes - pruned * weight.neuron_bits // 8 + self._biases * self.size.neuron_bytes // 3
 
     @property
-    def bits(self) -> int:
-        """Of the weights, 16 standing for those that the dense model has."""
-        return self._weight.bits
+    def _plain(self) -> Weight:
+        return Weight(BITS[0], self.size.bytes, 8 * self.size.neuron_bytes)
 
-    @property
-    def _weight(self) -> Weight:
-        return self.quantised or Weight(BITS[0], self.size.bytes, 8 * self.size.neuron_bytes)
+    @cached_property
+    def _gguf(self) -> GgufWeight | None:
+        kind = FORMATS[self.format].gguf
+        if kind is None:
+            return None
+        assert self.source is not None
+        return weigh(self.source, kind)
 
-    def _stored(self, widths: Sequence[int]) -> int:
-        """Neurons on disk, those of zeros included."""
-        return max(widths) * len(widths) if FORMATS[self.format].is_padded else sum(widths)
+    def _check_linear(self, space: Space) -> None:
+        """What a layer weighs must not depend on how neurons are spread, or a budget would not say what fits."""
+        layout = FORMATS[self.format]
+        block = KINDS[layout.gguf].block if layout.gguf else 1
+        if not layout.is_padded and space.granularity % block:
+            padded = self.format.replace("-true", "")
+            raise LopError(
+                f"format {self.format!r} stores layers in blocks of {block} neurons, and widths come in steps of "
+                f"{space.granularity}: name a --target ratio, or take format {padded!r}"
+            )
 
     @property
     def _biases(self) -> int:
         return self.size.layers if RECOVERIES[self.recovery].adds_bias else 0
+
+
+def _too_little(what: str, asked: str, doing: str, least: str) -> str:
+    return f"{what} of {asked} is less than any size of this model takes {doing}: at least {least}"
+
+
+def _size(value: float) -> str:
+    # Rounded up: what is named can be asked for.
+    scale, unit = (2**30, "GiB") if value >= 2**30 else (2**20, "MiB")
+    return f"{math.ceil(value / scale * 1000) / 1000:.3f}{unit}"
+
+
+def _ms(value: float) -> str:
+    return f"{math.ceil(value * 1e6) / 1000:.3f}ms"

@@ -102,7 +102,8 @@ def sample_load(model: QwenVL, samples: Sequence[Sample], *, max_pixels: int | N
 def refit_seconds(model: QwenVL, load: Load, widths: Sequence[int], rates: Rates) -> float:
     """Counts the operations of `recovery.refit` and of encoding its samples: two for each weight and token.
 
-    Each layer runs on the dense model's states and on the pruned one's, makes `G` and `T`, and solves for its weights.
+    Each layer runs on the dense model's states and on the pruned one's; one that lost neurons is whole for both, makes
+    `G` and `T`, and solves for its weights.
     """
     text, vision = model.model.config.text_config, model.model.config.vision_config
     tower = sum(parameter.numel() for parameter in model.tower.parameters())
@@ -113,9 +114,11 @@ def refit_seconds(model: QwenVL, load: Load, widths: Sequence[int], rates: Rates
     attention = 2 * hidden * hidden + 2 * hidden * head * text.num_key_value_heads
     stored = 0
     for width in widths:
-        own += tokens * (2 * 2 * attention + 2 * 3 * hidden * neurons + 2 * 5 * hidden * width)
-        single += 2 * tokens * width * (width + hidden)
-        double += 4 * hidden * width**2 + width**3 / 3
+        own += 2 * tokens * (2 * attention + 3 * hidden * (neurons + width))
+        if width < neurons:
+            own += 2 * tokens * 3 * hidden * neurons
+            single += 2 * tokens * width * (width + hidden)
+            double += 2 * hidden * width**2 + width**3 / 3
         stored += (attention + 3 * hidden * neurons) * model.tower.dtype.itemsize
     return own / rates.own + single / rates.single + double / rates.double + stored / _BYTES_A_SECOND
 

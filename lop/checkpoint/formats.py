@@ -1,4 +1,4 @@
-"""What a pruned checkpoint looks like on disk: true widths (`hf`), or padded to one width (`padded`)."""
+"""What a pruned checkpoint looks like on disk: safetensors or GGUF, true widths or all padded to one."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lop.checkpoint.recoveries import RECOVERIES, Recovery
+from lop.checkpoint.bits import BITS, check_bits
+from lop.checkpoint.edge.types import KINDS, check_library
+from lop.checkpoint.recoveries import RECOVERIES, UNTRAINED, Recovery
 from lop.checkpoint.shards import Cut
 from lop.errors import LopError
 from lop.model.families.registry import FAMILIES
@@ -26,40 +28,70 @@ class Layout:
     Attributes:
         is_padded: each as wide as the widest, filled up with zeros.
         holds_bias: there is a place for a bias of `down_proj`.
+        gguf: the type of the weights in GGUF files, a key of `KINDS`; None for safetensors, of the dense model's type.
     """
 
     is_padded: bool
     holds_bias: bool
+    gguf: str | None = None
+
+    def stored(self, widths: Sequence[int]) -> list[int]:
+        """[L] neurons on disk of layers that keep `widths` [L], those of zeros included."""
+        if not self.is_padded:
+            return list(widths)
+        block = KINDS[self.gguf].block if self.gguf else 1
+        return [-(-max(widths) // block) * block] * len(widths)
 
 
-FORMATS = {"hf": Layout(is_padded=False, holds_bias=True), "padded": Layout(is_padded=True, holds_bias=False)}
+_GGUF = {"": "f16", "-q8_0": "q8_0", "-q4_1": "q4_1", "-q4_0": "q4_0"}
+FORMATS = {
+    "hf": Layout(is_padded=False, holds_bias=True),
+    "padded": Layout(is_padded=True, holds_bias=False),
+    **{f"gguf{end}": Layout(is_padded=True, holds_bias=False, gguf=kind) for end, kind in _GGUF.items()},
+    **{f"gguf-true{end}": Layout(is_padded=False, holds_bias=False, gguf=kind) for end, kind in _GGUF.items()},
+}
 
 
-def check_format(format: Format, recovery: Recovery) -> None:
+def check_format(format: Format, recovery: Recovery, bits: int = BITS[0]) -> None:
     """Looks before anything is done for nothing.
 
     Raises:
-        LopError: the format has no place for what the recovery adds.
+        LopError: the format has no place for what the recovery adds, or for weights of so many bits; these cannot be
+            had, or not with the recovery; or what writes the format is not installed.
     """
+    check_bits(bits)
+    if bits != BITS[0] and RECOVERIES[recovery].trains:
+        raise LopError(
+            f"recovery {recovery!r} trains weights that are not quantised: write it without bits, then run "
+            f"`lop quantise --bits {bits}` on what comes of it"
+        )
+    if FORMATS[format].gguf:
+        safe = " or ".join(repr(name) for name, layout in FORMATS.items() if not layout.gguf)
+        if bits != BITS[0]:
+            raise LopError(f"format {format!r} has weights of a type of its own: leave out {bits} bits, or take {safe}")
+        if RECOVERIES[recovery].trains:
+            raise LopError(f"recovery {recovery!r} trains what transformers loads: take {safe}, then `lop convert` it")
+        check_library()
     if RECOVERIES[recovery].adds_bias and not FORMATS[format].holds_bias:
-        fits = " or ".join(repr(name) for name in reversed(RECOVERIES) if not RECOVERIES[name].adds_bias)
+        fits = " or ".join(repr(name) for name in reversed(UNTRAINED) if not UNTRAINED[name].adds_bias)
         others = " or ".join(repr(name) for name, layout in FORMATS.items() if layout.holds_bias)
         raise LopError(f"format {format!r} has no place for a bias: choose recovery {fits}, or format {others}")
 
 
 def cut_tensors(
     tensors: Mapping[str, TensorInfo],
-    order: np.ndarray,
+    order: Sequence[np.ndarray] | np.ndarray,
     widths: Sequence[int],
     *,
     format: Format,
     recovered: Mapping[str, TensorInfo],
 ) -> list[tuple[str, Cut]]:
-    """What to write of each tensor of a dense checkpoint.
+    """What to write of each tensor of a checkpoint.
 
     Args:
-        tensors: the dense checkpoint's.
-        order: [L, F] neurons of each layer, the most important first.
+        tensors: the checkpoint's.
+        order: [L, F] neurons of each layer, the most important first; a checkpoint whose layers differ has as many
+            arrays of as many neurons.
         widths: [L] neurons kept.
         recovered: tensors that take the place of those cut from the dense checkpoint, of any part, with the neurons
             kept in their order (`down_proj` weights [H, k], `gate_proj` and `up_proj` [k, H]), or that come on top
@@ -68,15 +100,48 @@ def cut_tensors(
     Raises:
         LopError: a recovered tensor has another shape than the one that it replaces would be cut to.
     """
-    cuts = [(name, _cut(name, info, recovered.get(name), order, widths, format)) for name, info in tensors.items()]
+    stored = FORMATS[format].stored(widths)
+    cuts = [(name, _cut(name, info, recovered.get(name), order, widths, stored)) for name, info in tensors.items()]
     return cuts + [(name, Cut(info, info.shape)) for name, info in recovered.items() if name not in tensors]
 
 
+def changed_tensors(
+    tensors: Mapping[str, TensorInfo], changed: Mapping[str, TensorInfo], *, format: Format
+) -> list[tuple[str, Cut]]:
+    """What to write of each tensor of a pruned checkpoint of which some have changed.
+
+    Args:
+        tensors: the checkpoint's.
+        changed: what takes the place of some of them; FFN weights of their layer's own width, even if it is padded.
+
+    Raises:
+        LopError: a tensor that is not there, or of another shape, is said to have changed.
+    """
+    cuts = []
+    for name, info in tensors.items():
+        source, part = changed.get(name, info), ffn_part(name)
+        pads = FORMATS[format].is_padded and part is not None
+        axis = 1 if part == "down_proj" else 0
+        if not pads and source.shape != info.shape:
+            raise LopError(f"tensor {name} is {list(source.shape)}, and must be {list(info.shape)}")
+        chosen = np.arange(source.shape[axis]) if source is not info and pads else None
+        rows, columns = (None, chosen) if axis else (chosen, None)
+        cuts.append((name, Cut(source, info.shape, rows=rows, columns=columns)))
+    if unknown := changed.keys() - tensors.keys():
+        raise LopError(f"tensor {min(unknown)} is not in the checkpoint")
+    return cuts
+
+
 def _cut(
-    name: str, info: TensorInfo, recovered: TensorInfo | None, order: np.ndarray, widths: Sequence[int], format: Format
+    name: str,
+    info: TensorInfo,
+    recovered: TensorInfo | None,
+    order: Sequence[np.ndarray] | np.ndarray,
+    widths: Sequence[int],
+    stored: Sequence[int],
 ) -> Cut:
     part = ffn_part(name)
-    kept = None if part is None else order[ffn_layer(name), : widths[ffn_layer(name)]]
+    kept = None if part is None else order[ffn_layer(name)][: widths[ffn_layer(name)]]
 
     def shape(width: int) -> tuple[int, ...]:
         return (info.shape[0], width) if part == "down_proj" else (width, *info.shape[1:])
@@ -88,7 +153,7 @@ def _cut(
     if kept is None:
         return Cut(source, expected)
     chosen = np.arange(len(kept)) if recovered else kept
-    full = shape(max(widths)) if FORMATS[format].is_padded else expected
+    full = shape(stored[ffn_layer(name)])
     return Cut(source, full, columns=chosen) if part == "down_proj" else Cut(source, full, rows=chosen)
 
 

@@ -24,11 +24,12 @@ class Inspection:
     """What a checkpoint is.
 
     Attributes:
-        format: `dense`, `hf` or `padded`; a pruned checkpoint without a manifest (as `save_pretrained` leaves) is `hf`.
+        format: `dense`, or a key of `FORMATS`; a pruned checkpoint without a manifest (as `save_pretrained` leaves) is
+            `hf`.
         widths: [L] neurons that each layer keeps.
         stored: [L] neurons that each layer has on disk; more than it keeps if padded.
         neurons: of a layer of the dense model; of the widest layer if nothing tells.
-        bits: of the backbone's weights; None where they are as the dense model has them.
+        bits: of the backbone's weights if they are quantised; None where they are not, or are by types of GGUF.
         parameters, bytes: of all tensors.
         manifest: what the export wrote down (source, target, recovery, fingerprints), without its hashes.
         checked: files that were held against their SHA-256 in the manifest; None without a manifest.
@@ -67,6 +68,8 @@ def inspect(folder: Path) -> Inspection:
     manifest = read_manifest(folder) if has_manifest else {}
     hashes = manifest.pop("sha256", {})
     damage = _damage(folder, hashes)
+    if "gguf" in manifest:
+        return _of_gguf(folder, manifest, len(hashes), damage)
     try:
         tensors = check_checkpoint(folder, quantised=True)
     except LopError as error:
@@ -102,9 +105,13 @@ def print_inspection(found: Inspection) -> None:
         "pruned": f"{found.ratio:.2%} of {len(found.widths)} layers of {found.neurons} neurons",
         "bits": _rounding(manifest.get("quantised")),
         "recovery": manifest.get("recovery"),
+        "distilled": "; ".join(map(_learnt, manifest.get("distilled", []))) or None,
         "importance": manifest.get("importance"),
         "parameters": f"{found.parameters:,}",
         "bytes": f"{found.bytes:,}",
+        "types": ", ".join(f"{count} {kind}" for kind, count in manifest.get("gguf", {}).get("types", {}).items())
+        or None,
+        "vision": f"not there: {reason}" if (reason := manifest.get("gguf", {}).get("without_tower")) else None,
         "padding": f"{manifest['padding_bytes']:,} bytes of zeros" if manifest.get("padding_bytes") else None,
         "made from": ", ".join(f"{name} {value}" for name, value in manifest.get("fingerprints", {}).items()) or None,
         "hashes": _verdict(found),
@@ -126,6 +133,30 @@ def _rounding(quantised: Mapping[str, Any] | None) -> str | None:
     parts = "backbone and vision tower" if quantised["vision"] else "backbone"
     how = f"{quantised['rounding']}, {quantised['library']}"
     return f"{quantised['bits']} of the {parts}'s weights, by groups of {quantised['group']} ({how})"
+
+
+def _learnt(record: Mapping[str, Any]) -> str:
+    """What a training came to."""
+    kl = record["reward_kl"]
+    return f"{record['tokens']:,} tokens, KL to dense {kl['start']:.4f} → {kl['end']:.4f} on the reward samples"
+
+
+def _of_gguf(folder: Path, manifest: Mapping[str, Any], files: int, damage: str) -> Inspection:
+    """What the manifest says, which the hashes vouch for."""
+    facts = manifest["gguf"]
+    return Inspection(
+        path=str(folder),
+        format=manifest["format"],
+        widths=tuple(manifest["widths"]),
+        stored=tuple(facts["stored"]),
+        neurons=manifest["neurons"],
+        bits=None,
+        parameters=facts["parameters"],
+        bytes=facts["bytes"],
+        manifest=manifest,
+        checked=files,
+        damage=damage,
+    )
 
 
 def _text_config(config: Any) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from typing import Any
 
 from lop import __version__
 from lop.checkpoint.bits import check_widths, packing
-from lop.checkpoint.export import Parts, companions, read_manifest, write_checkpoint
+from lop.checkpoint.export import read_manifest
 from lop.checkpoint.shards import Cut
+from lop.checkpoint.writing import Parts, companions, write_checkpoint
 from lop.model.rounding import check_library
-from lop.model.sources import MANIFEST, MODELING, check_checkpoint, family_of
+from lop.model.sources import MANIFEST, check_checkpoint, family_of
 from lop.model.tensors import down_projections
 from lop.storage.destination import check_new
 from lop.storage.files import read_json
@@ -53,7 +54,8 @@ def quantise(
     down = down_projections(tensors)
     check_widths(bits, [info.shape[1] for _, info in down])
     sizes = {tensor: chosen.bytes(info) if tensor in chosen.tensors else info.bytes for tensor, info in tensors.items()}
-    check_new(Location.parse(out), bytes=sum(sizes.values()))
+    place = Location.parse(out)
+    check_new(place, bytes=sum(sizes.values()))
     manifest: dict[str, Any] = {
         "version": __version__,
         "source": name or str(source),
@@ -65,14 +67,11 @@ def quantise(
     if (source / MANIFEST).exists():
         manifest = {**read_manifest(source), "version": __version__}
         del manifest["sha256"]
-    beside = companions(source)
-    if (source / MODELING).exists():
-        beside[MODELING] = (source / MODELING).read_bytes()
     cuts = [(tensor, Cut(info, info.shape)) for tensor, info in tensors.items()]
     return write_checkpoint(
+        place,
+        Parts(cuts, read_json(source / "config.json"), manifest, companions(source)),
         source,
-        out,
-        Parts(cuts, read_json(source / "config.json"), manifest, beside),
         family,
         packing=chosen,
         progress=lambda done, total: progress("export", done, total),

@@ -1,8 +1,8 @@
 """Recovery without training: what is left of each FFN is made to say what the whole FFN said.
 
 `bias` adds the pruned neurons' mean contribution, as FLAP does (An et al. 2023). `refit` solves for new `down_proj`
-weights by ridge least squares on the calibration samples, layer by layer, each layer seeing the refitted ones before
-it. It needs no bias, so every format and every loader carries it.
+weights by ridge least squares on the calibration samples, layer by layer, each layer seeing what the refitted ones
+before it give. It needs no bias, so every format and every loader carries it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from lop.checkpoint.forecast import tell_refit
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
@@ -30,6 +31,8 @@ from lop.space.allocation import Allocation
 from lop.storage.files import disk_errors
 from lop.storage.headers import TensorInfo, read_header
 
+# Of what the refitted layers before still get wrong, the share that a layer makes up for: `benchmarks/recovery.py`.
+CATCH_UP = 0.5
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -143,77 +146,94 @@ def _biases(
 
 @torch.inference_mode()
 def refit(
-    backbone: Backbone, layers: Iterable[Layer], encoded: Encoded, widths: Sequence[int], *, ridge: float = RIDGE
+    backbone: Backbone,
+    layers: Iterable[Layer],
+    encoded: Encoded,
+    widths: Sequence[int],
+    *,
+    ridge: float = RIDGE,
+    catch_up: float = CATCH_UP,
 ) -> Iterator[Tensor]:
-    """Refits one layer after the other, so that each layer's output is again the dense model's.
+    """Refits one layer after the other, so that each pruned FFN says what the whole one would, and catches up.
 
     For a calibration token let `h` be the kept neurons' activations in the pruned model, whose earlier layers are
-    refitted already, `r` the residual stream that the FFN adds to, and `t` what it should add: the dense model's output
-    of this layer less `r`. The new weights `W + Δ` minimise `Σ ‖(W + Δ)·h − t‖² + λ‖Δ‖²` over the tokens:
+    refitted already, `r` the residual stream that the FFN adds to, `w` what the whole FFN would add to it, and `o` the
+    dense model's output of this layer. The new weights `W + Δ` minimise `Σ ‖(W + Δ)·h − t‖² / ‖o‖² + λ‖Δ‖²` over the
+    tokens, where the target makes up for a share `c` of what the earlier layers still get wrong:
 
-        Δ = (T − W·G)·(G + λI)⁻¹,   G = Σ h·hᵀ,   T = Σ t·hᵀ,   λ = ridge · mean(diag G).
+        t = w + c·(o − r − w),
+        Δ = (T − W·G)·(G + λI)⁻¹,   G = Σ h·hᵀ / ‖o‖²,   T = Σ t·hᵀ / ‖o‖²,   λ = ridge · mean(diag G).
 
-    The target makes up for what the earlier layers still get wrong, too. The ridge pulls towards the weights that are
-    there, so an activation that calibration never saw keeps them.
+    Every later layer sees its input normed, so it is the relative error that counts: without the division the few
+    tokens of huge norm that pretrained models have (attention sinks) decide everything. All of the earlier layers'
+    error as a target is learned by heart. The ridge pulls towards the weights that are there, so an activation that
+    calibration never saw keeps them.
 
     Args:
         backbone: its own layers are not used, and may be on the meta device.
         layers: the decoder layers with an `ElasticFfn` each; only the one at hand needs to be in memory.
         widths: [L] neurons kept.
+        catch_up: `c`.
 
     Yields:
-        Each layer's weights [H, k], in the dense weights' dtype; the layer has them already. Memory: three hidden
-        states for each calibration token, in the host's; on the device one batch, and G, [k, k] in float64, twice.
+        Each layer's weights [H, k], in the dense weights' dtype; the layer has them already, and one that keeps all
+        its neurons keeps its weights. Memory: two hidden states for each calibration token, in the host's; on the
+        device one batch, and G, [k, k] in float64, twice.
     """
     device = backbone.norm.device
     dense = [batch.embeddings for batch in encoded.batches]
     pruned = list(dense)
     for layer, width in zip(layers, widths, strict=True):
         ffn = cast(ElasticFfn, layer.ffn)
-        normal = NormalEquations(ffn.down[:, :width])
+        ffn.width, ffn.refitted, ffn.bias = ffn.neurons, None, None
+        normal = NormalEquations(ffn.down, width) if width < ffn.neurons else None
         for index, batch in enumerate(encoded.batches):
             rotation = batch.rotation.to(device)
-            ffn.width, ffn.refitted, ffn.bias = ffn.neurons, None, None
-            wanted = backbone.attend(layer, dense[index].to(device), rotation, batch.groups)
-            wanted = backbone.feed_forward(layer, wanted)
-            ffn.width = width
+            output = backbone.attend(layer, dense[index].to(device), rotation, batch.groups)
+            output = backbone.feed_forward(layer, output)
             residual = backbone.attend(layer, pruned[index].to(device), rotation, batch.groups)
-            for x, output in zip(residual.split(ROWS), wanted.split(ROWS)):
-                normal.add(ffn.hidden(backbone.ffn_input(layer, x)), output.float() - x.float())
-            dense[index], pruned[index] = wanted.to("cpu"), residual.to("cpu")
-        ffn.refitted = normal.solve(ridge)
+            for x, wanted in zip(residual.split(ROWS), output.split(ROWS)):
+                if normal:
+                    normal.add(ffn.hidden(backbone.ffn_input(layer, x)), x.float(), wanted.float(), catch_up)
+            dense[index], pruned[index] = output.to("cpu"), residual.to("cpu")
+        ffn.width = width
+        ffn.refitted = normal.solve(ridge) if normal else None
         for index, residual in enumerate(pruned):
             pruned[index] = backbone.feed_forward(layer, residual.to(device)).to("cpu")
-        yield ffn.refitted
+        yield ffn.down if ffn.refitted is None else ffn.refitted
 
 
 class NormalEquations:
     """Sums over tokens, and the weights W + Δ that follow from them; see `refit`.
 
     Args:
-        weight: W, [H, k].
+        weight: [H, F], of all neurons.
+        width: k, of those kept.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        self._gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-        self._target = torch.zeros_like(weight, dtype=torch.float64)
+    def __init__(self, weight: Tensor, width: int) -> None:
+        self._weight, self._width = weight, width
+        self._gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
+        self._change = torch.zeros(len(weight), width, dtype=torch.float64, device=weight.device)
 
     @property
     def gram(self) -> Tensor:
         """G [k, k], float64, until the weights are solved for."""
         return self._gram
 
-    def add(self, hidden: Tensor, wanted: Tensor) -> None:
-        """Adds tokens' activations h [N, k] and what they should add to the residual stream, t [N, H]."""
-        hidden = hidden.float()
+    def add(self, hidden: Tensor, residual: Tensor, wanted: Tensor, catch_up: float) -> None:
+        """Adds tokens' activations of all neurons [N, F], and r and o [N, H] in float32."""
+        kept, pruned = hidden.tensor_split([self._width], dim=1)
+        lost = F.linear(pruned, self._weight[:, self._width :]).float()
+        whole = F.linear(kept, self._weight[:, : self._width]).float() + lost
+        missing = lost + catch_up * (wanted - residual - whole)  # t − W·h
+        scale = wanted.square().mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
         # Products in float32, which every GPU is fast at; sums over batches in float64.
-        self._gram += hidden.T @ hidden
-        self._target += wanted.T @ hidden
+        kept = kept.float() * scale
+        self._gram += kept.T @ kept
+        self._change += (missing * scale).T @ kept
 
     def solve(self, ridge: float) -> Tensor:
-        """The weights [H, k], in W's dtype; changes the sums."""
-        gram, weight = self._gram, self._weight.double()
-        self._target -= weight @ gram
-        change = torch.cholesky_solve(self._target.T, ridged_factor(gram, ridge)).T
-        return (weight + change).to(self._weight.dtype)
+        """The weights [H, k], in the dense weights' dtype; changes the sums."""
+        change = torch.cholesky_solve(self._change.T, ridged_factor(self._gram, ridge)).T
+        return (self._weight[:, : self._width].double() + change).to(self._weight.dtype)

@@ -41,6 +41,15 @@ class Cut:
     def bytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.source.item_bytes
 
+    @property
+    def padding(self) -> int:
+        """How many of its numbers are zeros that fill it up to the shape."""
+        count = int(np.prod(self.shape, dtype=np.int64))
+        for axis, chosen in enumerate((self.rows, self.columns)):
+            if chosen is not None:
+                return count // self.shape[axis] * (self.shape[axis] - len(chosen))
+        return 0
+
 
 @dataclass(frozen=True)
 class Shard:

@@ -18,7 +18,7 @@ def alpha_pruning(statistics: "NeuronStatistics", space: Space, budget: int) -> 
     [1 − ε, 1 + ε], ε = 0.3, and have the target as their mean.
 
     Raises:
-        LopError: the statistics have no exponents; `lop.run.spectra.statistics_for` has them.
+        LopError: the statistics have no exponents; `lop.run.surveys.statistics_for` has them.
     """
     if statistics.exponents is None:
         raise LopError("these statistics have no spectra, which alphapruning needs")

@@ -33,17 +33,36 @@ class Step:
     worth: Worth
 
 
-def mutate(allocation: Allocation, space: Space, random: np.random.Generator, *, step: int) -> Allocation:
-    """A neighbour of the same budget: up to three times, one layer gives `step` neurons to another.
+@dataclass(frozen=True)
+class Reach:
+    """How far widths may be from those of a centre."""
+
+    centre: Allocation
+    most: int
+
+
+def mutate(
+    allocation: Allocation,
+    space: Space,
+    random: np.random.Generator,
+    *,
+    step: int,
+    moves: int = _MOST_MOVES,
+    reach: Reach | None = None,
+) -> Allocation:
+    """A neighbour of the same budget: up to `moves` times, one layer gives `step` neurons to another.
 
     The number of moves is the lesser of two uniform draws, as EvoPress has it. A move that a layer's limits forbid is
     drawn again; an allocation that allows none is returned as it is.
     """
     widths = list(allocation.widths)
-    most = space.max_width(allocation.budget)
-    for _ in range(min(random.integers(1, _MOST_MOVES + 1, 2))):
-        givers = [layer for layer, width in enumerate(widths) if width - step >= space.min_width]
-        takers = [layer for layer, width in enumerate(widths) if width + step <= most]
+    least, most = [space.min_width] * space.layers, [space.max_width(allocation.budget)] * space.layers
+    if reach is not None:
+        least = [max(low, width - reach.most) for low, width in zip(least, reach.centre.widths)]
+        most = [min(high, width + reach.most) for high, width in zip(most, reach.centre.widths)]
+    for _ in range(min(random.integers(1, moves + 1, 2))):
+        givers = [layer for layer, width in enumerate(widths) if width - step >= least[layer]]
+        takers = [layer for layer, width in enumerate(widths) if width + step <= most[layer]]
         pairs = [(giver, taker) for giver in givers for taker in takers if giver != taker]
         if pairs:
             giver, taker = pairs[random.integers(len(pairs))]
@@ -62,6 +81,9 @@ def evolve(
     step: int,
     offspring: int = OFFSPRING,
     rounds: Sequence[Selection] = ROUNDS,
+    moves: int = _MOST_MOVES,
+    reach: Reach | None = None,
+    known: Worth | None = None,
 ) -> Iterator[Step]:
     """(1 + λ) evolution with paired ± moves; yields the state after the start and after each generation.
 
@@ -72,15 +94,17 @@ def evolve(
         worth: of an allocation on the first share of the samples.
         evaluations: to spend, in units of all samples; a generation that would exceed it is not begun.
         step: neurons that a move takes from one layer and gives to another; a multiple of the granularity.
+        moves, reach: as in `mutate`.
+        known: what the start is worth, if it has been evaluated.
     """
     random = np.random.default_rng(list(seed))
-    best, best_worth = start, worth(start, 1.0)
-    spent = 1.0
+    best, best_worth = start, worth(start, 1.0) if known is None else known
+    spent = 1.0 if known is None else 0.0
     yield Step(spent, best, best_worth)
     sizes = [offspring, *(selection.survivors for selection in rounds)]
     cost = sum(size * selection.share for size, selection in zip(sizes, rounds))
     while spent + cost <= evaluations + 1e-9:
-        candidates = [mutate(best, space, random, step=step) for _ in range(offspring)]
+        candidates = [mutate(best, space, random, step=step, moves=moves, reach=reach) for _ in range(offspring)]
         worths: list[Worth] = []
         for selection in rounds:
             worths = [worth(candidate, selection.share) for candidate in candidates]

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from lop.errors import LopError
 from lop.search.tree import TreeOptions
 from lop.space.allocation import Allocation, Space
@@ -43,9 +45,16 @@ class Need(StrEnum):
 
     ACTIVATIONS = "activations"  # Statistics of the calibration samples; without it, the weights are enough.
     SPECTRA = "spectra"  # `NeuronStatistics.exponents`.
+    GRADIENTS = "gradients"  # The surveys `element` and `vector` (`lop.model.taylor`).
+    SEQUENCES = "sequences"  # The survey `squares` (`lop.model.sequences`).
+    REMOVAL = "removal"  # The surveys `order` and `errors` (`lop.model.removal`).
     EVALUATIONS = "evaluations"  # A search of its own: `Method.search`.
     SEARCH = "search"  # LOP's search.
     PREDICTOR = "predictor"  # What was trained on it.
+
+
+# Needs that are met by surveys: further passes over the calibration samples.
+SURVEYED = frozenset({Need.GRADIENTS, Need.SEQUENCES, Need.REMOVAL})
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ class Reward:
         evaluations: to spend on a budget, in units of all reward samples.
         levels: widths at which a layer is scanned alone.
         options: of LOP's tree.
+        weights: [L, F], the sum of squares of each neuron's weights, in the order in which neurons are kept.
         reward, tie_breaker: of an evaluation, more is better.
         evaluate: an allocation, on the first share of the reward samples, which are shuffled.
         workers: evaluate on all samples; with divergences where `with_divergence` does.
@@ -136,6 +146,7 @@ class Reward:
     evaluations: int
     levels: int
     options: TreeOptions
+    weights: np.ndarray
     reward: "Callable[[Evaluation], float]"
     tie_breaker: "Callable[[Evaluation], float]"
     evaluate: "Callable[[Allocation, float], Evaluation]"

@@ -136,7 +136,11 @@ class Backbone:
         for earlier in before:
             x = self._whole(earlier, attention, x)
         attended = attention.at_tails(layer, self._norm(x, layer.attention_norm), tails)
-        return self._norm(self.feed_forward(layer, torch.addmm(x[tails], attended, layer.out.T)), self.norm)
+        return self.normed(self.feed_forward(layer, torch.addmm(x[tails], attended, layer.out.T)))
+
+    def normed(self, x: Tensor) -> Tensor:
+        """What the head is given, [M, H], of states [M, H] after the last layer."""
+        return self._norm(x, self.norm)
 
     def logits(self, x: Tensor) -> Tensor:
         """Normed states [M, H] to [M, V]."""

@@ -70,6 +70,11 @@ class ElasticFfn(nn.Module):
         self.down.copy_(self.down[:, move])
         self.order = order
 
+    def weight_squares(self) -> Tensor:
+        """[F] float64, the sum of squares of each neuron's weights."""
+        lines = (self.gate, self.up, self.down.T)
+        return torch.stack([line.double().square().sum(1) for line in lines]).sum(0)
+
     def hidden(self, x: Tensor) -> Tensor:
         """[..., H] to the kept neurons' activations [..., width]."""
         product = fused_gated() if self.is_compiled else gated
@@ -117,6 +122,10 @@ class ElasticModel:
     def neurons(self) -> int:
         """`F`, of each dense layer."""
         return self._ffns[0].neurons
+
+    def weight_squares(self) -> np.ndarray:
+        """[L, F] float64, the sum of squares of each neuron's weights, in the order in which neurons are kept."""
+        return np.stack([ffn.weight_squares().cpu().numpy() for ffn in self._ffns])
 
     @property
     def _ffns(self) -> list[ElasticFfn]:

@@ -85,9 +85,21 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Sequence:
+class EncodedSample:
+    """One sample's prompt with its answer, but for the last token, in host memory.
+
+    Attributes:
+        embeddings: [T, H], image features in place.
+        positions: [3, T], M-RoPE's.
+        rotation: [T, D/2], complex: what these positions turn queries and keys by.
+        is_image: [T] bool, where an image's tokens are.
+        answer: [A], the right tokens; the last A of the T places are where they are predicted.
+    """
+
     embeddings: Tensor
+    positions: Tensor
     rotation: Tensor
+    is_image: Tensor
     answer: Tensor
 
     @property
@@ -121,7 +133,7 @@ def encode(
     Raises:
         LopError: the processor cannot make images as small as `images.max_pixels`.
     """
-    sequences: list[_Sequence | None] = list(_sequences(model, samples, images or ImageSettings()))
+    sequences: list[EncodedSample | None] = list(encode_each(model, samples, images or ImageSettings()))
     parts = [np.arange(len(samples))] if rounds is None else rounds
     return Encoded(
         tuple(tuple(_batches(sequences, part.tolist(), batch_tokens)) for part in parts),
@@ -151,7 +163,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield previous
 
 
-def _batches(sequences: list[_Sequence | None], chosen: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
+def _batches(sequences: list[EncodedSample | None], chosen: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
     """Takes the chosen sequences out of the list as they are packed: no more than one batch is there twice."""
     lengths = {index: sequence.length for index in chosen if (sequence := sequences[index])}
     waiting: list[int] = []
@@ -165,7 +177,13 @@ def _batches(sequences: list[_Sequence | None], chosen: Sequence[int], batch_tok
     yield _pack(sequences, waiting)
 
 
-def _sequences(model: QwenVL, samples: Sequence[Sample], images: ImageSettings) -> Iterator[_Sequence]:
+@torch.inference_mode()
+def encode_each(model: QwenVL, samples: Sequence[Sample], images: ImageSettings) -> Iterator[EncodedSample]:
+    """Each sample by itself, in order; see `encode`.
+
+    Raises:
+        LopError: the processor cannot make images as small as `images.max_pixels`.
+    """
     check_pixels(model, images.max_pixels)
     uses = Counter(sample.image_key for sample in samples if sample.image)
     seen: dict[str, tuple[Tensor, Tensor]] = {}  # Each image's grid and features, until its last question.
@@ -208,8 +226,8 @@ def chat_text(model: QwenVL, prompt: str, *, images: int = 1) -> str:
     return str(model.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _sequence(model: QwenVL, sample: Sample, grid: Tensor | None, features: Tensor | None) -> _Sequence:
-    """A sample's prompt with its answer, but for the last token, in host memory.
+def _sequence(model: QwenVL, sample: Sample, grid: Tensor | None, features: Tensor | None) -> EncodedSample:
+    """A sample, encoded.
 
     Args:
         grid: [1, 3], the image's patches in time, height and width; None without an image.
@@ -230,8 +248,9 @@ def _sequence(model: QwenVL, sample: Sample, grid: Tensor | None, features: Tens
     embeddings = model.token_embeddings(ids).cpu()
     if features is not None:
         embeddings[is_image.cpu()] = features.to(embeddings.dtype)
-    rotation = model.rotation(model.positions(ids, is_image.int(), grid))
-    return _Sequence(embeddings, rotation.cpu(), torch.tensor(answer))
+    positions = model.positions(ids, is_image.int(), grid)
+    rotation = model.rotation(positions)
+    return EncodedSample(embeddings, positions.cpu(), rotation.cpu(), is_image.cpu(), torch.tensor(answer))
 
 
 def _document_start(tokenizer: Any) -> int:
@@ -240,7 +259,7 @@ def _document_start(tokenizer: Any) -> int:
     return next(token for token in tokens if token is not None)
 
 
-def _pack(sequences: list[_Sequence | None], chosen: Sequence[int]) -> Batch:
+def _pack(sequences: list[EncodedSample | None], chosen: Sequence[int]) -> Batch:
     """One batch of sequences that are sorted by length; they are taken out of the list."""
     packed = [sequence for index in chosen if (sequence := sequences[index])]
     for index in chosen:

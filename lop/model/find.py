@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lop.errors import LopError, first_line
 from lop.model import smol
-from lop.model.sources import check_config
+from lop.model.sources import MANIFEST, check_config
 from lop.storage.files import check_fetched, expanded
 from lop.storage.fingerprint import fingerprint_weights
 from lop.storage.headers import weight_files
@@ -36,7 +36,7 @@ def find_model(name: str) -> Path:
         return smol.smol_folder(assets(name))
     path = expanded(name)
     if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json", MANIFEST)):
             raise LopError(f"model folder {name} has no config.json: name a folder that holds a checkpoint")
         check_fetched(path)
         return path

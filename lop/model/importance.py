@@ -48,6 +48,26 @@ def flap(statistics: "NeuronStatistics") -> np.ndarray:
     return statistics.variance * statistics.down_l2**2
 
 
+def taylor(statistics: "NeuronStatistics") -> np.ndarray:
+    """`Σ_θ |θ·∂L/∂θ|` over a neuron's weights (LLM-Pruner, Ma et al. 2023: element-wise); see `lop.model.taylor`."""
+    return statistics.surveyed("element")
+
+
+def taylor_vector(statistics: "NeuronStatistics") -> np.ndarray:
+    """`Σ |Σ_θ θ·∂L/∂θ|` over a neuron's two rows and its column (LLM-Pruner: vector-wise); see `lop.model.taylor`."""
+    return statistics.surveyed("vector")
+
+
+def sequences(statistics: "NeuronStatistics") -> np.ndarray:
+    """`sqrt(Σ_s (E_t |h_j(x_st)|)²)`, the L2 norm over sequences of means over tokens (Minitron, 2024)."""
+    return np.sqrt(statistics.surveyed("squares"))
+
+
+def surgeon(statistics: "NeuronStatistics") -> np.ndarray:
+    """How late the optimal brain surgeon removes the neuron (ZipLM, DarwinLM); see `lop.model.removal`."""
+    return -np.argsort(statistics.surveyed("order"), axis=1).astype(np.float64)
+
+
 IMPORTANCES: "dict[str, Callable[[NeuronStatistics], np.ndarray]]" = {
     "activation": activation,
     "contribution": contribution,
@@ -55,7 +75,13 @@ IMPORTANCES: "dict[str, Callable[[NeuronStatistics], np.ndarray]]" = {
     "wanda": wanda,
     "flap": flap,
     "fluctuation": fluctuation,
+    "taylor": taylor,
+    "taylor-vector": taylor_vector,
+    "sequences": sequences,
+    "surgeon": surgeon,
 }
+# What an importance reads beside the statistics: the survey (`lop.run.surveys`) that finds it.
+SURVEY_OF = {"taylor": "gradients", "taylor-vector": "gradients", "sequences": "sequences", "surgeon": "removal"}
 
 
 def importance(name: str, statistics: "NeuronStatistics") -> np.ndarray:

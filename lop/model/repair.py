@@ -6,16 +6,15 @@ is what ships.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lop.model.backbone import ROWS, Backbone
+from lop.model.backbone import Backbone
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Encoded
+from lop.model.walk import Walk, next_gram
 
 # Of the mean square of a layer's activations: what `refit` pulls towards the weights that are there with.
 RIDGE = 0.01
@@ -101,20 +100,9 @@ def factors(backbone: Backbone, encoded: Encoded, *, ridge: float = RIDGE) -> It
         [F, F] float32, lower triangular, in host memory. Memory: one hidden state for each token, in the host's; on
         the device one batch, and G in float64, twice.
     """
-    device = backbone.norm.device
-    states = [batch.embeddings for batch in encoded.batches]
-    for layer in backbone.layers:
-        ffn = cast(ElasticFfn, layer.ffn)
-        gram = torch.zeros(ffn.neurons, ffn.neurons, dtype=torch.float64, device=device)
-        for index, batch in enumerate(encoded.batches):
-            x = backbone.attend(layer, states[index].to(device), batch.rotation.to(device), batch.groups)
-            for part in x.split(ROWS):
-                hidden = ffn.hidden(backbone.ffn_input(layer, part))
-                part.add_(F.linear(hidden, ffn.down))
-                hidden = hidden.float()
-                gram += hidden.T @ hidden  # Products in float32, which every GPU is fast at; sums in float64.
-            states[index] = x.cpu()
-        yield factor(gram, ridge=ridge).cpu()
+    walk = Walk(backbone, encoded)
+    for _ in backbone.layers:
+        yield factor(next_gram(walk), ridge=ridge).cpu()
 
 
 def reordered(made: Tensor, move: Tensor, *, ridge: float = 0.0) -> Tensor:
@@ -136,6 +124,11 @@ def factor(gram: Tensor, *, ridge: float = RIDGE) -> Tensor:
 
 def ridged_factor(gram: Tensor, ridge: float) -> Tensor:
     """The lower factor of `G + λI`, [F, F] float64, `λ = ridge · mean(diag G)`; changes `gram`, G [F, F] float64."""
+    return torch.linalg.cholesky(ridge_added(gram, ridge))
+
+
+def ridge_added(gram: Tensor, ridge: float) -> Tensor:
+    """`G + λI`, in the memory of G [F, F] float64, `λ = ridge · mean(diag G)`."""
     # Neurons that are silent on all tokens leave zeros on the diagonal; anything above zero keeps it solvable.
     gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    return torch.linalg.cholesky(gram)
+    return gram

@@ -39,6 +39,8 @@ def check_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
     if (folder / _ADAPTER).is_file():
         base = _value(read_json(folder / _ADAPTER), "base_model_name_or_path")
         raise LopError(f"{folder} is an adapter of {base} ({_ADAPTER}): merge it into that model; {_TAKES}")
+    if not (folder / "config.json").is_file() and any(folder.glob("*.gguf")):
+        raise LopError(f"{folder} holds GGUF files, which llama.cpp runs: name what they were made from; {_TAKES}")
     if not (folder / "config.json").is_file():
         raise LopError(f"{folder} has no config.json: name a folder that holds a checkpoint; {_TAKES}")
     config = read_json(folder / "config.json")

@@ -1,7 +1,7 @@
 """What one pass over the calibration samples learns of every FFN neuron."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,10 @@ from lop.errors import LopError
 from lop.model.adapter import QwenVL
 from lop.model.encoding import Encoded, on_device
 from lop.storage.files import atomic_file, disk_errors
+from lop.storage.fingerprint import check_fingerprints
 
 _FIELDS = ("count", "mean", "moment", "down_l2", "down_l1")
+_SECONDS = "seconds"
 _COLUMNS = 2**24  # Numbers that are summed in float64 at once.
 # Of some tokens: how many, mean and centred second moment of each neuron.
 _Sums = tuple[int, np.ndarray, np.ndarray]
@@ -33,7 +35,9 @@ class NeuronStatistics:
         down_l2: [L, F], float64, `‖W_down[:, j]‖₂`.
         down_l1: [L, F], float64, `mean_i |W_down[i, j]|`.
         exponents: [L], float64, the tail exponents of the layers' spectra, for the one baseline that reads them
-            (`lop.run.spectra.statistics_for`); no part of what is saved.
+            (`lop.run.surveys.statistics_for`); no part of what is saved.
+        surveys: by name what further passes over the samples found, for the methods that read it
+            (`lop.run.surveys`); no part of what is saved.
     """
 
     count: int
@@ -42,6 +46,17 @@ class NeuronStatistics:
     down_l2: np.ndarray
     down_l1: np.ndarray
     exponents: np.ndarray | None = None
+    surveys: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def surveyed(self, name: str) -> np.ndarray:
+        """What a survey found.
+
+        Raises:
+            LopError: it has not been made.
+        """
+        if name not in self.surveys:
+            raise LopError(f"these statistics lack {name!r}, which a survey finds (`lop.run.surveys`)")
+        return self.surveys[name]
 
     @property
     def variance(self) -> np.ndarray:
@@ -79,6 +94,36 @@ def load_statistics(path: Path) -> tuple[NeuronStatistics, dict[str, str]]:
         raise LopError(f"{path} is missing: run `lop calibrate` first") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise LopError(f"{path} is damaged: {error}") from None
+
+
+def save_survey(
+    path: Path, arrays: Mapping[str, np.ndarray], fingerprints: Mapping[str, str], *, seconds: float
+) -> None:
+    """Writes what a survey found, with what it was made from and the seconds that it took."""
+    metadata = {**fingerprints, _SECONDS: repr(seconds)}
+    with atomic_file(path) as temporary, disk_errors(path):
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata=metadata)
+
+
+def load_survey(path: Path, fingerprints: Mapping[str, str]) -> tuple[dict[str, np.ndarray], float]:
+    """What a survey found, and the seconds that it took.
+
+    Raises:
+        LopError: the file is missing or damaged, or was made from something else.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+        seconds = float(metadata.pop(_SECONDS))
+    except FileNotFoundError:
+        raise LopError(
+            f"{path} is missing: `lop compare`, `lop rivals` and `lop calibrate` make what their methods need"
+        ) from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise LopError(f"{path} is damaged: {error}") from None
+    check_fingerprints(str(path), metadata, fingerprints)
+    return arrays, seconds
 
 
 @torch.inference_mode()

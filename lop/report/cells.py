@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from lop.model.importance import importance, order
+from lop.model.importance import SURVEY_OF, importance, order
 from lop.model.repair import Biases
 from lop.model.samples import Sample, fingerprint_samples
 from lop.model.statistics import NeuronStatistics
@@ -103,7 +103,8 @@ def score_cells(
     waiting = [cell for cell in files if not files[cell].exists()]
     # Cells of one importance stand together: sorting is what a change of it costs.
     waiting.sort(key=lambda cell: cell.importance)
-    results = spread(partial(CellWorker, Materials.of(run), run.statistics, samples), waiting)
+    kinds = [SURVEY_OF[name] for name in dict.fromkeys(cell.importance for cell in waiting) if name in SURVEY_OF]
+    results = spread(partial(CellWorker, Materials.of(run), run.surveyed(kinds), samples), waiting)
     for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
         write_json(files[cell], scored.as_dict())
         run.keep(files[cell])

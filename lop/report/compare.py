@@ -15,13 +15,13 @@ from lop.checkpoint.recovery import recover_elastic
 from lop.methods.method import Need, Seconds, Side
 from lop.methods.registry import IN_REPORT, METHODS
 from lop.model.encoding import Encoded
-from lop.model.importance import importance, order
 from lop.model.samples import FORMS, Sample, check_answers, fingerprint_samples
 from lop.model.statistics import calibrate
-from lop.report.entries import given
+from lop.report.entries import Found, given
 from lop.report.intervals import Interval, paired_bootstrap, wilson
 from lop.run.building import Materials, Workshop
 from lop.run.run import Run
+from lop.run.surveys import extra_seconds
 from lop.search.scoring import Scoring
 from lop.space.allocation import Allocation, dense
 from lop.storage.fingerprint import fingerprint, fingerprint_file
@@ -129,8 +129,17 @@ class Comparison:
         )
 
 
-def compare(run: Run, *, progress: bool = True) -> Comparison:
+def compared_methods(run: Run) -> tuple[str, ...]:
+    """The methods that the config names, or the usual, in the registry's order."""
+    named = run.config.compare.methods or IN_REPORT
+    return tuple(name for name in METHODS if name in named)
+
+
+def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: bool = True) -> Comparison:
     """Evaluates every method at every target of the config, and with every recovery at those meant for it.
+
+    Args:
+        found: by method what its own search has found.
 
     Raises:
         LopError: the search or the training has not been run, or a target was not searched.
@@ -145,10 +154,12 @@ def compare(run: Run, *, progress: bool = True) -> Comparison:
     scoring = Scoring(elastic.backbone, workshop.encode(questions))
 
     recover = partial(recover_elastic, elastic, means=run.statistics.mean, calibration=calibration)
-    known = {name: given(run, METHODS[name], progress=progress) for name in IN_REPORT}
+    methods = compared_methods(run)
+    known = {name: given(run, METHODS[name], found=(found or {}).get(name), progress=progress) for name in methods}
     hits = {("dense", 0.0): scoring.scores().correct}
     widths = {("dense", 0.0): dense(run.space).widths}
-    spent: dict[str, list[Seconds]] = {name: [] for name in IN_REPORT}
+    spent: dict[str, list[Seconds]] = {name: [] for name in methods}
+    extra = {name: extra_seconds(run, METHODS[name].needs) for name in methods}
     recovered: dict[tuple[str, float, Recovery], np.ndarray] = {}
     scores: dict[tuple[str, Allocation, Recovery], np.ndarray] = {}
 
@@ -162,18 +173,18 @@ def compare(run: Run, *, progress: bool = True) -> Comparison:
 
     targets, recoveries = config.compare.targets, config.compare.recoveries
     recovery_targets = config.compare.recovery_targets if recoveries else ()
-    pairs = [(name, target) for target in dict.fromkeys((*targets, *recovery_targets)) for name in IN_REPORT]
+    pairs = [(name, target) for target in dict.fromkeys((*targets, *recovery_targets)) for name in methods]
     for name, target in tqdm(pairs, desc="compare", unit="method", disable=not progress):
         choice = METHODS[name](known[name], run.space.budget(target))
         published: Recovery = "bias" if choice.bias else "none"
         start = time.perf_counter()
-        elastic.sort(order(importance(choice.importance, run.statistics)))
+        elastic.sort(run.order_by(choice.importance))
         sorted_at = time.perf_counter()
         if target in targets:
             recover(choice.allocation, published)
             first = calibrate_seconds if Need.ACTIVATIONS in METHODS[name].needs else 0.0
             pruned = time.perf_counter() - sorted_at
-            spent[name].append(Seconds(first, choice.seconds, sorted_at - start, pruned))
+            spent[name].append(Seconds(first + extra[name], choice.seconds, sorted_at - start, pruned))
             hits[name, target] = scored(choice.importance, choice.allocation, published)
             widths[name, target] = choice.allocation.widths
         if target in recovery_targets:
@@ -204,8 +215,12 @@ def _medians(spent: Sequence[Seconds]) -> Seconds:
 
 def comparison_fingerprints(run: Run) -> dict[str, str]:
     """What a comparison depends on."""
+    settings = run.config.search.recorded("roots", "targets", "confirm")
+    searching = any(METHODS[name].search for name in compared_methods(run))
     return {
         **run.evaluation_fingerprints,
+        # Only where a method searches, so that comparisons from before any could keep theirs.
+        **({"rivals": fingerprint([settings, run.config.seed])} if searching else {}),
         "space": fingerprint(asdict(run.space)),
         "test samples": fingerprint_samples(run.samples.test),
         "search": fingerprint_file(run.search_file),
@@ -241,7 +256,8 @@ def _averages(
     accuracies = {key: interval(correct) for key, correct in hits.items()}
     averages = []
     for (method, target), correct in hits.items():
-        baselines = [name for name in IN_REPORT if METHODS[name].side is Side.BASELINE and (name, target) in hits]
+        mine = [name for name, at in hits if at == target and name in METHODS]
+        baselines = [name for name in mine if METHODS[name].side is Side.BASELINE]
         best = max(baselines or [method], key=lambda name: accuracies[name, target].value)
         difference = interval(correct.astype(np.int64) - hits[best, target].astype(np.int64))
         averages.append(Average(method, target, widths[method, target], accuracies[method, target], best, difference))

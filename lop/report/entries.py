@@ -6,14 +6,17 @@ from dataclasses import dataclass
 
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.methods.method import Given, Method, Need, Side
-from lop.methods.registry import BASELINES, METHODS
+from lop.methods.registry import METHODS, USUAL_BASELINES
 from lop.report.cells import Cell
 from lop.run.outcomes import Outcome
 from lop.run.prediction import open_predictor
 from lop.run.results import read_search
 from lop.run.run import Run
-from lop.run.spectra import statistics_for
+from lop.run.surveys import statistics_for
 from lop.space.allocation import Allocation, dense
+
+# By budget, what a search has found, and its seconds.
+Found = Mapping[int, tuple[Allocation, float]]
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,7 @@ class Entry:
     allocate_seconds: float
 
 
-def given(
-    run: Run, method: Method, *, found: Mapping[int, tuple[Allocation, float]] | None = None, progress: bool = True
-) -> Given:
+def given(run: Run, method: Method, *, found: Found | None = None, progress: bool = True) -> Given:
     """What a method that chooses is given of a run.
 
     Args:
@@ -62,8 +63,8 @@ def dense_entry(run: Run) -> Entry:
 
 
 def baseline_entries(run: Run, targets: Sequence[float], *, progress: bool) -> Iterator[Entry]:
-    """The methods that read their allocation off the statistics; all, or those that the config names."""
-    for name in run.config.tables.baselines or BASELINES:
+    """The methods that read their allocation off the statistics: those that the config names, or the usual."""
+    for name in run.config.tables.baselines or USUAL_BASELINES:
         yield from _entries(METHODS[name], given(run, METHODS[name], progress=progress), targets, run.config.seed)
 
 
@@ -74,14 +75,17 @@ def rival_entries(run: Run, outcomes: Sequence[Outcome]) -> Iterator[Entry]:
         by_job[outcome.rival, outcome.seed].append(outcome)
     for (name, seed), mine in by_job.items():
         method = METHODS[name]
-        assert method.search is not None
-        # One search may serve all targets.
-        shared = len(mine) if method.search.is_shared else 1
-        found = {
-            run.space.budget(outcome.target): (Allocation(outcome.widths), outcome.seconds / shared) for outcome in mine
-        }
+        found = found_by(run, mine)
         if method.is_compared:
             yield from _entries(method, given(run, method, found=found), [outcome.target for outcome in mine], seed)
+
+
+def found_by(run: Run, outcomes: Sequence[Outcome]) -> Found:
+    """What one rival's outcomes say."""
+    search = METHODS[outcomes[0].rival].search
+    # One search may serve all targets.
+    shared = len(outcomes) if search is not None and search.is_shared else 1
+    return {run.space.budget(each.target): (Allocation(each.widths), each.seconds / shared) for each in outcomes}
 
 
 def lop_entries(run: Run, targets: Sequence[float]) -> Iterator[Entry]:

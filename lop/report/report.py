@@ -8,14 +8,16 @@ import numpy as np
 from rich.table import Table
 
 from lop.console import PlainConsole
-from lop.methods.registry import IN_REPORT
+from lop.methods.registry import METHODS
 from lop.model.samples import FORMS
 from lop.report.compare import Average, Comparison, Recovered, Spent
 from lop.report.intervals import Interval
+from lop.report.needs import needs_in_words
 from lop.report.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run.results import Found, read_search
 from lop.run.run import Run
 from lop.space.allocation import uniform
+from lop.space.size import ModelSize
 from lop.storage.files import atomic_file, read_json
 
 _FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
@@ -50,7 +52,7 @@ def print_table(comparison: Comparison) -> None:
     by_key = {(average.method, average.target): average for average in comparison.averages}
     dense = by_key["dense", 0.0]
     table.add_row("dense", *[_percent(dense)] * len(targets))
-    for method in IN_REPORT:
+    for method in dict.fromkeys(average.method for average in comparison.averages if average.method != "dense"):
         table.add_row(method, *(_percent(by_key[method, target]) for target in targets))
     PlainConsole().print(table)
 
@@ -78,11 +80,12 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         _form_table(comparison),
         *_recovery_parts(comparison),
         *_confirmation_parts(run, read_search(run)),
-        "## Seconds",
-        "`calibrate` is spent once for a model, `allocate` and `apply` for each target (medians). What `lop-search` "
-        "allocates is its own search for one target; `lop-predictor` has the search and the training behind it, once "
-        "for all targets.",
-        _seconds_table(comparison.seconds),
+        "## Needs and seconds",
+        "What a method needs beside the weights, with the memory that a further pass over the samples takes on top of "
+        "what calibration takes. `calibrate`, further passes included, is spent once for a model, `allocate` and "
+        "`apply` for each target (medians). What `lop-search` allocates is its own search for one target; "
+        "`lop-predictor` has the search and the training behind it, once for all targets.",
+        _seconds_table(comparison.seconds, run.size),
         "Once for all targets, in this run: "
         + ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
         + ".",
@@ -159,6 +162,7 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
         return []
     kinds = list(dict.fromkeys(result.recovery for result in comparison.recoveries))
     columns = [*kinds, *(f"{kind} − {other}" for at, kind in enumerate(kinds) for other in kinds[:at])]
+    order = list(METHODS)
     cells: dict[tuple[str, float], dict[str, str]] = {}
     for result in comparison.recoveries:
         row = cells.setdefault((result.method, result.target), {})
@@ -166,7 +170,7 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
         row |= {f"{result.recovery} − {other}": _points(value) for other, value in result.differences.items()}
     rows = [
         [method, f"{target:.0%}", *(row[column] for column in columns)]
-        for (method, target), row in sorted(cells.items(), key=lambda item: (item[0][1], IN_REPORT.index(item[0][0])))
+        for (method, target), row in sorted(cells.items(), key=lambda item: (item[0][1], order.index(item[0][0])))
     ]
     return [
         "## Recovery",
@@ -178,12 +182,18 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
     ]
 
 
-def _seconds_table(spent: tuple[Spent, ...]) -> str:
+def _seconds_table(spent: tuple[Spent, ...], size: ModelSize) -> str:
     rows = [
-        [of.method, f"{of.seconds.calibrate:.3f}", f"{of.seconds.allocate:.6f}", f"{of.seconds.apply:.4f}"]
+        [
+            of.method,
+            needs_in_words(METHODS[of.method].needs, size),
+            f"{of.seconds.calibrate:.3f}",
+            f"{of.seconds.allocate:.6f}",
+            f"{of.seconds.apply:.4f}",
+        ]
         for of in spent
     ]
-    return _table(["method", "calibrate", "allocate", "apply"], rows)
+    return _table(["method", "needs", "calibrate", "allocate", "apply"], rows)
 
 
 def _predictor_table(predictors: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from lop.methods.registry import REFERENCE
 from lop.report.cells import Cell, Scored
 from lop.report.entries import Entry
 from lop.run.run import Run
-from lop.run.spectra import layer_spectra
+from lop.run.surveys import extra_seconds
 from lop.storage.files import read_as
 
 
@@ -51,8 +51,7 @@ def speeds(run: Run, entries: Sequence[Entry], scored: Mapping[Cell, Scored]) ->
     def seconds(mine: Sequence[Entry]) -> Seconds:
         needs = mine[0].needs
         return Seconds(
-            calibrate=(calibrate if Need.ACTIVATIONS in needs else 0.0)
-            + (layer_spectra(run).seconds if Need.SPECTRA in needs else 0.0),
+            calibrate=(calibrate if Need.ACTIVATIONS in needs else 0.0) + extra_seconds(run, needs),
             allocate=statistics.median(entry.allocate_seconds for entry in mine),
             sort=statistics.median(scored[entry.cell].sort_seconds for entry in mine),
             prune=statistics.median(scored[entry.cell].prune_seconds for entry in mine),

@@ -13,10 +13,12 @@ from lop.methods.method import Side
 from lop.methods.registry import IN_REPORT, METHODS
 from lop.report.board import Value
 from lop.report.intervals import Interval
+from lop.report.needs import needs_in_words
 from lop.report.plots import save_figure
 from lop.report.speed import Speed
 from lop.report.tables import Model, Tables
 from lop.run.run import Run
+from lop.space.size import ModelSize
 from lop.storage.files import atomic_file, write_json
 
 _NAMES = {
@@ -89,12 +91,12 @@ def _markdown(run: Run, tables: Tables, pictures: dict[str, tuple[Row, list[Row]
         "targets, with the 95% interval over seeds. The sensitivity programme is a point: its scan serves all targets. "
         "A tree that has it as a root begins with its target's share of the scan.",
         "![Best reward by evaluations](rivals.png)",
-        "## Seconds",
+        "## Needs and seconds",
         "Medians over targets and seeds. *Paper*: FLAP's calibrate + allocate + sort + prune over the method's own; "
         "of LOP only allocate + prune, for its statistics, order and predictor are there when a target is asked for. "
         "*Cached*: allocate + prune for everyone. LOP's search and training are in the run's `report.md`, once for all "
         "targets.",
-        _text(*_seconds_table(tables.seconds)),
+        _text(*_seconds_table(tables.seconds, run.size)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -189,13 +191,21 @@ def _with_seeds(value: Value) -> str:
     return f"{text} ±{100 * np.std(value.seeds, ddof=1):.1f}" if len(value.seeds) > 1 else text
 
 
-def _seconds_table(speeds: Sequence[Speed]) -> tuple[Row, list[Row]]:
+def _seconds_table(speeds: Sequence[Speed], size: ModelSize) -> tuple[Row, list[Row]]:
     rows = []
     for speed in speeds:
         own = speed.seconds
         parts = [f"{value:.2g}" for value in (own.calibrate, own.allocate, own.sort, own.prune)]
-        rows.append([speed.method, *parts, _ratio(speed.paper), _ratio(speed.cached)])
-    return ["method", "calibrate", "allocate", "sort", "prune", "speed-up (paper)", "speed-up (cached)"], rows
+        rows.append(
+            [
+                speed.method,
+                needs_in_words(METHODS[speed.method].needs, size),
+                *parts,
+                _ratio(speed.paper),
+                _ratio(speed.cached),
+            ]
+        )
+    return ["method", "needs", "calibrate", "allocate", "sort", "prune", "speed-up (paper)", "speed-up (cached)"], rows
 
 
 def _ratio(value: float) -> str:

@@ -1,19 +1,19 @@
 """From a target to an allocation and to the bits of its weights: the best pair that fits, as far as it was measured."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lop.checkpoint.bits import BITS, Packing, check_bits, least_width, packing
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import Format
+from lop.checkpoint.formats import FORMATS, Format, check_format
+from lop.checkpoint.recoveries import Recovery
 from lop.model.sources import family_of
 from lop.predictor.predictor import Predictor
 from lop.run.config import Config
-from lop.run.prediction import predictor_for, what_ships
+from lop.run.prediction import check_profile, predictor_for, shape_of, what_ships
 from lop.run.qualities import Qualities, read_qualities
 from lop.run.run import Run
-from lop.space.allocation import Allocation, dense
+from lop.space.allocation import Allocation, Space, dense
 from lop.space.size import Target
 from lop.storage.headers import read_tensors
 
@@ -46,10 +46,11 @@ class Choice:
 
     Attributes:
         predictor: whose allocation it is.
-        footprint: what its checkpoint weighs.
+        footprint: what its checkpoint takes.
         options: all that were weighed against each other; empty where the bits were given, or nothing was measured.
     """
 
+    target: Target
     predictor: Predictor
     footprint: Footprint
     allocation: Allocation
@@ -62,7 +63,7 @@ class Choice:
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON values; see `Footprint.describe`."""
-        return self.footprint.describe(self.allocation, self.predictor.space)
+        return self.footprint.describe(self.allocation, self.predictor.space, self.target)
 
 
 def packing_of(run: Run, bits: int, *, vision: bool = False) -> Packing | None:
@@ -78,15 +79,16 @@ def packing_of(run: Run, bits: int, *, vision: bool = False) -> Packing | None:
     return packing(read_tensors(folder), family_of(folder), bits, granularity=run.config.granularity, vision=vision)
 
 
-def footprint_of(run: Run, format: Format, recovery: str, bits: int, *, vision: bool = False) -> Footprint:
-    """What a run's checkpoints come to.
+def footprint_of(run: Run, format: Format, recovery: Recovery, bits: int, *, vision: bool = False) -> Footprint:
+    """What a run's checkpoints take.
 
     Raises:
-        LopError: as `packing_of`, or the format has no place for what the recovery adds.
+        LopError: as `packing_of`; or the format has no place for what the recovery adds, or for so many bits.
     """
+    check_format(format, recovery, bits)
     found = packing_of(run, bits, vision=vision)
     weight = None if found is None else found.weight(run.size, read_tensors(run.model_folder))
-    return Footprint(run.size, format, recovery, weight)
+    return Footprint(run.size, format, recovery, shape_of(run), run.model_folder, weight)
 
 
 def choose(
@@ -104,15 +106,17 @@ def choose(
         bits: of the weights; None leaves the choice open, which is 16 where nothing was measured.
 
     Raises:
-        LopError: the target cannot be met, or the predictor is missing or of another model.
+        LopError: the target cannot be met, or the predictor or the device's profile is missing or of another model.
     """
     owner, predictor = run or what_ships(config), predictor_for(run, config)
+    if target.profile is not None:
+        check_profile(target.profile, predictor)
     plain = footprint_of(owner, format, config.recovery, bits or BITS[0], vision=vision)
-    # Where all layers keep alike, they are not what was measured.
-    is_open = bits is None and target.bytes is not None and not plain.is_uniform(target)
+    # Where all layers keep alike, they are not what was measured; and some formats have weights of types of their own.
+    is_open = bits is None and target.bytes is not None and not (plain.is_uniform(target) or FORMATS[format].gguf)
     qualities = read_qualities(owner) if is_open else None
     if qualities is None or qualities.recovery != config.recovery:
-        return Choice(predictor, plain, plain.allocate(target, predictor.space, predictor.allocate))
+        return Choice(target, predictor, plain, plain.allocate(target, predictor.space, predictor.allocate))
     return _best(owner, predictor, plain, target, qualities, vision=vision)
 
 
@@ -122,43 +126,35 @@ def _best(
     assert target.bytes is not None
     space = predictor.space
     if target.bytes > plain.bytes(dense(space).widths):
-        plain.budget(target, space)  # Which refuses it, as ever.
+        plain.budgets(target, space)  # Which refuses it, as ever.
     footprints = {bits: footprint_of(run, plain.format, plain.recovery, bits, vision=vision) for bits in qualities.bits}
-    budgets = {bits: _budget(footprint, target, predictor) for bits, footprint in footprints.items()}
-    options = tuple(_options(footprints, budgets, predictor, qualities))
+    found = {bits: _fitting(footprint, target, predictor) for bits, footprint in footprints.items()}
+    options = tuple(_option(footprint, found[bits], space, qualities) for bits, footprint in footprints.items())
     known = [option for option in options if option.divergence is not None]
     fits = known or [option for option in options if option.ratio is not None]
     # Of those that nothing is known of the one with most bits; and if none fits, the smallest says what would.
-    found = min(fits, key=lambda option: option.divergence or 0.0).bits if fits else min(qualities.bits)
-    budget = budgets[found]
-    if budget is None:
-        budget = footprints[found].budget(target, space)
-    return Choice(predictor, footprints[found], predictor.allocate(budget), options)
+    bits = min(fits, key=lambda option: option.divergence or 0.0).bits if fits else min(qualities.bits)
+    allocation = found[bits] or footprints[bits].allocate(target, space, predictor.allocate)
+    return Choice(target, predictor, footprints[bits], allocation, options)
 
 
-def _budget(footprint: Footprint, target: Target, predictor: Predictor) -> int | None:
-    """The most neurons that fit; None if not even the least do."""
+def _fitting(footprint: Footprint, target: Target, predictor: Predictor) -> Allocation | None:
+    """The largest allocation that fits, at most the dense one; None if not even the least does."""
     space, asked = predictor.space, target.bytes
     assert asked is not None
-    whole = dense(space).budget
     if asked >= footprint.bytes(dense(space).widths):
-        return whole
+        return dense(space)
     if asked < footprint.bytes([space.min_width] * space.layers):
         return None
-    budget = footprint.budget(target, space)
-    return budget if min(predictor.allocate(budget).widths) >= least_width(footprint.bits) else None
+    found = footprint.allocate(target, space, predictor.allocate)
+    return found if min(found.widths) >= least_width(footprint.bits) else None
 
 
-def _options(
-    footprints: dict[int, Footprint], budgets: dict[int, int | None], predictor: Predictor, qualities: Qualities
-) -> Iterator[Option]:
-    for bits, budget in budgets.items():
-        if budget is None:
-            yield Option(bits)
-            continue
-        ratio = predictor.space.ratio(budget)
-        size = footprints[bits].bytes(predictor.allocate(budget).widths)
-        yield Option(bits, ratio, size, qualities.at(bits, ratio))
+def _option(footprint: Footprint, found: Allocation | None, space: Space, qualities: Qualities) -> Option:
+    if found is None:
+        return Option(footprint.bits)
+    ratio = space.ratio(found.budget)
+    return Option(footprint.bits, ratio, footprint.bytes(found.widths), qualities.at(footprint.bits, ratio))
 
 
 def answer(run: Run | None, config: Config, target: Target, format: Format, bits: int | None = None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetPydanticSchema, ValidationError, model_validator
 from pydantic_core import core_schema
 
-from lop.checkpoint.recoveries import RECOVERIES
+from lop.checkpoint.recoveries import RECOVERIES, UNTRAINED, untrained
 from lop.errors import LopError
 from lop.methods.method import Root as RootKind
 from lop.methods.registry import BASELINES, METHODS, ROOTS, SEARCHES
@@ -32,12 +32,14 @@ def _one_of(names: Iterable[str]) -> GetPydanticSchema:
 
 
 Recovery = Annotated[str, _one_of(RECOVERIES)]
+Untrained = Annotated[str, _one_of(UNTRAINED)]
 Reward = Annotated[str, _one_of(REWARDS)]
 TieBreaker = Annotated[str, _one_of(TIE_BREAKERS)]
 Importance = Annotated[str, _one_of(IMPORTANCES)]
 Root = Annotated[str, _one_of(ROOTS)]
 Baseline = Annotated[str, _one_of(BASELINES)]
 Rival = Annotated[str, _one_of(SEARCHES)]
+MethodName = Annotated[str, _one_of(name for name, method in METHODS.items() if method.is_compared)]
 Architecture = Annotated[str, _one_of(NETWORKS)]
 
 
@@ -115,7 +117,8 @@ class SearchSettings(_Settings):
     and those that search by themselves must have been run by `lop rivals` for its targets.
     `method` is where moves come from: `guided` or the `paper`'s (`lop.search.tree.TreeOptions`).
     `confirm`: part of the reward samples is kept back from the search (`lop.search.confirmation`).
-    `recovery` is what allocations are scored with; that with which checkpoints ship if it is not set.
+    `recovery` is what allocations are scored with; if it is not set, that with which checkpoints ship, or what that one
+    starts from where it trains.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     """
 
@@ -133,7 +136,7 @@ class SearchSettings(_Settings):
     reward: Reward = "log_probability"
     tie_breaker: TieBreaker = "log_probability"
     method: Literal["guided", "paper"] = "guided"
-    recovery: Recovery | None = None
+    recovery: Untrained | None = None
     racing: RacingSettings | None = None
     confirm: ConfirmSettings | None = ConfirmSettings()
 
@@ -195,12 +198,14 @@ class CompareSettings(_Settings):
     """What `lop compare` reports: every method as published at `targets`, and with each recovery at others.
 
     All of these targets must have been searched. Without `recoveries` there is no table of them. `limit` takes only so
-    many test questions, drawn by the config's seed.
+    many test questions, drawn by the config's seed. `methods` are names of `lop.methods.registry`; None means the few
+    that the report usually has. Those that search by themselves are run for all these targets.
     """
 
     targets: Several[Ratio] = (0.2, 0.3, 0.5)
+    methods: Several[MethodName] | None = None
     recovery_targets: Several[Ratio] = (0.5, 0.6)
-    recoveries: Distinct[Recovery] = ("none", "bias", "refit")
+    recoveries: Distinct[Untrained] = ("none", "bias", "refit")
     limit: Positive | None = None
 
 
@@ -214,7 +219,8 @@ class MeasureSettings(_Settings):
 class TablesSettings(_Settings):
     """What `lop compare` makes of the benchmark: the paper's tables and figures.
 
-    `baselines` are names of `lop.methods.registry`; None means all. `rivals` search as long as LOP does; they are run
+    `baselines` are names of `lop.methods.registry`; None means all that read no more than the statistics and the
+    weights. `rivals` search as long as LOP does; they are run
     by `lop rivals`, and by `lop compare` where they have not been. `limit` takes only so many groups of questions of
     each part of a task.
     """
@@ -224,6 +230,30 @@ class TablesSettings(_Settings):
     rivals: Distinct[Rival] = ("random", "sensitivity", "evolution", "mcts-noroots")
     seeds: Positive = 1
     limit: Positive | None = None
+
+
+class DistilSettings(_Settings):
+    """How a pruned model learns from the dense one (`lop.distil.training`).
+
+    `tokens` are read in training, in steps of about `batch_tokens`. `weights` that learn: the FFNs', or those of the
+    whole backbone but for embeddings and head; `lora_rank` above zero learns adapters of that rank instead. Of the
+    teacher's distributions the `top_k` likeliest tokens are kept one by one. `prompt` is what a prompt's token counts
+    where an answer's counts 1. After each layer of `layers` states are matched, too, with weight `states`.
+    Every so many steps it is looked at `reward_samples`, and saved; `patience` looks without gain end it.
+    """
+
+    tokens: Positive = 200_000
+    batch_tokens: Positive = 2048
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weights: Literal["ffn", "backbone"] = "backbone"
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    top_k: Positive = 64
+    prompt: Annotated[float, Field(ge=0, le=1)] = 0.1
+    layers: Distinct[Annotated[int, Field(ge=0)]] = ()
+    states: Annotated[float, Field(gt=0)] = 1.0
+    every: Positive = 8
+    patience: Positive = 6
+    reward_samples: Positive = 256
 
 
 class Config(_Settings):
@@ -260,11 +290,12 @@ class Config(_Settings):
     compare: CompareSettings = CompareSettings()
     tables: TablesSettings = TablesSettings()
     measure: MeasureSettings = MeasureSettings()
+    distil: DistilSettings = DistilSettings()
 
     @property
     def scored_recovery(self) -> Recovery:
         """What allocations are scored with."""
-        return self.search.recovery or self.recovery
+        return self.search.recovery or untrained(self.recovery)
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), **values: Any) -> Config:

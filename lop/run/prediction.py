@@ -4,10 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from lop.errors import LopError
+from lop.model.shape import read_shape
 from lop.predictor.predictor import Predictor, load_predictor
 from lop.run.config import Config
 from lop.run.run import Run, shipped_run
 from lop.space.allocation import Space
+from lop.space.latency import Profile, parse_profile
+from lop.space.memory import Shape
+from lop.storage.files import read_json
 from lop.storage.fingerprint import check_fingerprints
 
 
@@ -19,6 +23,49 @@ def predictor_for(run: Run | None, config: Config) -> Predictor:
     """
     owner = run or what_ships(config)
     return open_predictor(owner, owner.predictor_folder)
+
+
+def shape_of(run: Run) -> Shape:
+    """The shape of the run's model."""
+    size = run.size
+    return read_shape(run.model_folder, size.neuron_bytes // size.neuron_parameters)
+
+
+def open_profile(path: Path, predictor: Predictor) -> Profile:
+    """A device's profile for the predictor's model.
+
+    Raises:
+        LopError: it is missing, damaged or of another model.
+    """
+    profile = read_profile(path)
+    check_profile(profile, predictor)
+    return profile
+
+
+def read_profile(path: Path) -> Profile:
+    """What `lop profile` wrote, of whatever model.
+
+    Raises:
+        LopError: it is missing, or no profile.
+    """
+    data = read_json(path)
+    try:
+        return parse_profile(data)
+    except LopError as error:
+        raise LopError(f"{path}: {error}") from None
+
+
+def check_profile(profile: Profile, predictor: Predictor) -> None:
+    """Looks whether a profile is of the predictor's model.
+
+    Raises:
+        LopError: it is of another one.
+    """
+    model = predictor.fingerprints["model"]
+    if profile.model != model:
+        raise LopError(
+            f"the device profile is of another model ({profile.model}, here it is {model}): run `lop profile`"
+        )
 
 
 def open_predictor(run: Run, folder: Path) -> Predictor:

@@ -1,7 +1,7 @@
 """A run: one model with its samples and settings, and the folder that holds what the stages make of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,7 @@ SEEDS = "seeds"
 _MADE = (
     "config.yaml", "statistics.safetensors", "search.json", "seconds.json", "status.json", "predictors.json",
     "results.json", "report.md", "tables.json", "tables.md", "ledger/", "predictors/", "predictor/", "rivals/",
-    "cells/", "seeds/", "checkpoints/", "tune/", "qualities.json", "qualities.png",
+    "cells/", "seeds/", "checkpoints/", "tune/", "surveys/", "qualities.json", "qualities.png",
 )  # fmt: skip
 
 
@@ -84,6 +84,10 @@ class Run:
     @property
     def spectra_file(self) -> Path:
         return self.folder / "spectra.json"
+
+    def survey_file(self, kind: str) -> Path:
+        """Of a survey (`lop.run.surveys`)."""
+        return self.folder / f"survey-{kind}.safetensors"
 
     @property
     def ledger(self) -> Location:
@@ -202,12 +206,39 @@ class Run:
         check_fingerprints(str(self.statistics_file), found, self.calibration_fingerprints)
         return statistics
 
+    def surveyed(self, kinds: Iterable[str]) -> "NeuronStatistics":
+        """The statistics with what surveys of some kinds found.
+
+        Raises:
+            LopError: the statistics or a survey are missing or damaged, or belong to another model or other samples.
+        """
+        from lop.model.statistics import load_survey
+
+        found: dict[str, np.ndarray] = {}
+        for kind in kinds:
+            found |= load_survey(self.survey_file(kind), self.calibration_fingerprints)[0]
+        return replace(self.statistics, surveys=found) if found else self.statistics
+
+    def survey_seconds(self, kind: str) -> float:
+        """What a survey took."""
+        from lop.model.statistics import load_survey
+
+        return load_survey(self.survey_file(kind), self.calibration_fingerprints)[1]
+
+    def order_by(self, name: str) -> np.ndarray:
+        """[L, F] neurons of each layer by an importance, the most important first.
+
+        Raises:
+            LopError: what it reads is missing.
+        """
+        from lop.model.importance import SURVEY_OF, importance, order
+
+        return order(importance(name, self.surveyed([SURVEY_OF[name]] if name in SURVEY_OF else [])))
+
     @cached_property
     def order(self) -> np.ndarray:
         """[L, F] neurons of each layer by the config's importance, the most important first."""
-        from lop.model.importance import importance, order
-
-        return order(importance(self.config.importance, self.statistics))
+        return self.order_by(self.config.importance)
 
     @property
     def arithmetic(self) -> str:

@@ -1,7 +1,7 @@
 """The tail exponents of the layers' spectra, which AlphaPruning alone reads: measured when it is first asked for."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from lop.methods.method import Method, Need
 from lop.model.adapter import place_and_dtype
-from lop.model.statistics import NeuronStatistics
 from lop.model.tensors import ffn_layer, ffn_part
 from lop.run.run import Run
 from lop.storage.files import read_as, write_json
@@ -50,17 +48,6 @@ def layer_spectra(run: Run, *, progress: bool = True) -> Spectra:
     spectra = Spectra(exponents, time.perf_counter() - start)
     write_json(path, {"model": run.model_fingerprint, "exponents": exponents.tolist(), "seconds": spectra.seconds})
     return spectra
-
-
-def statistics_for(run: Run, method: Method, *, progress: bool = True) -> NeuronStatistics:
-    """What a method reads: the run's statistics, with the spectra where it needs them.
-
-    Raises:
-        LopError: the statistics are missing or of another model, or a file is damaged.
-    """
-    if Need.SPECTRA not in method.needs:
-        return run.statistics
-    return replace(run.statistics, exponents=layer_spectra(run, progress=progress).exponents)
 
 
 def tail_exponent(weight: Tensor) -> float:

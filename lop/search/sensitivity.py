@@ -23,6 +23,13 @@ def measure_damages(
         workers: must measure divergences.
     """
     widths = scan_widths(space, levels)
+    return damage_table(space, widths, damages_at(space, widths, workers, ledger, watcher=watcher))
+
+
+def damages_at(
+    space: Space, widths: Sequence[int], workers: Workers, ledger: Ledger, *, watcher: Watcher | None = None
+) -> np.ndarray:
+    """[L, len(widths)] the damage of each layer alone at some widths below the dense one; see `measure_damages`."""
     alone = scan(space, widths)
 
     def progress(done: int) -> None:
@@ -32,7 +39,7 @@ def measure_damages(
 
     found = evaluate_recorded(list(map(Candidate, alone)), workers, ledger, progress)
     damages = [-found[allocation].worth("divergence") for allocation in alone]
-    return damage_table(space, widths, np.reshape(damages, (space.layers, len(widths))))
+    return np.reshape(damages, (space.layers, len(widths)))
 
 
 def scan_widths(space: Space, levels: int) -> list[int]:
@@ -59,14 +66,15 @@ def damage_table(space: Space, widths: Sequence[int], damages: np.ndarray) -> np
     return np.stack([np.interp(every, measured, np.append(row, 0.0)) for row in damages])
 
 
-def best_additive(space: Space, table: np.ndarray, budget: int) -> Allocation:
+def best_additive(space: Space, table: np.ndarray, budget: int, *, exactly: bool = True) -> Allocation:
     """The allocation of `budget` with the least sum of damages: an exact dynamic programme over the layers.
 
     `best[l, b] = min_w best[l − 1, b − w] + table[l, w]` over widths in units of the granularity; ties go to the
     narrower width of the later layer. O(L · n · budget / granularity). No layer is wider than the space's `max_width`.
 
     Args:
-        table: [L, n] from `damage_table`.
+        table: [L, n] from `damage_table`; infinite at widths that a layer must not have.
+        exactly: otherwise it may keep fewer neurons; among equal sums, the fewest.
 
     Raises:
         LopError: no allocation keeps `budget` neurons.
@@ -86,6 +94,10 @@ def best_additive(space: Space, table: np.ndarray, budget: int) -> Allocation:
             options[extra, extra:] = best[: spare + 1 - extra] + table[layer, extra]
         choices[layer] = options.argmin(axis=0)
         best = options.min(axis=0)
+    if not exactly:
+        spare = int(best.argmin())
+    if not np.isfinite(best[spare]):
+        raise LopError(f"{budget} neurons cannot be kept: no layers' widths that are allowed come to that")
     extras = []
     for layer in reversed(range(layers)):
         extras.append(int(choices[layer, spare]))

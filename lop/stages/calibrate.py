@@ -7,19 +7,29 @@ import torch
 from lop.model.adapter import load_model
 from lop.model.encoding import encode
 from lop.model.find import EMBEDDED
+from lop.model.importance import SURVEY_OF
 from lop.model.statistics import calibrate
+from lop.run.config import Config
 from lop.run.run import Run
+from lop.stages.local import Local
+from lop.stages.surveys import make_surveys
 from lop.stages.timing import timed
 
 log = logging.getLogger(__name__)
 
 
 def calibrate_stage(run: Run, *, progress: bool = True) -> None:
-    """Writes the run's statistics, unless they are there already.
+    """Writes the run's statistics, and the survey that the config's importance reads, unless they are there already.
 
     Raises:
         LopError: the run's statistics were made with another model or other samples.
     """
+    _calibrate(run, progress=progress)
+    if kind := SURVEY_OF.get(run.config.importance):
+        make_surveys(run, Local(), [kind], progress=progress)
+
+
+def _calibrate(run: Run, *, progress: bool) -> None:
     if run.statistics_file.exists():
         _ = run.statistics
         log.info("calibrate: %s is there already", run.statistics_file)
@@ -27,7 +37,7 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
     # What does not fit is told before the model is loaded.
     _, samples = run.space, run.samples.calibration
     run.check_writable()
-    warn_of_samples(run)
+    warn_of_samples(run.config)
     with timed(run, "calibrate"):
         torch.set_num_threads(run.config.threads)
         log.info("calibrate: loading the model, then %d samples go through its tower", len(run.samples.calibration))
@@ -37,9 +47,9 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         statistics.save(run.statistics_file, run.calibration_fingerprints)
 
 
-def warn_of_samples(run: Run) -> None:
+def warn_of_samples(config: Config) -> None:
     """Says so where the embedded model's samples stand in for real ones."""
-    if run.config.samples == EMBEDDED != run.config.model:
+    if config.samples == EMBEDDED != config.model:
         log.warning(
             "samples %r are small pictures with simple questions, made for the embedded model: good for a try; "
             "for real use name a folder with your own (samples: README, 'Your own samples')",

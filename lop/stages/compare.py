@@ -8,20 +8,24 @@ from operator import itemgetter
 from pathlib import Path
 
 from lop.errors import LopError
+from lop.methods.registry import METHODS, USUAL_BASELINES
 from lop.model.adapter import load_model
 from lop.model.find import find_model, find_samples
 from lop.model.generation import answers
 from lop.model.samples import Sample
 from lop.report.benchmark import check_disjoint, limit, load_benchmark
-from lop.report.compare import Comparison, compare, comparison_fingerprints
+from lop.report.compare import Comparison, compare, compared_methods, comparison_fingerprints
+from lop.report.entries import Found, found_by
 from lop.report.report import write_report
 from lop.report.tables import make_tables
 from lop.report.tables_report import report_tables
 from lop.run.compute import Compute, on_worker
 from lop.run.results import read_search
 from lop.run.run import Run
+from lop.run.surveys import SURVEYS
 from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage
+from lop.stages.surveys import survey_stage
 from lop.stages.train import train_stage
 from lop.storage.files import read_as, write_json
 
@@ -41,7 +45,8 @@ def compare_stage(run: Run, compute: Compute) -> Path:
     if results.exists() and read_as(results, itemgetter("fingerprints")) == fingerprints:
         comparison = read_as(results, Comparison.from_dict)
     else:
-        comparison = on_worker(compare, run, compute)
+        found = _found(run, compute)
+        comparison = on_worker(partial(compare, found=found), run, compute)
         write_json(results, comparison.as_dict())
     return write_report(run, comparison)
 
@@ -64,12 +69,23 @@ def tables_stage(run: Run, compute: Compute, *, others: Sequence[str] = (), prog
         return None
     check_disjoint(questions, run.samples)
     run.check_writable()
+    survey_stage(run, compute, run.config.tables.baselines or USUAL_BASELINES, progress=progress)
     runs = list(_seed_runs(run, compute, progress=progress))
     outcomes = rivals_stage(run, compute, seeds=len(runs), progress=progress)
     asked = [question.sample for mine in questions.values() for question in mine]
     written = {name: on_worker(partial(_answers, name, asked, progress), run, compute) for name in others}
     spread = partial(compute.map, config=run.config)
     return report_tables(run, make_tables(runs, questions, outcomes, written, spread, progress=progress))
+
+
+def _found(run: Run, compute: Compute) -> dict[str, Found]:
+    """What those of the compared methods that search by themselves find; makes what the others read."""
+    methods, settings = compared_methods(run), run.config.compare
+    survey_stage(run, compute, methods)
+    searching = [name for name in methods if METHODS[name].search]
+    targets = tuple(dict.fromkeys((*settings.targets, *(settings.recovery_targets if settings.recoveries else ()))))
+    outcomes = rivals_stage(run, compute, rivals=searching, targets=targets) if searching else []
+    return {name: found_by(run, [each for each in outcomes if each.rival == name]) for name in searching}
 
 
 def _check_trained(run: Run) -> None:
@@ -86,7 +102,8 @@ def _seed_runs(run: Run, compute: Compute, *, progress: bool) -> Iterator[Run]:
         other = run.with_seed(run.config.seed + extra)
         other.folder.mkdir(parents=True, exist_ok=True)
         # Neither depends on the seed.
-        for mine, theirs in ((run.statistics_file, other.statistics_file), (run.spectra_file, other.spectra_file)):
+        for mine in (run.statistics_file, run.spectra_file, *map(run.survey_file, SURVEYS)):
+            theirs = other.folder / mine.name
             if mine.exists() and not theirs.exists():
                 shutil.copyfile(mine, theirs)
         search_stage(other, compute, progress=progress)

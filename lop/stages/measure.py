@@ -8,6 +8,7 @@ from tqdm import tqdm
 from lop.checkpoint.bits import least_width
 from lop.checkpoint.compensation import quantised_elastic
 from lop.checkpoint.packing import stored_dtype
+from lop.checkpoint.recoveries import untrained
 from lop.model.rounding import Rounding, check_library
 from lop.run.building import Materials, Workshop
 from lop.run.choice import footprint_of, packing_of
@@ -23,8 +24,8 @@ from lop.storage.files import read_as, write_json
 def measure_stage(run: Run, compute: Compute) -> Qualities:
     """Measures the KL to the dense model of the predictor's allocations at the config's ratios and bits.
 
-    Each is made as `lop prune` would make it, scored on the reward samples, and kept at once: the same command goes on
-    where it was stopped.
+    Each is made as `lop prune` would make it, but for training, scored on the reward samples, and kept at once: the
+    same command goes on where it was stopped.
 
     Raises:
         LopError: there is no predictor, the granularity leaves no group, or the library that quantises is not there.
@@ -41,7 +42,7 @@ def measure_stage(run: Run, compute: Compute) -> Qualities:
 def measure(run: Run) -> Qualities:
     """What `measure_stage` measures, but for what is there already."""
     config, settings = run.config, run.config.measure
-    predictor = predictor_for(run, config)
+    predictor, recovery = predictor_for(run, config), untrained(config.recovery)
     wanted = [(ratio, bits) for bits in settings.bits for ratio in settings.ratios]
     found = _there(run)
     left = [pair for pair in wanted if pair not in found]
@@ -59,14 +60,14 @@ def measure(run: Run) -> Qualities:
         with quantised_elastic(
             workshop.elastic,
             allocation,
-            config.recovery,
+            recovery,
             None if packing is None else Rounding(bits, packing.group),
             means=run.statistics.mean,
             calibration=calibration,
             dtype=stored_dtype(run.model_folder),
         ):
             divergence = float(evaluator.now().divergence.mean())
-        size = footprint_of(run, "hf", config.recovery, bits).bytes(allocation.widths)
+        size = footprint_of(run, "hf", recovery, bits).bytes(allocation.widths)
         found[ratio, bits] = Quality(ratio, bits, size, divergence)
         _write(run, _qualities(run, found, wanted))
     return _qualities(run, found, wanted)
@@ -74,7 +75,7 @@ def measure(run: Run) -> Qualities:
 
 def _qualities(run: Run, found: Mapping[tuple[float, int], Quality], wanted: Sequence[tuple[float, int]]) -> Qualities:
     measured = tuple(found[pair] for pair in wanted if pair in found)
-    return Qualities(run.config.recovery, len(run.samples.reward), measured)
+    return Qualities(untrained(run.config.recovery), len(run.samples.reward), measured)
 
 
 def _there(run: Run) -> dict[tuple[float, int], Quality]:
@@ -84,7 +85,7 @@ def _there(run: Run) -> dict[tuple[float, int], Quality]:
     if read_as(run.qualities_file, itemgetter("fingerprints")) != quality_fingerprints(run):
         return {}
     known = read_qualities(run)
-    if known is None or known.recovery != run.config.recovery:
+    if known is None or known.recovery != untrained(run.config.recovery):
         return {}
     return {(quality.ratio, quality.bits): quality for quality in known.measured}
 

@@ -10,9 +10,10 @@ import torch
 from lop import __version__
 from lop.checkpoint.bits import BITS, COMPENSATED, check_widths
 from lop.checkpoint.compensation import compensate_checkpoint
+from lop.checkpoint.edge.files import check_source
 from lop.checkpoint.export import export
-from lop.checkpoint.formats import FORMATS, Format, check_format
-from lop.checkpoint.recoveries import RECOVERIES, Recovery
+from lop.checkpoint.formats import FORMATS, Format
+from lop.checkpoint.recoveries import RECOVERIES, Recovery, untrained
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError
 from lop.model.rounding import check_library
@@ -23,6 +24,7 @@ from lop.run.run import Run
 from lop.space.allocation import Allocation
 from lop.space.size import Target
 from lop.stages.calibrate import warn_of_samples
+from lop.stages.distil import distil_stage
 from lop.storage.destination import check_new
 from lop.storage.location import Location
 
@@ -73,6 +75,7 @@ def export_allocation(
     *,
     target: float,
     format: Format = "hf",
+    importance: str | None = None,
     recovery: Recovery | None = None,
     bits: int = BITS[0],
     vision: bool = False,
@@ -80,22 +83,23 @@ def export_allocation(
     progress: Progress = lambda step, done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Writes the checkpoint of an allocation in the run's importance order; it appears whole or not at all.
+    """Writes the checkpoint of an allocation in an importance's order; it appears whole or not at all.
 
-    Recovery `refit` runs the calibration samples through the model twice, one layer in memory at a time; the others,
-    and the writing itself, build no model.
+    Recovery `refit` runs the calibration samples through the model twice, one layer in memory at a time; `none`, `bias`
+    and the writing itself build no model. With `distil` what was refitted then learns from the dense model, whole in
+    memory (`lop.stages.distil`), on the config's samples.
 
     Args:
         out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
         target: the pruning ratio that was asked for; goes into the manifest.
+        importance: whose order neurons are kept in, for a method's own; None takes the config's.
         recovery: None takes the config's.
         bits: of the language backbone's weights: below 16 they are quantised, and below 8 layer by layer on the
             calibration samples, whatever the recovery (`lop.checkpoint.compensation`).
         vision: quantises the vision tower, too.
         scratch: where recovery keeps a folder while it runs; by default the system's place for temporary files.
         progress: called in this thread with the step (`"recover"`, counted in layers, `"quantise"`, in matrices, or
-            `"export"`, in bytes), how
-            much of it is done, and how much it is in all.
+            `"export"`, in bytes; and those of `distil_stage`), how much of it is done, and how much it is in all.
         cancelled: asked after each layer, and about every 8 MiB, whether to give up.
 
     Returns:
@@ -107,18 +111,36 @@ def export_allocation(
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
     recovery = recovery or run.config.recovery
-    check_format(format, recovery)
-    place, packing = Location.parse(out), packing_of(run, bits, vision=vision)
+    order = run.order_by(importance) if importance else run.order
+    place, footprint = Location.parse(out), footprint_of(run, format, recovery, bits, vision=vision)
+    packing = packing_of(run, bits, vision=vision)
     if packing is not None:
         check_library()
         check_widths(bits, allocation.widths)
-    check_new(place, bytes=footprint_of(run, format, recovery, bits, vision=vision).bytes(allocation.widths))
+    if kind := FORMATS[format].gguf:
+        check_source(run.model_folder, kind)
+    check_new(place, bytes=footprint.bytes(allocation.widths))
+    if RECOVERIES[recovery].trains:
+        with TemporaryDirectory(prefix="lop-untrained-", dir=scratch) as folder:
+            start = Path(folder) / "checkpoint"
+            export_allocation(
+                run,
+                allocation,
+                start,
+                target=target,
+                format=format,
+                recovery=untrained(recovery),
+                scratch=scratch,
+                progress=progress,
+                cancelled=cancelled,
+            )
+            return distil_stage(run.config, start, place, progress=progress, cancelled=cancelled)
     torch.set_num_threads(run.config.threads)
     about = {
         "version": __version__,
         "source": run.config.model,
         "target": target,
-        "importance": run.config.importance,
+        "importance": importance or run.config.importance,
         "recovery": recovery,
         "fingerprints": run.calibration_fingerprints,
     }
@@ -130,9 +152,9 @@ def export_allocation(
 
     is_compensated = packing is not None and bits < COMPENSATED
     if RECOVERIES[recovery].refits or is_compensated:
-        warn_of_samples(run)
+        warn_of_samples(run.config)
     inputs: dict[str, Any] = {
-        "order": run.order,
+        "order": order,
         "means": run.statistics.mean,
         "samples": run.samples.calibration,
         "batch_tokens": run.config.batch_tokens,
@@ -160,7 +182,7 @@ def export_allocation(
             run.model_folder,
             place,
             allocation,
-            run.order,
+            order,
             about=about,
             format=format,
             recovered=recovered,

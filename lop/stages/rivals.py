@@ -6,7 +6,7 @@ by side, and what is done already is not done again.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from lop.errors import LopError
-from lop.methods.method import Reward, Search
+from lop.methods.method import Method, Reward, Search
 from lop.methods.registry import METHODS
+from lop.model.elastic import Repair
+from lop.model.encoding import Encoded
 from lop.model.samples import Sample, check_answers
 from lop.run.building import Materials, Workshop
 from lop.run.compute import Compute
@@ -26,6 +28,7 @@ from lop.search.evaluator import Evaluator
 from lop.search.loop import InProcess
 from lop.search.racing import Candidate
 from lop.space.allocation import Allocation, Space
+from lop.stages.surveys import survey_stage
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import fingerprint
 
@@ -39,27 +42,48 @@ class Job:
     seed: int
 
     @property
+    def method(self) -> Method:
+        """Whose search it is."""
+        return METHODS[self.rival]
+
+    @property
     def search(self) -> Search:
         """What there is to run."""
-        found = METHODS[self.rival].search
-        assert found is not None
-        return found
+        assert self.method.search is not None
+        return self.method.search
 
 
-def rivals_stage(run: Run, compute: Compute, *, seeds: int = 1, progress: bool = True) -> list[Outcome]:
-    """Every rival at every target of the tables and every seed; read where they are done, run where they are not.
+def rivals_stage(
+    run: Run,
+    compute: Compute,
+    *,
+    rivals: Sequence[str] | None = None,
+    targets: Sequence[float] | None = None,
+    seeds: int = 1,
+    progress: bool = True,
+) -> list[Outcome]:
+    """Every rival at every target and every seed; read where they are done, run where they are not.
+
+    Args:
+        rivals, targets: those of the tables by default.
 
     Raises:
         LopError: the statistics are missing, or a target is outside what the model's space allows.
     """
     if run.config.search.needs_answers:
         check_answers(run.samples.reward, "the rivals' reward counts right answers in the reward samples")
-    jobs = _jobs(run, seeds)
+    tables = run.config.tables
+    jobs = _jobs(
+        run, tables.rivals if rivals is None else rivals, tables.targets if targets is None else targets, seeds
+    )
     files = {job: run.folder / "rivals" / f"{_job_fingerprint(run, job)}.json" for job in jobs}
     waiting = [job for job in jobs if not files[job].exists()]
     if waiting:
         run.check_writable()
-    build = partial(RivalWorker, Materials.of(run), run.samples.reward, run.space)
+        survey_stage(run, compute, [job.rival for job in waiting], progress=progress)
+    own = {job.method.importance or run.config.importance for job in waiting}
+    orders = {importance: run.order_by(importance) for importance in own}
+    build = partial(RivalWorker, Materials.of(run), run.samples.reward, run.space, orders)
     results = compute.map(build, waiting, run.config)
     for job, outcomes in tqdm(results, desc="rivals", total=len(waiting), unit="job", disable=not progress):
         write_json(files[job], [asdict(outcome) for outcome in outcomes])
@@ -73,7 +97,7 @@ def rival_root(run: Run, rival: str, target: float) -> Allocation:
     Raises:
         LopError: it has not been run for that target.
     """
-    for job in _jobs(run, 1):
+    for job in _jobs(run, run.config.tables.rivals, run.config.tables.targets, 1):
         path = run.folder / "rivals" / f"{_job_fingerprint(run, job)}.json"
         if job.rival == rival and target in job.targets and path.exists():
             return next(Allocation(outcome.widths) for outcome in read_as(path, _outcomes) if outcome.target == target)
@@ -86,11 +110,10 @@ def _outcomes(records: Any) -> list[Outcome]:
     return [Outcome.from_dict(record) for record in records]
 
 
-def _jobs(run: Run, seeds: int) -> list[Job]:
-    targets = run.config.tables.targets
+def _jobs(run: Run, rivals: Sequence[str], targets: Sequence[float], seeds: int) -> list[Job]:
     jobs = []
-    for rival in run.config.tables.rivals:
-        shared = Job(rival, targets, run.config.seed)
+    for rival in rivals:
+        shared = Job(rival, tuple(targets), run.config.seed)
         each = [Job(rival, (t,), run.config.seed + s) for s in range(seeds) for t in targets]
         jobs += [shared] if shared.search.is_shared else each
     return jobs
@@ -106,27 +129,57 @@ def _job_fingerprint(run: Run, job: Job) -> str:
 
 
 class RivalWorker:
-    """Holds the model and the reward samples, and runs jobs on them."""
+    """Holds the model and the reward samples, and runs jobs on them.
 
-    def __init__(self, materials: Materials, samples: Sequence[Sample], space: Space) -> None:
-        config, workshop = materials.config, Workshop(materials)
+    Args:
+        orders: [L, F] neurons by each importance that a job prunes by, beside that of the materials.
+    """
+
+    def __init__(
+        self,
+        materials: Materials,
+        samples: Sequence[Sample],
+        space: Space,
+        orders: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self._config, self._workshop = materials.config, Workshop(materials)
         self._space = space
+        self._orders = {**(orders or {}), materials.config.importance: materials.order}
+        self._encoded: dict[float, Encoded] = {}
         # Shares of the samples are taken from a fixed shuffle, so that each is a fair sample of all.
-        shuffled = [samples[index] for index in np.random.default_rng(config.seed).permutation(len(samples))]
-        searches = [Job(name, (), 0).search for name in config.tables.rivals]
-        encoded = {
-            share: workshop.encode(shuffled[: max(1, round(share * len(samples)))])
-            for share in {1.0, *(share for search in searches for share in search.shares)}
+        drawn = np.random.default_rng(self._config.seed).permutation(len(samples))
+        self._shuffled = [samples[index] for index in drawn]
+        self._importance: str | None = None
+        self._repair: Repair | None = None
+
+    def __call__(self, job: Job) -> list[Outcome]:
+        """Runs a job: a function of the job, the config and the samples."""
+        targets = {self._space.budget(target): target for target in job.targets}
+        reward = self._reward(job.method.importance or self._config.importance, job.search.shares)
+        start = time.perf_counter()
+        found = list(job.search.run(self._space, reward, list(targets), job.seed))
+        seconds = time.perf_counter() - start
+        return [
+            Outcome(job.rival, targets[at.budget], job.seed, at.best.widths, at.worth[0], at.curve, seconds)
+            for at in found
+        ]
+
+    def _reward(self, importance: str, shares: Sequence[float]) -> Reward:
+        config, settings, elastic = self._config, self._config.search, self._workshop.elastic
+        if importance != self._importance:
+            elastic.sort(self._orders[importance])
+            self._repair = self._workshop.repair()
+            self._importance = importance
+        build = partial(Evaluator, elastic, repair=self._repair)
+        evaluators = {
+            share: build(encoded=self._share(share), divergence=settings.needs_divergence) for share in {1.0, *shares}
         }
-        build = partial(Evaluator, workshop.elastic, repair=workshop.repair())
-        needed = config.search.needs_divergence
-        evaluators = {share: build(encoded=part, divergence=needed) for share, part in encoded.items()}
-        diverging = build(encoded=encoded[1.0], divergence=True, cache_bytes=config.cache_bytes)
-        settings = config.search
-        self._reward = Reward(
+        diverging = build(encoded=self._share(1.0), divergence=True, cache_bytes=config.cache_bytes)
+        return Reward(
             evaluations=settings.evaluations,
             levels=settings.sensitivity_levels,
             options=settings.tree_options(),
+            weights=elastic.weight_squares(),
             reward=lambda evaluation: evaluation.worth(settings.reward),
             tie_breaker=lambda evaluation: evaluation.worth(settings.tie_breaker),
             evaluate=lambda allocation, share: evaluators[share].evaluate(Candidate(allocation)),
@@ -134,13 +187,9 @@ class RivalWorker:
             with_divergence=lambda: InProcess(diverging),
         )
 
-    def __call__(self, job: Job) -> list[Outcome]:
-        """Runs a job: a function of the job, the config and the samples."""
-        targets = {self._space.budget(target): target for target in job.targets}
-        start = time.perf_counter()
-        found = list(job.search.run(self._space, self._reward, list(targets), job.seed))
-        seconds = time.perf_counter() - start
-        return [
-            Outcome(job.rival, targets[at.budget], job.seed, at.best.widths, at.worth[0], at.curve, seconds)
-            for at in found
-        ]
+    def _share(self, share: float) -> Encoded:
+        """The first share of the samples."""
+        if share not in self._encoded:
+            count = max(1, round(share * len(self._shuffled)))
+            self._encoded[share] = self._workshop.encode(self._shuffled[:count])
+        return self._encoded[share]

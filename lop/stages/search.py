@@ -18,7 +18,7 @@ from lop.model.samples import check_answers
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.run import Run
-from lop.run.spectra import statistics_for
+from lop.run.surveys import statistics_for
 from lop.search.confirmation import Confirmed, confirm
 from lop.search.ledger import Ledger
 from lop.search.loop import run_search

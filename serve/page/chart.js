@@ -6,7 +6,7 @@ const LEFT = 52;
 const BOTTOM = 22;
 const LABEL = 28; // Room for a layer's number.
 
-function add(parent, name, attributes, text) {
+export function add(parent, name, attributes, text) {
   const element = document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
   if (text !== undefined) element.textContent = text;

@@ -1,8 +1,10 @@
 import * as api from "./api.js";
 import { draw } from "./chart.js";
+import { drawCurve } from "./curve.js";
 
 const $ = (id) => document.getElementById(id);
 const STEPS = 1000;
+const GIB = 2 ** 30;
 const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)}%`;
 
 let offered = [];
@@ -24,16 +26,30 @@ function size(value) {
   return `${(value / scale).toFixed(3)} ${unit}`;
 }
 
+const milliseconds = (seconds) => `${(1000 * seconds).toPrecision(4)} ms a token`;
+
 // To the right is always smaller: a slider of ratios and one of sizes then mean the same.
 function target() {
-  const range = model().targets[kind()];
+  if (kind() === "memory") {
+    const whole = (id) => Math.max(Number($(id).min), Math.round(Number($(id).value)));
+    const memory = Math.max(1, Math.round(Number($("memory").value) * GIB));
+    return { memory, context: whole("context"), images: whole("images"), batch: whole("batch") };
+  }
   const share = Number($("slider").value) / STEPS;
+  if (kind() === "latency") {
+    const [device, phase] = [$("device").value, $("phase").value];
+    const times = model().devices.find((each) => each.name === device)[phase];
+    return { latency: times.largest - share * (times.largest - times.least), device, phase };
+  }
+  const range = model().targets[kind()];
   if (kind() === "ratio") return { ratio: Math.min(Number((share * range.largest).toFixed(4)), range.largest) };
   return { [kind()]: Math.round(range.largest - share * (range.largest - range.least)) };
 }
 
-function asked({ ratio, parameters, bytes }) {
+function asked({ ratio, parameters, bytes, memory, latency }) {
   if (ratio !== undefined) return percent(ratio);
+  if (memory !== undefined) return size(memory);
+  if (latency !== undefined) return milliseconds(latency);
   return parameters !== undefined ? count(parameters) : size(bytes);
 }
 
@@ -75,6 +91,11 @@ function show() {
     ? `${percent(expected.value)} (${percent(expected.low)} to ${percent(expected.high)})`
     : "not measured here";
   $("source").textContent = expected ? measured(dense.accuracy.find((curve) => curve.recovery === expected.recovery)) : "";
+  const taken = { memory: answer.memory && size(answer.memory), latency: answer.latency && milliseconds(answer.latency) }[kind()];
+  $("taken-box").hidden = !taken;
+  $("taken-name").textContent = kind() === "memory" ? "Memory taken" : "Latency";
+  $("taken").textContent = taken ?? "";
+  showCurve();
   $("share").style.width = percent(answer.bytes / dense.bytes);
   $("share-text").textContent = `${percent(answer.bytes / dense.bytes)} of the dense model's bytes, vision tower included`;
   draw($("chart"), answer.widths, dense.neurons);
@@ -89,6 +110,34 @@ function show() {
     }),
   );
   $("make-button").disabled = false;
+}
+
+function showCurve() {
+  const dense = model();
+  const recovery = answer.expected_accuracy?.recovery ?? $("recovery").value;
+  const curve = dense.accuracy.find((each) => each.recovery === recovery) ?? dense.accuracy[0];
+  $("curve-box").hidden = !curve;
+  if (!curve) return;
+  const chosen = { ...answer.expected_accuracy, bytes: answer.bytes };
+  drawCurve($("curve"), dense, curve, chosen, size);
+  const say = ({ value, low, high }) => `${percent(value)} (${percent(low)} to ${percent(high)})`;
+  const whole = curve.points.find((point) => point.ratio === 0);
+  $("curve-text").textContent = [
+    whole && `Dense, ${size(dense.bytes)}: ${say(whole)}.`,
+    answer.expected_accuracy ? `Chosen, ${size(chosen.bytes)}: ${say(chosen)}.` : `Chosen, ${size(chosen.bytes)}: its quality is not known.`,
+    `${curve.points.length} sizes measured; bars are 95% intervals.`,
+  ].filter(Boolean).join(" ");
+}
+
+// Which inputs belong to what the size is set by.
+function showInputs() {
+  $("card").hidden = kind() !== "memory";
+  $("slider-box").hidden = kind() === "memory";
+  $("device-box").hidden = kind() !== "latency";
+  for (const button of document.querySelectorAll("[data-gib]")) {
+    button.ariaPressed = String(Number(button.dataset.gib) === Number($("memory").value));
+  }
+  ask();
 }
 
 function measured({ source, samples, recovery }) {
@@ -107,7 +156,10 @@ function choose() {
   choices($("format"), chosen.formats);
   choices($("recovery"), chosen.recoveries);
   $("recovery").value = chosen.recovery;
-  ask();
+  $("device").replaceChildren(...chosen.devices.map(({ name, description }) => new Option(`${name} (${description})`, name)));
+  $("latency-kind").hidden = chosen.devices.length === 0;
+  if (kind() === "latency" && chosen.devices.length === 0) document.querySelector("input[value=ratio]").checked = true;
+  showInputs();
 }
 
 async function make(event) {
@@ -161,10 +213,10 @@ function fileItem(name, file) {
 }
 
 function snippet(job) {
-  const [[name, value]] = Object.entries(job.target);
+  const wanted = Object.entries(job.target).map(([name, value]) => `${name}=${JSON.stringify(value)}`).join(", ");
   return [
     "import lop",
-    `folder = lop.Client("${location.origin}").get("${job.model}", ${name}=${value}, format="${job.format}", ` +
+    `folder = lop.Client("${location.origin}").get("${job.model}", ${wanted}, format="${job.format}", ` +
       `recovery="${job.recovery}", out="${job.model}-${job.id.slice(0, 8)}")`,
     "model = lop.load(folder)",
   ].join("\n");
@@ -184,7 +236,15 @@ $("model").addEventListener("change", choose);
 $("slider").addEventListener("input", ask);
 $("format").addEventListener("change", ask);
 $("recovery").addEventListener("change", ask);
-for (const radio of document.querySelectorAll("input[name=kind]")) radio.addEventListener("change", ask);
+for (const radio of document.querySelectorAll("input[name=kind]")) radio.addEventListener("change", showInputs);
+for (const id of ["memory", "context", "images", "batch"]) $(id).addEventListener("input", showInputs);
+for (const id of ["device", "phase"]) $(id).addEventListener("change", ask);
+for (const button of document.querySelectorAll("[data-gib]")) {
+  button.addEventListener("click", () => {
+    $("memory").value = button.dataset.gib;
+    showInputs();
+  });
+}
 $("make").addEventListener("submit", make);
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -202,5 +262,6 @@ $("copy").addEventListener("click", async () => {
   }
 });
 new ResizeObserver(() => answer && draw($("chart"), answer.widths, model().neurons)).observe($("chart"));
+new ResizeObserver(() => answer && showCurve()).observe($("curve"));
 
 start();

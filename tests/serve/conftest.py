@@ -92,7 +92,7 @@ def serving(
     async def pruner_lives() -> None:
         assert pruner
 
-    api = build_api(models, store, predict, pruner_lives, streams=settings.streams)
+    api = build_api(models, store, predict, pruner_lives, streams=settings.streams, needs_key=bool(keys))
     limits = Limits(settings.rate, settings.burst, settings.body_limit, settings.body_seconds)
     finished: list[Job] = []
     crew = [

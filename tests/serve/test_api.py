@@ -37,7 +37,7 @@ def test_an_allocation_is_what_the_command_line_predicts(service: Service, capsy
     expected = json.loads(capsys.readouterr().out)
     answer = service.ask("POST", "/v1/allocations", {"model": "tiny", "target": {"ratio": 0.37}}).json
     expected_accuracy = answer.pop("expected_accuracy")
-    assert answer == {"model": "tiny", **expected}
+    assert answer == {"model": "tiny", "memory": None, "latency": None, **expected}  # Neither was asked for.
     assert expected_accuracy["low"] <= expected_accuracy["value"] <= expected_accuracy["high"]
     for kind in ("parameters", "bytes"):
         asked = {"model": "tiny", "target": {kind: answer[kind]}}
@@ -140,6 +140,18 @@ def test_bits_are_asked_for_and_make_another_checkpoint(start: Start, tmp_path: 
     assert service.make({"bytes": 3_900_000}, bits=8).json["allocation"]["bytes"] <= 3_900_000
     refused = service.make({"ratio": 0.4}, bits=5)
     assert (refused.status, "bits" in refused.json["detail"]) == (422, True)
+
+
+def test_a_file_for_llama_cpp_is_a_format_like_any(service: Service) -> None:
+    asked = 1_500_000
+    made = service.make({"bytes": asked}, format="gguf-q8_0").json
+    state = service.finish(made["id"])
+    assert state["state"] == "complete"
+    assert {"model-q8_0.gguf", "lop.json"} <= state["files"].keys()
+    manifest = service.ask("GET", state["files"]["lop.json"]["url"]).json
+    assert manifest["gguf"]["bytes"] == made["allocation"]["bytes"] <= asked
+    refused = service.make({"ratio": 0.5}, format="gguf", recovery="bias")
+    assert (refused.status, "bias" in refused.json["detail"]) == (422, True)
 
 
 def test_a_size_is_never_exceeded_in_any_format(service: Service) -> None:

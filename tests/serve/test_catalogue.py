@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
+from pydantic import ValidationError
+
 from lop.model.find import assets
 from lop.run.config import load_config, save_config
 from lop.run.prediction import predictor_for
 from serve.app import PredictorDeployment
 from serve.catalogue import load_catalogue, open_run
+from serve.schemas import AllocationRequest
 from serve.settings import ServiceSettings
 
 
@@ -33,3 +37,12 @@ def test_the_service_allocates_as_the_command_line_does(tmp_path: Path) -> None:
     assert found["plain"] != found["bounded"]
     # Two checkpoints, then, of one predictor: they must not go by one name.
     assert catalogue["plain"].fingerprints != catalogue["bounded"].fingerprints
+
+
+def test_a_run_that_distils_is_offered_as_what_it_starts_from(tmp_path: Path) -> None:
+    shutil.copytree(assets() / "run", tmp_path / "run")
+    save_config(load_config(tmp_path / "run" / "config.yaml", recovery="distil"), tmp_path / "run" / "config.yaml")
+    settings = ServiceSettings(storage=tmp_path / "kept", models=cast(Any, {"own": {"run": tmp_path / "run"}}))
+    assert load_catalogue(settings)["own"].recovery == "refit"
+    with pytest.raises(ValidationError, match="distil"):
+        AllocationRequest.model_validate({"model": "own", "target": {"ratio": 0.5}, "recovery": "distil"})

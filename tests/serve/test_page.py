@@ -98,6 +98,38 @@ def test_from_the_slider_to_the_same_logits_as_lop_prune(
         assert torch.equal(namespace["model"](input_ids=tokens).logits, theirs)  # type: ignore[operator]
 
 
+def test_a_card_is_named_and_the_curve_shows_what_it_gets(page: "playwright.Page", service: Service) -> None:
+    page.goto(service.url)
+    settle(page)
+    # The dense model, every measured size, and the one asked for.
+    assert page.locator("#curve circle.dense").count() == 1
+    assert page.locator("#curve circle.measured").count() >= 2
+    assert page.locator("#curve circle.chosen").count() == 1
+    assert "Dense" in page.text_content("#curve-text")
+    page.locator("input[value=memory]").focus()
+    page.keyboard.press("Space")
+    settle(page)
+    assert page.is_hidden("#slider")
+    page.fill("#context", "500")
+    page.locator("[data-gib='8']").focus()
+    page.keyboard.press("Enter")
+    settle(page)
+    assert page.input_value("#memory") == "8"
+    assert page.text_content("#ratio") == "0.0%"  # More than `tiny` can fill.
+    page.fill("#memory", "0.005")
+    settle(page)
+    # What the page says is what the service answers.
+    asked = {"memory": round(0.005 * 2**30), "context": 500, "images": 4, "batch": 1}
+    expected = service.ask("POST", "/v1/allocations", {"model": "tiny", "target": asked}).json
+    assert 0 < expected["ratio"] < 1
+    assert page.text_content("#ratio") == f"{100 * expected['ratio']:.1f}%"
+    assert page.text_content("#taken") == f"{expected['memory'] / 1e6:.3f} MB"
+    picture(page, "page-card.png")
+    page.fill("#memory", "0.001")
+    page.wait_for_selector("#problem:not([hidden])")
+    assert "at least" in page.text_content("#problem")
+
+
 def test_the_keyboard_is_enough(page: "playwright.Page", start: Start) -> None:
     service = start()
     page.goto(service.url)

@@ -53,6 +53,14 @@ class Family(Protocol):
     def tower_depth(self, config: Mapping[str, Any]) -> int:
         """How many blocks the vision tower has by a checkpoint's config."""
 
+    def tower_widths(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Of the vision tower's blocks by a checkpoint's config: their width, their FFN's, and the tensors as wide as
+        the latter that it holds at once.
+
+        Raises:
+            KeyError: the config does not say.
+        """
+
     # How they name their tensors, now and formerly. No name means two things in two families.
 
     def ffn_tensor(self, name: str) -> tuple[int, str] | None:

@@ -1,5 +1,6 @@
 """Qwen2.5-VL."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,10 @@ class _Qwen25VL(Qwen):
 
     def whole_attention(self, vision_config: Any) -> int:
         return vision_config.hidden_size * len(vision_config.fullatt_block_indexes)
+
+    def tower_widths(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        vision = config["vision_config"]
+        return vision.get("hidden_size", 3584), vision.get("intermediate_size", 3420), 3
 
 
 FAMILY = _Qwen25VL(

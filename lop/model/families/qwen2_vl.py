@@ -1,5 +1,6 @@
 """Qwen2-VL."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,11 @@ class _Qwen2VL(Qwen):
 
     def whole_attention(self, vision_config: Any) -> int:
         return vision_config.embed_dim * vision_config.depth
+
+    def tower_widths(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
+        vision = config["vision_config"]
+        hidden = vision.get("embed_dim", 1280)
+        return hidden, int(hidden * vision.get("mlp_ratio", 4)), 2
 
 
 FAMILY = _Qwen2VL(

@@ -31,7 +31,7 @@ def exported(folder: Path, format: Format = "hf", dense: Path = MODEL, **about: 
     return (folder / CARD).read_text()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [name for name, layout in FORMATS.items() if not layout.gguf])
 def test_the_card_says_what_the_checkpoint_is_and_how_to_load_it(format: Format, tmp_path: Path) -> None:
     about = {"source": "someone/dense", "recovery": "refit", "importance": "activation", "target": 0.5}
     text = exported(tmp_path / "small", format, **about)
@@ -51,6 +51,16 @@ def test_the_card_says_what_the_checkpoint_is_and_how_to_load_it(format: Format,
     found = [layer.mlp.down_proj.in_features for layer in loaded["model"].model.language_model.layers]
     assert found == (list(WIDTHS) if format == "hf" else [max(WIDTHS)] * len(WIDTHS))
     assert loaded["processor"].tokenizer
+
+
+@pytest.mark.parametrize("format", ["gguf", "gguf-true-q8_0"])
+def test_a_card_of_gguf_names_the_file_and_who_cannot_read_it(format: Format, tmp_path: Path) -> None:
+    text = exported(tmp_path / "small", format)
+    (file,) = (tmp_path / "small").glob("*.gguf")
+    assert ModelCard(text).data.library_name == "gguf"
+    assert f"llama-cli -m {file.name}" in text
+    assert "mmproj" not in text
+    assert ("unchanged llama.cpp" in text) == ("true" in format)
 
 
 def test_it_warns_of_what_transformers_recommends_without_remote_code(tmp_path: Path) -> None:

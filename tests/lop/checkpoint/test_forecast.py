@@ -54,7 +54,7 @@ def test_more_of_anything_takes_longer(shared_tiny: QwenVL) -> None:
     base = refit_seconds(shared_tiny, load, widths, rates)
     assert refit_seconds(shared_tiny, replace(load, tokens=2000), widths, rates) > base
     assert refit_seconds(shared_tiny, replace(load, patches=2000), widths, rates) > base
-    assert refit_seconds(shared_tiny, load, [160] * 12, rates) > base
+    assert refit_seconds(shared_tiny, load, [120] * 12, rates) > base
     for name in ("own", "single", "double"):
         assert refit_seconds(shared_tiny, load, widths, replace(rates, **{name: 1e8})) > base
 

@@ -109,7 +109,8 @@ def test_every_baseline_meets_the_budget(seed: int, target: float, name: str) ->
     random = np.random.default_rng(seed)
     space = Space(4, 32, 4, 0.9)
     statistics = by_hand(random.normal(size=(4, 10, 32)), random.normal(size=(4, 6, 32)))
-    statistics = replace(statistics, exponents=random.normal(3, 1, 4))
+    errors = np.sort(random.random((4, 33)), axis=1)[:, ::-1]
+    statistics = replace(statistics, exponents=random.normal(3, 1, 4), surveys={"errors": errors})
     budget = space.budget(min(target, space.max_target))
     method = METHODS[name]
     assert method.start is not None

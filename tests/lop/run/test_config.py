@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
 from lop.run.config import Config, Targets, find_config, load_config, save_config
 
@@ -63,3 +64,12 @@ def test_configs_are_frozen() -> None:
     config: Config = load_config(find_config("tiny"))
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
+
+
+def test_a_recovery_that_trains_is_scored_as_what_it_starts_from() -> None:
+    settings = ["search.recovery=null"]
+    scored = {name: load_config(find_config("tiny"), settings, recovery=name).scored_recovery for name in RECOVERIES}
+    assert scored == {"none": "none", "bias": "bias", "refit": "refit", "distil": "refit"}
+    for setting in ("search.recovery=distil", "compare.recoveries=[refit, distil]"):
+        with pytest.raises(LopError, match=r"recover.*'distil'"):
+            load_config(find_config("tiny"), [setting])

@@ -101,7 +101,7 @@ def test_a_damaged_file_is_one_line(run: Run, content: str) -> None:
 
 def test_the_seconds_are_alphaprunings(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     spectra = replace(layer_spectra(run, progress=False), seconds=1000.0)
-    monkeypatch.setattr("lop.report.speed.layer_spectra", lambda run: spectra)
+    monkeypatch.setattr("lop.run.surveys.layer_spectra", lambda run: spectra)
     cell = Cell("activation", (8,) * run.space.layers)
     entries = [
         Entry(name, Side.BASELINE, 0.5, 0, cell, METHODS[name].needs, 0.1)

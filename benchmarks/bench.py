@@ -1,0 +1,238 @@
+"""A model, what methods choose for it, and what the choices say to its test items, each kept as a cell.
+
+All methods keep equally many neurons and may score as many reward tokens as LOP's search did. All allocations are
+scored on the same test items, drawn once by a fixed seed, with the refit that one factor a layer gives every width
+(`lop.model.repair`), in the method's own order of neurons.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cells import cell
+
+from lop.methods.lop_search import METHOD as LOP_SEARCH
+from lop.methods.method import Given, Reward
+from lop.methods.puzzletron import library
+from lop.methods.registry import METHODS
+from lop.model.repair import Refits, factors, reordered
+from lop.model.samples import Sample, fingerprint_samples
+from lop.report.intervals import Interval, paired_bootstrap
+from lop.run.building import Materials, Workshop
+from lop.run.config import Config, find_config, load_config
+from lop.run.run import Run
+from lop.run.surveys import statistics_for
+from lop.search.evaluator import Evaluator
+from lop.search.loop import InProcess
+from lop.search.racing import Candidate, pack_values, unpack_values
+from lop.space.allocation import Allocation
+from lop.stages.calibrate import calibrate_stage
+from lop.stages.local import Local
+from lop.stages.search import search_stage
+from lop.stages.surveys import survey_stage
+from lop.storage.files import read_json
+from lop.storage.fingerprint import fingerprint
+
+LOP = LOP_SEARCH.name
+_ITEMS = 800
+_SETTINGS = (
+    "search.evaluations=24",
+    "search.simulations=48",
+    "search.racing={}",
+    "search.roots=[wanda, flap]",
+    "search.sensitivity_levels=3",
+    "workers=0",
+)
+# `tiny`'s config is that of the run that ships, which was searched as the paper does.
+_AS_NOW = ("search.method=guided", "search.recovery=refit", "search.confirm={}", "search.reward=divergence")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a method chose.
+
+    Attributes:
+        tokens: reward tokens that its search scored; 0 if it does not search.
+    """
+
+    method: str
+    ratio: float
+    widths: tuple[int, ...]
+    importance: str
+    tokens: int
+    seconds: float
+
+
+class Bench:
+    """A model and what is measured with it, each made when it is first needed.
+
+    Args:
+        model: `tiny` or `smol`.
+        folder: of the runs of LOP's searches, which go on where they were stopped.
+        results: where cells are looked for; those that are missing are made and written to the first.
+    """
+
+    def __init__(self, model: str, folder: Path, seed: int, results: Sequence[Path]) -> None:
+        self.model, self.seed = model, seed
+        self._folder, self._results = folder, results
+        self.run = Run(self._config(0.5), folder / "calibration")
+        calibrate_stage(self.run)
+
+    def _config(self, ratio: float) -> Config:
+        """Of a search of one target."""
+        target = f"search.targets={{first: {ratio}, last: {ratio}, step: 0.1}}"
+        settings = [*_SETTINGS, *(_AS_NOW if self.model == "tiny" else ()), target, f"seed={self.seed}"]
+        return load_config(find_config(self.model), settings)
+
+    @cached_property
+    def workshop(self) -> Workshop:
+        """The model."""
+        return Workshop(Materials.of(self.run))
+
+    @cached_property
+    def factors(self) -> list[torch.Tensor]:
+        """Each layer's, in the order of the run's importance."""
+        self.workshop.elastic.sort(self.run.order)
+        return list(factors(self.workshop.elastic.backbone, self.workshop.encode(self.run.samples.calibration)))
+
+    @cached_property
+    def items(self) -> list[Sample]:
+        """The test items that allocations are scored on."""
+        test = self.run.samples.test
+        chosen = np.random.default_rng(0).permutation(len(test))[:_ITEMS]
+        return [test[index] for index in sorted(chosen)]
+
+    @cached_property
+    def made_from(self) -> str:
+        """What the cells depend on."""
+        run = self.run
+        return fingerprint([run.calibration_fingerprints, run.config.importance, fingerprint_samples(self.items)])
+
+    def choose(self, method: str, ratio: float) -> Chosen:
+        """A method's cell at a ratio."""
+
+        def make() -> dict[str, Any]:
+            if METHODS[method].search:
+                return asdict(self._rival(method, ratio, self.choose(LOP, ratio).tokens))
+            return asdict(self._search(ratio) if method == LOP else self._read(method, ratio))
+
+        found = self._cell(f"choice-{method}-{ratio}-{self.seed}.json", make)
+        del found["made_from"]
+        return Chosen(**{**found, "widths": tuple(found["widths"])})
+
+    def scored(self, chosen: Chosen) -> dict[str, Any]:
+        """An allocation's cell."""
+        return self._cell(f"score-{fingerprint([chosen.importance, chosen.widths])}.json", lambda: self.score(chosen))
+
+    def score(self, chosen: Chosen) -> dict[str, Any]:
+        """What an allocation says to the test items."""
+        evaluator = Evaluator(
+            self.workshop.elastic,
+            self.workshop.encode(self.items),
+            repair=self.repair(chosen.importance),
+            divergence=True,
+        )
+        found = evaluator.compared(Allocation(chosen.widths))
+        return {"divergence": pack_values(found.divergence), "hits": pack_values(found.correct)}
+
+    def interval(self, values: np.ndarray) -> Interval:
+        """The mean of a value for each item [n], with the 95% interval of a bootstrap over images and texts."""
+        images = np.unique([sample.keys[0] for sample in self.items], return_inverse=True)[1]
+        return paired_bootstrap(values, np.zeros(len(images), dtype=np.int64), images)
+
+    def check(self, count: int, methods: Sequence[str]) -> Iterator[bool]:
+        """Makes scores of some methods again, chosen at random, and says whether they agree."""
+        paths = [path for folder in self._results for path in sorted(folder.glob(f"choice-*-{self.seed}.json"))]
+        records = [record for record in map(read_json, paths) if record["method"] in methods]
+        for index in np.random.default_rng().permutation(len(records))[:count]:
+            chosen = self.choose(records[index]["method"], records[index]["ratio"])
+            known, again = (unpack_values(found["divergence"]) for found in (self.scored(chosen), self.score(chosen)))
+            print(f"{chosen.method} at {chosen.ratio:.0%}: KL {known.mean():.4f}, again {again.mean():.4f}")
+            yield bool(np.allclose(known, again, rtol=0.02, atol=0.02))
+
+    def _cell(self, name: str, make: Any) -> dict[str, Any]:
+        there = [folder / name for folder in self._results if (folder / name).exists()]
+        return cell((there or [self._results[0] / name])[0], self.made_from, make)
+
+    def repair(self, name: str) -> Refits:
+        """Sorts the model by an importance, and gives what refits it in that order."""
+        run, known = self.run, self.factors
+        if name == run.config.importance:
+            self.workshop.elastic.sort(run.order)
+            return Refits(known, cache_bytes=1 << 30)
+        survey_stage(run, Local(), [method.name for method in METHODS.values() if method.importance == name])
+        ranked = run.order_by(name)
+        self.workshop.elastic.sort(ranked)
+        moves = (np.argsort(ours)[theirs] for ours, theirs in zip(run.order, ranked, strict=True))
+        made = [reordered(c, torch.from_numpy(move)) for c, move in zip(known, moves, strict=True)]
+        return Refits(made, cache_bytes=1 << 30)
+
+    def _search(self, ratio: float) -> Chosen:
+        """LOP's own."""
+        run = Run(self._config(ratio), self._folder / f"{self.seed}-{ratio}")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.statistics_file.write_bytes(self.run.statistics_file.read_bytes())
+        search_stage(run, Local(), progress=False)
+        (found,) = read_json(run.search_file)["targets"]
+        search, back = (self._tokens(part) for part in run.searched_samples)
+        spent = sum(entry.get("scored", search[1]) / search[1] * search[0] for entry in found["evaluations"])
+        spent += len(found["confirmed"]) * back[0]
+        return Chosen(
+            LOP, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), run.seconds()["search"]
+        )
+
+    def _tokens(self, samples: Sequence[Sample]) -> tuple[int, int]:
+        """Tokens and samples."""
+        return sum(map(len, self.workshop.encode(samples).batches)), len(samples)
+
+    def _read(self, name: str, ratio: float) -> Chosen:
+        """What a method reads off the statistics."""
+        method, run = METHODS[name], self.run
+        survey_stage(run, Local(), [name])
+        given = Given(run.space, run.config.importance, statistics_for(run, method))
+        choice = method(given, run.space.budget(ratio))
+        return Chosen(name, ratio, choice.allocation.widths, choice.importance, 0, choice.seconds)
+
+    def _rival(self, name: str, ratio: float, tokens: int) -> Chosen:
+        """What a method finds with as many reward tokens."""
+        run, workshop = self.run, self.workshop
+        search, importance = METHODS[name].search, METHODS[name].importance or run.config.importance
+        assert search
+        samples = run.samples.reward
+        shuffled = [samples[index] for index in np.random.default_rng(self.seed).permutation(len(samples))]
+        whole = self._tokens(shuffled)[0]
+        settings = run.config.search
+        # A scan of every layer alone on all samples would take more than all there is to spend: it has fewer of them.
+        levels = {"sensitivity": settings.sensitivity_levels, "puzzletron": len(library(run.space))}.get(name)
+        share = min(1.0, tokens / (run.space.layers * levels + 1) / whole) if levels else 1.0
+        repair = self.repair(importance)
+        evaluators = {
+            part: Evaluator(
+                workshop.elastic,
+                workshop.encode(shuffled[: max(1, round(part * share * len(shuffled)))]),
+                repair=repair,
+                divergence=True,
+                cache_bytes=run.config.cache_bytes,
+            )
+            for part in {1.0, *search.shares}
+        }
+        reward = Reward(
+            evaluations=max(1, int(tokens / whole)),
+            levels=settings.sensitivity_levels,
+            options=settings.tree_options(),
+            weights=workshop.elastic.weight_squares(),
+            reward=lambda evaluation: evaluation.worth("divergence"),
+            tie_breaker=lambda evaluation: evaluation.log_probability,
+            evaluate=lambda allocation, part: evaluators[part].evaluate(Candidate(allocation)),
+            workers=lambda: InProcess(evaluators[1.0]),
+            with_divergence=lambda: InProcess(evaluators[1.0]),
+        )
+        start = time.perf_counter()
+        (found,) = search.run(run.space, reward, [run.space.budget(ratio)], self.seed)
+        seconds = time.perf_counter() - start
+        return Chosen(name, ratio, found.best.widths, importance, round(found.curve[-1][0] * share * whole), seconds)

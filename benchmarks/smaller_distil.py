@@ -1,0 +1,188 @@
+"""What distillation brings back after pruning on `smol`: `python benchmarks/smaller_distil.py`.
+
+Each training is a small file under `results/smaller`, with the fingerprint of what it was made from. What is missing
+is made: on one core to itself some 10 ms a token of training, looks at the reward samples included (35 minutes for
+200,000); before the first one 10 minutes for statistics, test items and what the teacher says, 4 for each refit.
+Then the summary is printed from the files.
+
+Widths are those of `benchmarks/smol.py`. A pruned checkpoint is exported with `refit` and learns as `lop distil` has it
+learn, with config `smol`, from its calibration samples; nothing differs between methods but the widths. KL to the dense
+model is measured before and after, on 300 of that benchmark's test items (the first that its seed draws), as there.
+
+The last line is JSON, by method and ratio: `distilled_back`, the share of the KL to dense that training brings back;
+its 95% `interval` (paired bootstrap over images and texts); `kl` before and after; and `curve`, on the way: pairs of
+tokens read and KL on 256 reward samples.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cells import cell
+from smol import LOP, Bench, Chosen, choose
+
+from lop.cli import set_up_logging
+from lop.distil.training import Judge
+from lop.model.adapter import QwenVL, load_model
+from lop.model.encoding import encode, on_device
+from lop.model.samples import Sample, fingerprint_samples
+from lop.report.intervals import Interval, paired_bootstrap
+from lop.run.config import Config, find_config, load_config
+from lop.search.racing import pack_values, unpack_values
+from lop.search.scoring import Scoring
+from lop.space.allocation import Allocation
+from lop.stages.distil import distil_stage
+from lop.stages.prune import export_allocation
+from lop.storage.fingerprint import fingerprint
+
+RESULTS = Path(__file__).parent.parent / "results" / "smaller"
+METHODS = (LOP, "uniform")
+RATIOS = (0.3, 0.5)
+ITEMS = 300
+TOKENS = 200_000
+
+
+class Distilling:
+    """The students, and what they are judged by, each made when it is first needed.
+
+    Args:
+        bench: of `benchmarks/smol.py`, for widths, statistics and test items.
+        folder: of pruned checkpoints and of what the teacher says.
+        settings: on top of config `smol`.
+    """
+
+    def __init__(self, bench: Bench, folder: Path, settings: Sequence[str]) -> None:
+        self.bench = bench
+        self._folder = folder
+        self.config: Config = load_config(find_config("smol"), ["workers=0", *settings])
+
+    @cached_property
+    def items(self) -> list[Sample]:
+        """The test items."""
+        test = self.bench.run.samples.test
+        return [test[index] for index in sorted(np.random.default_rng(0).permutation(len(test))[:ITEMS])]
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The test items with what the dense model says to them."""
+        dense = self._load(self.bench.run.model_folder)
+        encoded = encode(dense, self.items, batch_tokens=self.config.batch_tokens)
+        scoring = Scoring(dense.lean_backbone(), encoded)
+        with torch.inference_mode():
+            return Judge(encoded, [scoring.tails(batch).cpu() for batch in on_device(encoded.batches, scoring.device)])
+
+    def train(self, chosen: Chosen) -> dict[str, Any]:
+        """Exports an allocation, has it learn, and measures it before and after."""
+        start = self._folder / f"refit-{fingerprint([chosen.importance, chosen.widths])}"
+        assert chosen.importance == self.bench.run.config.importance  # The order of the run's neurons is the method's.
+        if not start.exists():
+            export_allocation(self.bench.run, Allocation(chosen.widths), start, target=chosen.ratio, recovery="refit")
+        end = start.with_name(start.name.replace("refit", "distil"))
+        shutil.rmtree(end, ignore_errors=True)
+        began = time.perf_counter()
+        manifest = distil_stage(self.config, start, end, work=self._folder / "work")
+        seconds = time.perf_counter() - began
+        before, after = (pack_values(self.judge.divergences(self._load(place))) for place in (start, end))
+        return {"before": before, "after": after, "seconds": seconds, "distilled": manifest["distilled"][-1]}
+
+    def _load(self, place: Path) -> QwenVL:
+        return load_model(place, device=self.config.device, dtype=self.config.dtype)
+
+    def cell(self, method: str, ratio: float) -> dict[str, Any]:
+        """A method's training at a ratio."""
+        chosen = choose(self.bench, method, ratio)
+        settings = self.config.distil.model_dump(mode="json")
+        made_from = fingerprint([self.bench.made_from, chosen.widths, settings, fingerprint_samples(self.items)])
+        name = f"distil-{method}-{ratio}-{self.config.distil.tokens}-{self.config.seed}.json"
+        return cell(RESULTS / name, made_from, lambda: self.train(chosen))
+
+
+def summary(
+    distilling: Distilling | None = None, methods: Sequence[str] = METHODS, ratios: Sequence[float] = RATIOS
+) -> dict[str, Any]:
+    """Makes the cells that are missing, prints a table, and returns the last line."""
+    distilling = distilling or make()
+    images = np.unique([sample.keys[0] for sample in distilling.items], return_inverse=True)[1]
+    one = np.zeros(len(images), dtype=np.int64)
+
+    def interval(values: np.ndarray) -> Interval:
+        return paired_bootstrap(values, one, images)
+
+    lines: dict[str, Any] = {
+        "benchmark": "smaller_distil",
+        "tokens": distilling.config.distil.tokens,
+        "items": len(images),
+        **{name: {} for name in ("distilled_back", "interval", "kl", "curve")},
+    }
+    for ratio in ratios:
+        for method in methods:
+            found = distilling.cell(method, ratio)
+            before, after = (unpack_values(found[name]) for name in ("before", "after"))
+            back, whole = interval(before - after), before.mean()
+            shares = [float(value / whole) for value in (back.value, back.low, back.high)]
+            values = {
+                "distilled_back": shares[0],
+                "interval": shares[1:],
+                "kl": {"before": float(whole), "after": float(after.mean())},
+                "curve": found["distilled"]["curve"],
+            }
+            for name, value in values.items():
+                lines[name].setdefault(method, {})[str(ratio)] = value
+            back_text = f"{shares[0]:.1%} ({shares[1]:.1%} to {shares[2]:.1%})"
+            spent = f"{found['distilled']['tokens']:,} tokens, {found['seconds']:.0f} s"
+            print(f"{method:<12} {ratio:.0%}  KL {whole:.4f} → {after.mean():.4f}  back {back_text}  {spent}")
+    return lines
+
+
+def check(count: int, distilling: Distilling | None = None) -> tuple[int, int]:
+    """Makes `count` of the trainings again, chosen at random; how many were checked, and how many agree."""
+    distilling = distilling or make()
+    tokens, seed = distilling.config.distil.tokens, distilling.config.seed
+    names = [path.stem.split("-") for path in sorted(RESULTS.glob(f"distil-*-{tokens}-{seed}.json"))]
+    agree = checked = 0
+    for index in np.random.default_rng().permutation(len(names))[:count]:
+        *method, ratio, _, _ = names[index][1:]
+        chosen = choose(distilling.bench, "-".join(method), float(ratio))
+        known, again = distilling.cell("-".join(method), float(ratio)), distilling.train(chosen)
+        values = [unpack_values(found["after"]).mean() for found in (known, again)]
+        print(f"{'-'.join(method)} at {float(ratio):.0%}: KL {values[0]:.4f}, again {values[1]:.4f}")
+        checked += 1
+        agree += bool(np.isclose(*values, rtol=0.02))
+    return checked, agree
+
+
+def make(*, tokens: int = TOKENS, seed: int = 0, runs: Path = Path("runs"), settings: Sequence[str] = ()) -> Distilling:
+    """What trainings of so many tokens need; nothing of it is computed yet but the statistics."""
+    bench = Bench(runs / "benchmark-smol", seed)
+    return Distilling(bench, runs / "benchmark-smaller", [f"distil.tokens={tokens}", f"seed={seed}", *settings])
+
+
+def main() -> None:
+    """Makes what is missing, and prints."""
+    parser = argparse.ArgumentParser(description="What distillation brings back after pruning, on smol.")
+    parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="read in training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", type=int, default=0, metavar="N", help="make N trainings again")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints and notes are kept")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
+    options = parser.parse_args()
+    set_up_logging()
+    distilling = make(tokens=options.tokens, seed=options.seed, runs=options.runs, settings=options.set)
+    if options.check:
+        checked, agree = check(options.check, distilling)
+        print(json.dumps({"benchmark": "smaller_distil", "checked": checked, "agree": agree}))
+        return
+    print(json.dumps(summary(distilling, options.methods, options.ratios)))
+
+
+if __name__ == "__main__":
+    main()

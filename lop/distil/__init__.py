@@ -1,0 +1,4 @@
+"""Distillation: a pruned model learns from the dense one.
+
+May import `space`, `storage`, `model`, `search`, `checkpoint` and `run`.
+"""

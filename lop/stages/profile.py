@@ -1,0 +1,269 @@
+"""How long the parts of a model take on this device: what `lop profile` measures."""
+
+import logging
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import Module, Parameter
+from tqdm import tqdm
+
+from lop.errors import LopError
+from lop.model.adapter import open_model
+from lop.model.families.family import Family
+from lop.model.sources import family_of
+from lop.run.run import Run
+from lop.space.allocation import Allocation, Space, project
+from lop.space.latency import PHASES, Profile, Times
+from lop.storage.files import write_json
+
+log = logging.getLogger(__name__)
+
+# Widths to measure, as shares of the dense one.
+_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
+# Where models of mixed widths are measured, too, to see whether the sums of parts say what they take.
+_CHECKED = (0.2, 0.3, 0.5)
+_ROUNDS = 5
+_STEPS = 8  # Tokens decoded in each round.
+# Of a phase, the parts' seconds in one pass.
+Parts = dict[str, float]
+
+
+class Clock(Protocol):
+    """Tells when a device gets where it is now told to go."""
+
+    def mark(self) -> Any:
+        """This moment."""
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two moments."""
+
+
+class HostClock:
+    """For a CPU, which has done what it was told when the call returns."""
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+
+class CudaClock:
+    """For a GPU, which is behind: moments are put into its queue."""
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+
+
+def profile_stage(run: Run, out: Path, *, context: int, clock: Clock | None = None) -> Profile:
+    """Measures the run's model on the device of its config and writes the profile.
+
+    Args:
+        out: a file, which is replaced.
+        context: tokens that are read for `prefill`, and that the cache then holds for `decode`.
+        clock: by default the device's own, of real time.
+
+    Raises:
+        LopError: the model is missing or damaged, the device is not to be had, or the context is none.
+        OSError: the file cannot be written.
+    """
+    if context < 1:
+        raise LopError(f"context {context} is not a number of tokens from 1 up")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise LopError(f"--out {out} is not a file in a folder that is there")
+    config, space = run.config, run.space
+    torch.set_num_threads(config.threads)
+    network = open_model(run.model_folder, device=config.device, dtype=config.dtype)
+    on_gpu = network.device.type == "cuda"
+    clock = clock or (CudaClock() if on_gpu else HostClock())
+    phases, checks = measure(network, family_of(run.model_folder), space, context, clock=clock)
+    profile = Profile(
+        model=run.model_fingerprint,
+        layers=space.layers,
+        neurons=space.neurons,
+        device=torch.cuda.get_device_name(network.device) if on_gpu else _cpu(),
+        settings={
+            "context": context,
+            "dtype": str(network.dtype).removeprefix("torch."),
+            "threads": config.threads,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        phases=phases,
+        checks=checks,
+    )
+    write_json(out, profile.as_dict())
+    for phase, rows in checks.items():
+        for ratio, measured, predicted in (row.values() for row in rows):
+            error = 100 * (predicted / measured - 1)
+            log.info("%s at %.0f%%: %.3f ms a token, predicted %+.1f%%", phase, 100 * ratio, 1000 * measured, error)
+    return profile
+
+
+def measure(
+    network: Any, family: Family, space: Space, context: int, *, clock: Clock
+) -> tuple[dict[str, Times], dict[str, list[dict[str, float]]]]:
+    """Times of the phases by their parts, and how well their sums say what a model of mixed widths takes.
+
+    Rounds go through all widths, so that a device that slows down does so for all of them; medians count.
+
+    Args:
+        network: the dense model; its FFNs are as they were afterwards.
+    """
+    step = space.granularity
+    widths = sorted({max(space.min_width, round(share * space.neurons / step) * step) for share in _SHARES})
+    even = [Allocation((width,) * space.layers) for width in widths]
+    mixed = {
+        ratio: project(np.linspace(0, 2 * ratio, space.layers), space, space.budget(ratio))
+        for ratio in _CHECKED
+        if ratio <= space.max_target
+    }
+    models = [*even, *mixed.values()]
+    found: dict[tuple[str, Allocation], list[Parts]] = defaultdict(list)
+    # The first is for everything to get warm.
+    with torch.inference_mode(), _resizable(network, family) as resize, _Stopwatch(network, family, clock) as watch:
+        for lap in tqdm(range(_ROUNDS + 1), desc="profile"):
+            for model in models:
+                resize(model.widths)
+                for phase, parts in _passes(network, context, watch):
+                    if lap:
+                        found[phase, model].append(parts)
+    phases = {phase: _times(phase, found, even, space.layers) for phase in PHASES}
+    checks = {
+        phase: [
+            {
+                "ratio": ratio,
+                "measured": statistics.median(sum(parts.values()) for parts in found[phase, model]),
+                "predicted": phases[phase].of(model.widths),
+            }
+            for ratio, model in mixed.items()
+        ]
+        for phase in PHASES
+    }
+    return phases, checks
+
+
+def _times(
+    phase: str, found: dict[tuple[str, Allocation], list[Parts]], models: Sequence[Allocation], layers: int
+) -> Times:
+    def median(part: str, *of: Allocation) -> float:
+        return max(0.0, statistics.median(parts[part] for model in of for parts in found[phase, model]))
+
+    ffn = [median("ffn", model) / layers for model in models]
+    return Times(
+        attention=median("attention", *models) / layers,
+        head=median("head", *models),
+        other=median("other", *models),
+        widths=tuple(model.widths[0] for model in models),
+        # A wider one that was faster by chance is not: a larger target may not get less.
+        ffn=tuple(float(seconds) for seconds in np.maximum.accumulate(ffn)),
+    )
+
+
+def _passes(network: Any, context: int, watch: "_Stopwatch") -> Iterator[tuple[str, Parts]]:
+    """One prefill and some steps of decoding, each with the seconds a token of its parts."""
+    vocabulary = network.config.get_text_config().vocab_size
+    ids = torch.arange(context, device=network.device)[None] % (vocabulary // 2)
+    with watch.measured(tokens=context) as parts:
+        answer = network(input_ids=ids, use_cache=True, logits_to_keep=1)
+    yield "prefill", parts
+    # transformers has renamed it.
+    name = "cache" if hasattr(answer, "cache") else "past_key_values"
+    cache = {name: getattr(answer, name), "use_cache": True}
+    for _ in range(_STEPS):
+        with watch.measured(tokens=1) as parts:
+            network(input_ids=ids[:, :1], **cache)
+        yield "decode", parts
+
+
+class _Stopwatch:
+    """Times layers, FFNs and head of a network inside the block."""
+
+    def __init__(self, network: Any, family: Family, clock: Clock) -> None:
+        layers = network.get_submodule(family.backbone).layers
+        self._modules: list[tuple[str, Module]] = [("layers", layer) for layer in layers]
+        self._modules += [("ffn", layer.get_submodule(family.ffn)) for layer in layers]
+        self._modules.append(("head", network.get_submodule(family.head)))
+        self._clock = clock
+        self._started: dict[Module, Any] = {}
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def __enter__(self) -> "_Stopwatch":
+        self._hooks = [hook for name, module in self._modules for hook in self._watch(name, module)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _watch(self, name: str, module: Module) -> Iterator[Any]:
+        def start(module: Module, _: object) -> None:
+            self._started[module] = self._clock.mark()
+
+        def stop(module: Module, _: object, __: object) -> None:
+            self._spans.append((name, self._started[module], self._clock.mark()))
+
+        yield module.register_forward_pre_hook(start)
+        yield module.register_forward_hook(stop)
+
+    @contextmanager
+    def measured(self, *, tokens: int) -> Iterator[Parts]:
+        """Fills what it yields with the seconds of one of `tokens`, once the block has ended."""
+        parts: Parts = {}
+        self._spans.clear()
+        start = self._clock.mark()
+        yield parts
+        whole = self._clock.seconds(start, self._clock.mark())
+        sums = dict.fromkeys(("layers", "ffn", "head"), 0.0)
+        for name, begin, end in self._spans:
+            sums[name] += self._clock.seconds(begin, end)
+        parts["attention"] = (sums["layers"] - sums["ffn"]) / tokens
+        parts["ffn"] = sums["ffn"] / tokens
+        parts["head"] = sums["head"] / tokens
+        parts["other"] = (whole - sums["layers"] - sums["head"]) / tokens
+
+
+@contextmanager
+def _resizable(network: Any, family: Family) -> Iterator[Any]:
+    """A function that gives the FFNs other widths [L]; they are whole again after the block."""
+    ffns = [layer.get_submodule(family.ffn) for layer in network.get_submodule(family.backbone).layers]
+    whole = [[getattr(ffn, name).weight for name in ("gate_proj", "up_proj", "down_proj")] for ffn in ffns]
+
+    def put(weights: Sequence[Sequence[Tensor]]) -> None:
+        for ffn, matrices in zip(ffns, weights):
+            for name, matrix in zip(("gate_proj", "up_proj", "down_proj"), matrices):
+                getattr(ffn, name).weight = Parameter(matrix, requires_grad=False)
+
+    def resize(widths: Sequence[int]) -> None:
+        # Rows are together as they are; columns are put together, as in a checkpoint.
+        put([(gate[:k], up[:k], down[:, :k].contiguous()) for (gate, up, down), k in zip(whole, widths)])
+
+    try:
+        yield resize
+    finally:
+        put(whole)
+
+
+def _cpu() -> str:
+    """This machine's processor, in words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

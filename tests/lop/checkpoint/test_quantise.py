@@ -34,11 +34,13 @@ from lop.model.encoding import Encoded
 from lop.model.find import assets
 from lop.model.rounding import Rounding
 from lop.model.samples import SampleSets
+from lop.model.shape import read_shape
 from lop.model.sources import family_of
 from lop.model.statistics import NeuronStatistics
 from lop.model.tensors import model_size
 from lop.search.evaluator import Evaluator
 from lop.space.allocation import Allocation, Space, project
+from lop.space.memory import Load
 from lop.space.size import Target
 from lop.storage.headers import read_tensors
 from tests.lop.model.test_model import inputs_of
@@ -145,7 +147,7 @@ def test_the_dense_model_and_its_tower_are_quantised(made: Made, tmp_path: Path)
     form=st.sampled_from(["hf", "padded"]),
 )
 def test_a_size_is_never_exceeded_with_fewer_bits(bits: int, share: float, seed: int, form: str) -> None:
-    footprint = Footprint(SIZE, form, "refit", packed(bits).weight(SIZE, TENSORS))
+    footprint = Footprint(SIZE, form, "refit", quantised=packed(bits).weight(SIZE, TENSORS))
     least, most = (footprint.bytes([width] * SPACE.layers) for width in (SPACE.min_width, SPACE.neurons))
     asked = least + int(share * (most - least))
 
@@ -159,7 +161,17 @@ def test_a_size_is_never_exceeded_with_fewer_bits(bits: int, share: float, seed:
         assert footprint.bytes(project([SPACE.ratio(larger)] * SPACE.layers, SPACE, larger).widths) > asked
     for beyond in (least - 1, most + 1):
         with pytest.raises(LopError, match=f"of {beyond} bytes .* with {bits} bits: {least} to {most}"):
-            footprint.budget(Target(bytes=beyond), SPACE)
+            footprint.budgets(Target(bytes=beyond), SPACE)
+
+
+@pytest.mark.parametrize("form", ["hf", "padded"])
+def test_in_memory_weights_are_what_loading_unpacks_them_to(form: str) -> None:
+    quantised = packed(4).weight(SIZE, TENSORS)
+    plain, small = (Footprint(SIZE, form, shape=read_shape(MODEL, 2), quantised=some) for some in (None, quantised))
+    assert small.bytes(UNEVEN.widths) < plain.bytes(UNEVEN.widths)
+    assert small.memory(UNEVEN.widths, Load(512)) == plain.memory(UNEVEN.widths, Load(512))
+    target = Target(memory=plain.memory(UNEVEN.widths, Load(512)), load=Load(512))
+    assert list(small.budgets(target, SPACE)) == list(plain.budgets(target, SPACE))
 
 
 @pytest.mark.parametrize(("form", "vision"), [("hf", False), ("padded", True)])
@@ -243,6 +255,20 @@ REFUSED: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     ),
     "a narrow layer": (lambda out: ["prune", "--target", "0.8", "--bits", "4"], "layer [0-9]+ would keep 8 neurons"),
     "bits": (lambda out: ["quantise", str(out / "hf"), "--bits", "5"], "invalid choice: 5"),
+    "as GGUF": (
+        lambda out: ["prune", "--target", "0.3", "--bits", "4", "--format", "gguf"],
+        "'gguf' has weights of a type of its own: leave out 4 bits, or take 'hf' or 'padded'$",
+    ),
+    "trained": (
+        lambda out: ["prune", "--target", "0.3", "--bits", "8", "--recovery", "distil"],
+        "'distil' trains weights that are not quantised: .*`lop quantise --bits 8`",
+    ),
+    "trained as GGUF": (
+        lambda out: ["prune", "--target", "0.3", "--format", "gguf", "--recovery", "distil"],
+        "'distil' trains what transformers loads: take 'hf' or 'padded', then `lop convert` it$",
+    ),
+    "converted": (lambda out: ["convert", str(out / "hf-4")], "is quantised.*made from"),
+    "distilled": (lambda out: ["distil", str(out / "hf-4"), "--model", "tiny"], "is quantised.*made from"),
 }
 
 

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import LOP, Bench, Chosen
 from cells import cell
-from smol import LOP, Bench, Chosen, choose
 
 from lop.cli import set_up_logging
 from lop.distil.training import Judge
@@ -97,7 +97,7 @@ class Distilling:
 
     def cell(self, method: str, ratio: float) -> dict[str, Any]:
         """A method's training at a ratio."""
-        chosen = choose(self.bench, method, ratio)
+        chosen = self.bench.choose(method, ratio)
         settings = self.config.distil.model_dump(mode="json")
         made_from = fingerprint([self.bench.made_from, chosen.widths, settings, fingerprint_samples(self.items)])
         name = f"distil-{method}-{ratio}-{self.config.distil.tokens}-{self.config.seed}.json"
@@ -149,7 +149,7 @@ def check(count: int, distilling: Distilling | None = None) -> tuple[int, int]:
     agree = checked = 0
     for index in np.random.default_rng().permutation(len(names))[:count]:
         *method, ratio, _, _ = names[index][1:]
-        chosen = choose(distilling.bench, "-".join(method), float(ratio))
+        chosen = distilling.bench.choose("-".join(method), float(ratio))
         known, again = distilling.cell("-".join(method), float(ratio)), distilling.train(chosen)
         values = [unpack_values(found["after"]).mean() for found in (known, again)]
         print(f"{'-'.join(method)} at {float(ratio):.0%}: KL {values[0]:.4f}, again {values[1]:.4f}")
@@ -160,7 +160,7 @@ def check(count: int, distilling: Distilling | None = None) -> tuple[int, int]:
 
 def make(*, tokens: int = TOKENS, seed: int = 0, runs: Path = Path("runs"), settings: Sequence[str] = ()) -> Distilling:
     """What trainings of so many tokens need; nothing of it is computed yet but the statistics."""
-    bench = Bench(runs / "benchmark-smol", seed)
+    bench = Bench("smol", runs / "benchmark-smol", seed, [RESULTS.parent / "smol"])
     return Distilling(bench, runs / "benchmark-smaller", [f"distil.tokens={tokens}", f"seed={seed}", *settings])
 
 

@@ -177,7 +177,7 @@ def refit(
 
     Yields:
         Each layer's weights [H, k], in the dense weights' dtype; the layer has them already, and one that keeps all
-        its neurons keeps its weights. Memory: two hidden states for each calibration token, in the host's; on the
+        its neurons keeps its weights. Memory: three hidden states for each calibration token, in the host's; on the
         device one batch, and G, [k, k] in float64, twice.
     """
     device = backbone.norm.device

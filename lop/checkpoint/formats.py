@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lop.checkpoint.bits import BITS, check_bits
+from lop.checkpoint.bits import BITS
 from lop.checkpoint.edge.types import KINDS, check_library
 from lop.checkpoint.recoveries import RECOVERIES, UNTRAINED, Recovery
 from lop.checkpoint.shards import Cut
@@ -56,10 +56,9 @@ def check_format(format: Format, recovery: Recovery, bits: int = BITS[0]) -> Non
     """Looks before anything is done for nothing.
 
     Raises:
-        LopError: the format has no place for what the recovery adds, or for weights of so many bits; these cannot be
-            had, or not with the recovery; or what writes the format is not installed.
+        LopError: the format has no place for what the recovery adds, or for weights of so many bits; the recovery
+            trains, which neither fewer bits nor GGUF go with; or what writes the format is not installed.
     """
-    check_bits(bits)
     if bits != BITS[0] and RECOVERIES[recovery].trains:
         raise LopError(
             f"recovery {recovery!r} trains weights that are not quantised: write it without bits, then run "

@@ -78,6 +78,12 @@ def test_between_ratios_quality_never_gets_better_by_pruning(run: Run) -> None:
     assert bumpy.at(4, 0.1) is None
 
 
+def test_formats_with_types_of_their_own_have_no_bits_to_choose(run: Run) -> None:
+    choice = choose(run, run.config, Target(bytes=3_900_000), "gguf-true")
+    assert (choice.bits, choice.options) == (16, ())
+    assert choice.describe()["bytes"] <= 3_900_000
+
+
 def test_the_command_line_says_what_the_others_would_give(
     run: Run, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -79,9 +79,9 @@ def test_between_ratios_quality_never_gets_better_by_pruning(run: Run) -> None:
 
 
 def test_formats_with_types_of_their_own_have_no_bits_to_choose(run: Run) -> None:
-    choice = choose(run, run.config, Target(bytes=3_900_000), "gguf-true")
+    choice = choose(run, run.config, Target(bytes=1_500_000), "gguf-true")
     assert (choice.bits, choice.options) == (16, ())
-    assert choice.describe()["bytes"] <= 3_900_000
+    assert choice.describe()["bytes"] <= 1_500_000
 
 
 def test_the_command_line_says_what_the_others_would_give(

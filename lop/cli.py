@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from lop import __version__, commands
+from lop.checkpoint.bits import BITS, QUANTISED
 from lop.checkpoint.formats import FORMATS
 from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
@@ -109,12 +110,22 @@ def build_parser() -> argparse.ArgumentParser:
     _add_target(predict)
     _add_form(predict)
     _add_max_width(predict)
+    _add_bits(predict)
     predict.add_argument("--json", action="store_true", help="print one JSON object")
     prune = add("prune", "write the pruned checkpoint for a target", commands.prune)
     _add_target(prune)
     _add_form(prune)
     _add_max_width(prune)
+    _add_bits(prune)
+    prune.add_argument("--vision", action="store_true", help="with --bits, quantise the vision tower, too")
     _add_out(prune)
+    measure = add("measure", "measure pruned and quantised models, for --bytes to choose by", commands.measure)
+    _add_workers(measure)
+    quantise = add("quantise", "write a checkpoint again with weights of fewer bits", commands.quantise, common=False)
+    quantise.add_argument("model", type=_name, metavar="CHECKPOINT", help="a checkpoint, dense or pruned, or a hub id")
+    quantise.add_argument("--bits", type=int, required=True, choices=QUANTISED, help="of each weight")
+    quantise.add_argument("--vision", action="store_true", help="quantise the vision tower, too")
+    _add_out(quantise)
     convert = add("convert", "write a checkpoint, dense or pruned, as GGUF", commands.convert, common=False)
     convert.add_argument(
         "checkpoint", type=_name, metavar="CHECKPOINT", help="what `lop prune` wrote, or a dense model"
@@ -196,6 +207,11 @@ def _add_workers(stage: argparse.ArgumentParser) -> None:
 def _add_max_width(stage: argparse.ArgumentParser) -> None:
     help = "no layer wider than X times the mean width; bounds what --format padded costs"
     stage.add_argument("--max-width-ratio", type=float, metavar="X", help=help)
+
+
+def _add_bits(stage: argparse.ArgumentParser) -> None:
+    help = "of the backbone's weights (default: 16; with --bytes the best that `lop measure` knows of)"
+    stage.add_argument("--bits", type=int, choices=BITS, help=help)
 
 
 def _add_compare(stage: argparse.ArgumentParser) -> None:

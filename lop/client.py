@@ -41,22 +41,23 @@ class Client:
         return list(self._json("GET", "/v1/models")["models"])
 
     def allocation(
-        self, model: str, *, format: str = "hf", recovery: str | None = None, **target: float | str
+        self, model: str, *, format: str = "hf", recovery: str | None = None, bits: int = 16, **target: float | str
     ) -> dict[str, Any]:
         """What each layer would keep for a target, and the accuracy to expect of it.
 
         Args:
+            bits: of the weights; see `models` for those on offer.
             target: `ratio=`, `parameters=`, `bytes=`, `memory=` with `context=` (and `images=`, `batch=`, `pixels=`),
                 or `latency=` in seconds with `device=` (and `phase=`).
         """
-        asked = {"model": model, "target": target, "format": format, "recovery": recovery}
+        asked = {"model": model, "target": target, "format": format, "recovery": recovery, "bits": bits}
         return self._json("POST", "/v1/allocations", asked)
 
     def make(
-        self, model: str, *, format: str = "hf", recovery: str | None = None, **target: float | str
+        self, model: str, *, format: str = "hf", recovery: str | None = None, bits: int = 16, **target: float | str
     ) -> dict[str, Any]:
         """Asks for a checkpoint and returns its state at once; asking again makes nothing twice."""
-        asked = {"model": model, "target": target, "format": format, "recovery": recovery}
+        asked = {"model": model, "target": target, "format": format, "recovery": recovery, "bits": bits}
         return self._json("POST", "/v1/checkpoints", asked)
 
     def state(self, id: str) -> dict[str, Any]:
@@ -68,7 +69,14 @@ class Client:
         self._open("DELETE", f"/v1/checkpoints/{urllib.parse.quote(id, safe='')}").close()
 
     def get(
-        self, model: str, *, out: str | Path, format: str = "hf", recovery: str | None = None, **target: float | str
+        self,
+        model: str,
+        *,
+        out: str | Path,
+        format: str = "hf",
+        recovery: str | None = None,
+        bits: int = 16,
+        **target: float | str,
     ) -> Path:
         """Has a checkpoint made, waits for it, and downloads it into a new folder, which it returns.
 
@@ -80,7 +88,7 @@ class Client:
         if not place.is_local:
             raise LopError(f"out={str(out)!r} is a URI: name a local folder")
         check_new(place)
-        checkpoint = self.make(model, format=format, recovery=recovery, **target)
+        checkpoint = self.make(model, format=format, recovery=recovery, bits=bits, **target)
         while checkpoint["state"] in ("queued", "running"):
             time.sleep(_POLL_SECONDS)
             checkpoint = self.state(checkpoint["id"])

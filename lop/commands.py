@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from lop.checkpoint.bits import BITS
+from lop.checkpoint.recoveries import UNTRAINED
 from lop.errors import LopError
 from lop.model.find import find_model
 from lop.model.smol import NAME as SMOL
@@ -23,12 +25,13 @@ from lop.storage.places import check_lasting
 
 # Commands import what they run, torch with it: help and refusals need not wait for that.
 if TYPE_CHECKING:
+    from lop.run.choice import Choice
     from lop.run.compute import Compute
     from lop.run.run import Run
 
 log = logging.getLogger(__name__)
 # What the progress of each step is counted in.
-_UNITS = {"recover": "layer", "teacher": "token", "distil": "step", "export": "B"}
+_UNITS = {"recover": "layer", "quantise": "matrix", "teacher": "token", "distil": "step", "export": "B"}
 
 
 def settle(options: argparse.Namespace) -> tuple[Config, argparse.Namespace]:
@@ -84,14 +87,17 @@ def train(options: argparse.Namespace) -> None:
 
 
 def predict(options: argparse.Namespace) -> None:
-    from lop.run.prediction import answer
+    from lop.run.choice import choose
 
     config, target = _config(options), _target(options)
-    found = answer(_named_run(options, config), config, target, options.format)
+    choice = choose(_named_run(options, config), config, target, options.format, bits=options.bits)
+    _tell_choice(choice, options)
+    found = choice.describe()
     if options.json:
         print(json.dumps(found))
         return
-    print(f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, ratio {found['ratio']:.4f}")
+    bits = f", {found['bits']} bits" if found["bits"] != BITS[0] else ""
+    print(f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, ratio {found['ratio']:.4f}{bits}")
     if "memory" in found:
         print(f"{found['memory']:,} bytes of memory at most while it answers")
     if target.profile is not None:
@@ -107,9 +113,41 @@ def prune(options: argparse.Namespace) -> None:
     config = _config(options)
     run = _named_run(options, config)
     with _bars() as progress:
-        manifest = prune_stage(run, config, _target(options), options.out, format=options.format, progress=progress)
+        manifest = prune_stage(
+            run,
+            config,
+            _target(options),
+            options.out,
+            format=options.format,
+            bits=options.bits,
+            vision=options.vision,
+            on_choice=partial(_tell_choice, options=options),
+            progress=progress,
+        )
     if manifest["padding_bytes"]:
         log.info("padding: %s bytes of zeros", f"{manifest['padding_bytes']:,}")
+    print(options.out)
+
+
+def measure(options: argparse.Namespace) -> None:
+    from lop.console import PlainConsole
+    from lop.report.qualities import plot_qualities, qualities_table
+    from lop.stages.measure import measure_stage
+
+    run = _run(options)
+    qualities = measure_stage(run, _compute(run.config))
+    plot_qualities(qualities, run.folder / "qualities.png")
+    PlainConsole().print(qualities_table(qualities))
+    print(run.location / run.qualities_file.name)
+
+
+def quantise(options: argparse.Namespace) -> None:
+    from lop.checkpoint.quantise import quantise
+
+    check_lasting("--out", options.out)
+    folder = find_model(options.model)
+    with _bars() as progress:
+        quantise(folder, options.out, options.bits, name=options.model, vision=options.vision, progress=progress)
     print(options.out)
 
 
@@ -288,6 +326,15 @@ def _compute(config: Config) -> "Compute":
     from ray_jobs.compute import OnRay
 
     return OnRay()
+
+
+def _tell_choice(choice: "Choice", options: argparse.Namespace) -> None:
+    """Says what each number of bits would give, or how to have that weighed."""
+    for option in choice.options:
+        log.info("%s%s", option, " (chosen)" if option.bits == choice.bits else "")
+    is_open = options.bytes is not None and options.bits is None and options.format == "hf"
+    if is_open and not choice.options and choice.footprint.recovery in UNTRAINED:
+        log.info("%d bits: `lop measure` once, and --bytes chooses the best of ratio and bits", choice.bits)
 
 
 def _target(options: argparse.Namespace) -> Target:

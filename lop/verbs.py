@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from lop.checkpoint.formats import Format
 from lop.checkpoint.recoveries import Recovery
 from lop.model.find import find_model
+from lop.run.choice import answer
 from lop.run.config import Config, config_for, load_config
-from lop.run.prediction import answer, read_profile
+from lop.run.prediction import read_profile
 from lop.run.run import Run
 from lop.space.memory import Load
 from lop.space.size import Target, parse_count, parse_seconds
@@ -38,6 +39,7 @@ def predict(
     format: Format = "hf",
     recovery: Recovery | None = None,
     max_width_ratio: float | None = None,
+    bits: int | None = None,
 ) -> dict[str, Any]:
     """The allocation for a target, as `lop predict --json` prints it: `lop.predict("tiny", ratio=0.3)["widths"]`.
 
@@ -52,9 +54,11 @@ def predict(
         run: the folder or URI of the run whose predictor answers; by default what ships for the model.
         format, recovery: of the checkpoint that is meant; None takes the config's recovery.
         max_width_ratio: no layer wider than so many times the mean width.
+        bits: 16, 8 or 4, of the weights; None is 16, or with `bytes` the best that `lop measure` knows of.
 
     Returns:
-        `ratio`, `ratios` [L], `widths` [L], `kept_neurons`, `parameters`, `bytes`; `memory` or `latency` if asked for.
+        `ratio`, `ratios` [L], `widths` [L], `kept_neurons`, `parameters`, `bytes`, `bits`; `memory` or `latency` if
+        asked for.
 
     Raises:
         LopError: the target cannot be met, or the predictor is missing or of another model.
@@ -62,7 +66,7 @@ def predict(
     load = (context, images, batch, image_pixels)
     target = _target(ratio, parameters, bytes, memory, load, latency, device_profile, latency_of)
     named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}
-    return _with_run(run, named, lambda found, config: answer(found, config, target, format))
+    return _with_run(run, named, lambda found, config: answer(found, config, target, format, bits))
 
 
 def prune(
@@ -84,6 +88,7 @@ def prune(
     format: Format = "hf",
     recovery: Recovery | None = None,
     max_width_ratio: float | None = None,
+    bits: int | None = None,
     progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> dict[str, Any]:
     """Writes the pruned checkpoint for a target, as `lop prune` does: `lop.prune("tiny", "small", bytes="4MiB")`.
@@ -91,7 +96,8 @@ def prune(
     Args:
         model: as in `predict`; None takes the run's own.
         out: a new folder, or a URI such as `s3://bucket/folder`; it appears whole or not at all.
-        progress: called with the step (`"recover"` or `"export"`), how much of it is done, and how much it is in all.
+        progress: called with the step (`"recover"`, `"quantise"` or `"export"`), how much of it is done, and how much
+            it is in all.
         The others are those of `predict`.
 
     Returns:
@@ -107,7 +113,9 @@ def prune(
     target = _target(ratio, parameters, bytes, memory, load, latency, device_profile, latency_of)
     named = {"model": model, "recovery": recovery, "max_width_ratio": max_width_ratio}
     return _with_run(
-        run, named, lambda found, config: prune_stage(found, config, target, out, format=format, progress=progress)
+        run,
+        named,
+        lambda found, config: prune_stage(found, config, target, out, format=format, bits=bits, progress=progress),
     )
 
 

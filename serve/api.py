@@ -28,7 +28,7 @@ from lop.space.latency import Profile
 from serve import schemas
 from serve.catalogue import Curve, ServedModel
 from serve.downloads import ID, RETRY_SECONDS, Id, add_events, add_files, describe, find_job, problem_response, url_of
-from serve.exporting import FORMATS, RECOVERIES
+from serve.exporting import BITS, FORMATS, RECOVERIES
 from serve.job import Asked, Job, QueueFullError, TooLargeError
 from serve.jobs import JobStore
 from serve.schemas import problems
@@ -135,6 +135,7 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
                 footprint.recovery,
                 asked.target.model_dump(),
                 footprint.is_uniform(asked.target.target(model.profiles)),
+                footprint.bits,
             ),
             allocation,
             reserved=allocation["bytes"] + model.companions,
@@ -281,14 +282,23 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
         for allocation in found:
             if footprint.meets(target, allocation.widths, space):
                 answer = footprint.describe(allocation, space, target)
-                # What was measured is the predictor's.
-                expected = None if footprint.is_uniform(target) else _expected(model, asked.recovery, answer["ratio"])
+                # What was measured is the predictor's, of weights that are not quantised.
+                is_known = footprint.bits == BITS[0] and not footprint.is_uniform(target)
+                expected = _expected(model, asked.recovery, answer["ratio"]) if is_known else None
                 return {"model": model.name, "memory": None, "latency": None, **answer, "expected_accuracy": expected}
     raise AssertionError("the least budget of a target meets it")
 
 
 def _footprint(model: ServedModel, asked: schemas.AllocationRequest) -> Footprint:
-    return Footprint(model.size, asked.format, asked.recovery or model.recovery, model.shape, model.source)
+    """What checkpoints take.
+
+    Raises:
+        LopError: the format has no place for the recovery, or the model is not offered with so many bits.
+    """
+    if asked.bits not in (offered := [BITS[0], *model.weights]):
+        raise LopError(f"model {model.name} is not offered with {asked.bits} bits: bits is one of {offered}")
+    quantised, recovery = model.weights.get(asked.bits), asked.recovery or model.recovery
+    return Footprint(model.size, asked.format, recovery, model.shape, model.source, quantised)
 
 
 def _device(name: str, profile: Profile, space: Space) -> schemas.Device:
@@ -327,6 +337,7 @@ def _model(model: ServedModel) -> schemas.Model:
         formats=list(FORMATS),
         recoveries=list(RECOVERIES),
         recovery=model.recovery,
+        bits=[BITS[0], *model.weights],
         devices=[_device(name, profile, space) for name, profile in model.profiles.items()],
         accuracy=[_curve(curve) for curve in model.curves.values()],
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lop.checkpoint.bits import Weight
 from lop.checkpoint.recoveries import untrained
 from lop.errors import LopError
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
@@ -22,7 +23,7 @@ from lop.space.memory import Shape
 from lop.space.size import ModelSize
 from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint, fingerprint_file
-from serve.exporting import companion_bytes
+from serve.exporting import companion_bytes, quantised_weights
 from serve.settings import ModelSettings, ServiceSettings
 
 log = logging.getLogger("ray.serve")
@@ -66,6 +67,7 @@ class ServedModel:
         fingerprints: of all that a checkpoint depends on beside what is asked for; they go into its id.
         recovery: what the run's config makes up for pruned neurons with; the default.
         companions: bytes of a checkpoint's files beside its tensors.
+        weights: what the dense model comes to with weights of fewer bits, by those that are offered.
         curves: what is known of its accuracy, by recovery; empty if nothing has been measured.
         shape: the model's.
         profiles: by name, of the devices that a latency can be asked for.
@@ -78,6 +80,7 @@ class ServedModel:
     fingerprints: Mapping[str, str]
     recovery: str
     companions: int
+    weights: Mapping[int, Weight]
     curves: Mapping[str, Curve]
     shape: Shape
     profiles: Mapping[str, Profile]
@@ -125,8 +128,9 @@ def _served(name: str, run: Run, profiles: Mapping[str, Path]) -> ServedModel:
         fingerprints_of(run),
         untrained(run.config.recovery),
         companion_bytes(run),
+        quantised_weights(run),
         measured_curves(run),
-        shape_of(run, predictor),
+        shape_of(run),
         {device: open_profile(path, predictor) for device, path in profiles.items()},
     )
 

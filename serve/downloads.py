@@ -176,6 +176,7 @@ def describe(job: Job, store: JobStore) -> schemas.Checkpoint:
         target=dict(job.asked.target),
         format=job.asked.format,
         recovery=job.asked.recovery,
+        bits=job.asked.bits,
         allocation=schemas.Allocation(**job.allocation),
         progress=schemas.Progress(**progress) if progress else None,
         error=job.error,

@@ -22,6 +22,7 @@ class Asked:
         budget: neurons that stay.
         format, recovery: of the checkpoint.
         target: as first asked, such as `{"ratio": 0.3}`; two targets of one budget are the same checkpoint.
+        bits: of the weights.
         uniform: whether all layers keep alike; else they keep what the predictor says.
     """
 
@@ -32,6 +33,7 @@ class Asked:
     recovery: str
     target: Mapping[str, float | int | str]
     uniform: bool = False
+    bits: int = 16
 
     @property
     def id(self) -> str:
@@ -39,6 +41,8 @@ class Asked:
         content: list[Any] = [self.model, dict(self.fingerprints), self.budget, self.format, self.recovery]
         if self.uniform:
             content.append("uniform")
+        if self.bits != 16:  # So that what was made before there were others keeps its id.
+            content.append(f"{self.bits} bits")
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -119,6 +119,7 @@ class Worker:
             claim.out,
             format=job.asked.format,
             recovery=job.asked.recovery,
+            bits=job.asked.bits,
             scratch=claim.scratch,
             on_progress=report,
         )

@@ -26,6 +26,7 @@ _ALLOCATION: JsonDict = {
     "kept_neurons": 352,
     "parameters": 2_033_000,
     "bytes": 4_066_000,
+    "bits": 16,
     "expected_accuracy": _EXPECTED,
 }
 _MODEL: JsonDict = {
@@ -43,6 +44,7 @@ _MODEL: JsonDict = {
     "formats": [*FORMATS],
     "recoveries": [*RECOVERIES],
     "recovery": "refit",
+    "bits": [16, 8, 4],
     "devices": [],
     "accuracy": [
         {
@@ -63,6 +65,7 @@ _CHECKPOINT: JsonDict = {
     "target": {"ratio": 0.3},
     "format": "hf",
     "recovery": "refit",
+    "bits": 16,
     "allocation": _ALLOCATION,
     "progress": {"step": "export", "done": 1_048_576, "total": 4_066_000},
     "error": None,
@@ -196,6 +199,7 @@ class AllocationRequest(_Request):
         iter(FORMATS)
     )
     recovery: _Recovery = None
+    bits: Annotated[Literal[16, 8, 4], Field(description="of the weights; of `bits` of the model")] = 16
 
 
 class CheckpointRequest(AllocationRequest):
@@ -277,6 +281,7 @@ class Model(_Answer):
     formats: list[str]
     recoveries: list[str]
     recovery: Annotated[str, Field(description="the default")]
+    bits: Annotated[list[int], Field(description="that weights can have")]
     devices: Annotated[list[Device], Field(description="that a latency can be asked for")]
     accuracy: Annotated[list[AccuracyCurve], Field(description="empty where nothing was measured")]
 
@@ -299,6 +304,7 @@ class Allocation(_Answer):
     kept_neurons: int
     parameters: Annotated[int, Field(description="of the whole checkpoint")]
     bytes: Annotated[int, Field(description="of the checkpoint's tensors, zeros of padding included")]
+    bits: Annotated[int, Field(description="of the weights")] = 16
     memory: Annotated[int | None, Field(description="bytes, predicted, where memory was asked for")] = None
     latency: Annotated[float | None, Field(description="seconds a token, predicted, where it was asked for")] = None
     expected_accuracy: Annotated[ExpectedAccuracy | None, Field(description="null where nothing was measured")]
@@ -307,8 +313,8 @@ class Allocation(_Answer):
 class Progress(_Answer):
     """How far an export is."""
 
-    step: Literal["recover", "export", "check"]
-    done: Annotated[int, Field(description="layers recovered, or bytes written, or found written and checked")]
+    step: Literal["recover", "quantise", "export", "check"]
+    done: Annotated[int, Field(description="layers recovered, matrices quantised, bytes written, or found and checked")]
     total: int
 
 
@@ -330,6 +336,7 @@ class Checkpoint(_Answer):
     target: dict[str, float | int | str]
     format: str
     recovery: str
+    bits: int
     allocation: Allocation
     progress: Progress | None
     error: Annotated[str | None, Field(description="why it failed")]

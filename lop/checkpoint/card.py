@@ -33,6 +33,12 @@ model = AutoModelForImageTextToText.from_pretrained("PATH")
 processor = AutoProcessor.from_pretrained("PATH")
 ```""",
 }
+_LOADING["dense"] = _LOADING["padded"].replace("All FFNs are as wide as the widest one, filled up with zeros: w", "W")
+_QUANTISED = """
+Weights of the language backbone's linear layers have {bits} bits, by groups of {group} with a scale and a zero point
+each, in the format `pack-quantized` of `compressed-tensors`, which has to be installed. transformers unpacks them when
+it loads the model.
+"""
 _TRUE = """Each layer's FFN has a width of its own: `qwen2vl.feed_forward_length` is an array, which an unchanged
 llama.cpp does not heed in this architecture; it refuses the file for the shape of a tensor.
 
@@ -49,7 +55,7 @@ _CARD = """---
 # {name}, {ratio:.1%} of its FFN neurons pruned
 
 {parameters:,} parameters, {size:,} bytes. {untouched} are the dense model's.
-
+{quantised}
 ## Loading
 
 {loading}
@@ -99,7 +105,8 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         ratio=1 - sum(widths) / (len(widths) * neurons),
         parameters=parameters,
         size=size,
-        untouched="Vision tower, embeddings and head" if "distilled" in manifest else "Vision tower and attention",
+        untouched=_untouched(manifest),
+        quantised=_QUANTISED.format(**manifest["quantised"]) if "quantised" in manifest else "",
         loading=_loading(family, manifest),
         version=manifest.get("version", ""),
         made=", ".join(made),
@@ -107,6 +114,14 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         rows="\n".join(f"| {layer} | {width} | {1 - width / neurons:.1%} |" for layer, width in enumerate(widths)),
         licence=", ".join(licence.values()) or "its folder does not name any",
     ).encode()
+
+
+def _untouched(manifest: Mapping[str, Any]) -> str:
+    """What no step has changed."""
+    quantised = manifest.get("quantised")
+    if not quantised:
+        return "Vision tower, embeddings and head" if "distilled" in manifest else "Vision tower and attention"
+    return "Embeddings and head" if quantised["vision"] else "Vision tower, embeddings and head"
 
 
 def _loading(family: Family, manifest: Mapping[str, Any]) -> str:

@@ -2,37 +2,27 @@
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lop import __version__
-from lop.checkpoint.card import CARD, model_card
-from lop.checkpoint.edge.files import plan, write
+from lop.checkpoint.bits import BITS, Packing
 from lop.checkpoint.formats import FORMATS, Format, changed_tensors, check_format, cut_tensors, pruned_config
-from lop.checkpoint.shards import Cut, ShardWriter, plan_shards, write_all
-from lop.errors import CancelledError, LopError
-from lop.model.families.family import Family
+from lop.checkpoint.writing import Parts, companions, write_checkpoint, write_gguf
+from lop.errors import LopError
 from lop.model.sources import MANIFEST, MODELING, check_checkpoint, family_of
 from lop.model.tensors import down_projections
 from lop.space.allocation import Allocation
-from lop.storage.destination import NewFolder, check_new, new_folder
+from lop.storage.destination import check_new
 from lop.storage.files import read_json
 from lop.storage.headers import TensorInfo
 from lop.storage.location import Location
 
-log = logging.getLogger(__name__)
-_INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
 _HASHED = 8 * 2**20
-_COMPANIONS = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-_OWN = {"config.json", _INDEX, MANIFEST}
 
 
 def export(
@@ -44,7 +34,11 @@ def export(
     about: Mapping[str, Any],
     format: Format = "hf",
     recovered: Mapping[str, TensorInfo] | None = None,
+    packing: Packing | None = None,
+    packed: Mapping[str, Sequence[tuple[str, TensorInfo]]] | None = None,
+    scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    on_matrix: Callable[[int, int], None] = lambda done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Writes the checkpoint that keeps the most important neurons of each layer; appears whole or not at all.
@@ -61,15 +55,19 @@ def export(
         order: [L, F] neurons of each layer in the dense numbering, the most important first.
         about: what the manifest should say of where the allocation comes from (target, fingerprints).
         recovered: tensors that recovery has refitted or added; see `lop.checkpoint.recovery.recover_checkpoint`.
+        packing: how to quantise what is written; None leaves weights as they are.
+        packed: weights that are quantised already, by their names; see `lop.checkpoint.compensation`.
+        scratch: where quantised weights wait until they are written; by default the system's place for such files.
         progress: called in this thread with the bytes written so far and in all.
-        cancelled: asked about every 8 MiB whether to give up.
+        on_matrix: called with the matrices quantised so far and in all.
+        cancelled: asked after each matrix that is quantised, and about every 8 MiB, whether to give up.
 
     Returns:
         The manifest, as it stands in `lop.json`.
 
     Raises:
-        LopError: the source is damaged, no dense model that LOP takes or of another shape than the allocation, or `out`
-            is there already.
+        LopError: the source is damaged, no dense model that LOP takes or of another shape than the allocation; the
+            format has no place for biases that recovery adds, or for quantised weights; or `out` is there already.
         CancelledError: `cancelled` said so.
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
@@ -77,16 +75,29 @@ def export(
     _check(tensors, allocation, order)
     recovered = recovered or {}
     bias = any(name not in tensors for name in recovered)
-    check_format(format, "bias" if bias else "none")
+    check_format(format, "bias" if bias else "none", packing.bits if packing else BITS[0])
     cuts = cut_tensors(tensors, order, allocation.widths, format=format, recovered=recovered)
     about = {**about, "format": format, "widths": list(allocation.widths), "neurons": order.shape[1]}
     place = Location.parse(out)
     if FORMATS[format].gguf:
-        return _export_gguf(source, place, cuts, about, progress, cancelled)
+        return write_gguf(source, place, cuts, about, progress, cancelled)
     config = pruned_config(read_json(source / "config.json"), allocation.widths, format=format, bias=bias)
     manifest = {**about, "padding_bytes": sum(cut.padding * cut.source.item_bytes for _, cut in cuts)}
-    made = _Checkpoint(cuts, _companions(source, family, format), _json(config), manifest)
-    return _write_checkpoint(place, made, source, family, progress, cancelled)
+    beside = companions(source)
+    if not FORMATS[format].is_padded:
+        beside[MODELING] = _source(family.modeling)
+    return write_checkpoint(
+        place,
+        Parts(cuts, config, manifest, beside),
+        source,
+        family,
+        packing=packing,
+        packed=packed,
+        scratch=scratch,
+        progress=progress,
+        on_matrix=on_matrix,
+        cancelled=cancelled,
+    )
 
 
 def rewrite(
@@ -122,11 +133,9 @@ def rewrite(
     tensors, family = check_checkpoint(checkpoint), family_of(checkpoint)
     manifest = {**read_manifest(checkpoint), **about}
     del manifest["sha256"]
-    format = manifest["format"]
-    cuts = changed_tensors(tensors, changed, format=format)
-    config = (checkpoint / "config.json").read_bytes()
-    made = _Checkpoint(cuts, _companions(checkpoint, family, format), config, manifest)
-    return _write_checkpoint(Location.parse(out), made, dense, family, progress, cancelled)
+    cuts = changed_tensors(tensors, changed, format=manifest["format"])
+    parts = Parts(cuts, read_json(checkpoint / "config.json"), manifest, companions(checkpoint))
+    return write_checkpoint(Location.parse(out), parts, dense, family, progress=progress, cancelled=cancelled)
 
 
 def convert(
@@ -166,7 +175,7 @@ def convert(
     about = {key: value for key, value in made.items() if key not in ("sha256", "padding_bytes")}
     about |= {"version": __version__, "format": format, "widths": list(widths)}
     about.setdefault("neurons", max(found))
-    return _export_gguf(source, place, cuts, about, progress, cancelled)
+    return write_gguf(source, place, cuts, about, progress, cancelled)
 
 
 def verify(
@@ -264,40 +273,6 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
     return open_model(folder, device=device, dtype=dtype)
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """What is to be written: tensors, files that come along by name, `config.json`, and the manifest without hashes."""
-
-    cuts: list[tuple[str, Cut]]
-    companions: dict[str, bytes]
-    config: bytes
-    manifest: dict[str, Any]
-
-
-def _write_checkpoint(
-    place: Location,
-    made: _Checkpoint,
-    dense: Path,
-    family: Family,
-    progress: Callable[[int, int], None],
-    cancelled: Callable[[], bool],
-) -> dict[str, Any]:
-    """Writes everything, and returns the manifest with the hashes."""
-    with new_folder(place) as folder:
-        hashes = _write_weights(folder, made.cuts, progress, cancelled)
-        for name, data in made.companions.items():
-            hashes[name] = _write(folder, name, data)
-        hashes["config.json"] = hashlib.sha256(made.config).hexdigest()
-        parameters, size = (sum(values) for values in zip(*((prod(cut.shape), cut.bytes) for _, cut in made.cuts)))
-        card = model_card(dense, family, made.manifest, parameters=parameters, size=size)
-        hashes[CARD] = _write(folder, CARD, card)
-        manifest = {**made.manifest, "sha256": dict(sorted(hashes.items()))}
-        _write(folder, MANIFEST, _json(manifest))
-        # Last, as it is what loaders look for: where a folder cannot be renamed it makes this one a checkpoint.
-        _write(folder, "config.json", made.config)
-    return manifest
-
-
 def _check(tensors: Mapping[str, TensorInfo], allocation: Allocation, order: np.ndarray) -> None:
     down = down_projections(tensors)
     shape = (len(down), max((info.shape[1] for _, info in down), default=0))
@@ -307,93 +282,9 @@ def _check(tensors: Mapping[str, TensorInfo], allocation: Allocation, order: np.
         raise LopError("the order of the neurons does not name each neuron of a layer once")
 
 
-def _export_gguf(
-    source: Path,
-    place: Location,
-    cuts: list[tuple[str, Cut]],
-    about: Mapping[str, Any],
-    progress: Callable[[int, int], None],
-    cancelled: Callable[[], bool],
-) -> dict[str, Any]:
-    kind = FORMATS[about["format"]].gguf
-    assert kind is not None
-    family, name = family_of(source), Path(str(about.get("source", source))).name
-    planned = plan(source, cuts, kind, name=name)
-    if planned.without_tower:
-        log.warning("the language model alone is written: %s", planned.without_tower)
-    facts = planned.facts
-    with new_folder(place) as folder:
-        hashes = write(folder, planned, _counter(facts["bytes"], progress, cancelled))
-        for licence in source.glob("LICENSE*"):
-            hashes[licence.name] = _write(folder, licence.name, licence.read_bytes())
-        manifest = {**about, "padding_bytes": planned.padding_bytes, "gguf": facts}
-        card = model_card(source, family, manifest, parameters=facts["parameters"], size=facts["bytes"])
-        hashes[CARD] = _write(folder, CARD, card)
-        manifest["sha256"] = dict(sorted(hashes.items()))
-        # Last: where a folder cannot be renamed it says that this one is whole.
-        _write(folder, MANIFEST, _json(manifest))
-    return manifest
-
-
-def _counter(total: int, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> Callable[[int], None]:
-    """What is told of each few megabytes written."""
-    done = 0
-    progress(0, total)
-
-    def count(written: int) -> None:
-        nonlocal done
-        if cancelled():
-            raise CancelledError("the export was cancelled")
-        done += written
-        progress(done, total)
-
-    return count
-
-
-def _write_weights(
-    folder: NewFolder,
-    cuts: list[tuple[str, Cut]],
-    progress: Callable[[int, int], None],
-    cancelled: Callable[[], bool],
-) -> dict[str, str]:
-    total = sum(cut.bytes for _, cut in cuts)
-    shards = plan_shards(cuts, SHARD_BYTES)
-    hashes = {}
-    with ShardWriter(_counter(total, progress, cancelled)) as writer:
-        for shard in shards:
-            with folder.create(shard.name) as file:
-                hashes[shard.name] = writer.write(file, shard)
-    if len(shards) > 1:
-        weight_map = {name: shard.name for shard in shards for name, _ in shard.cuts}
-        hashes[_INDEX] = _write(folder, _INDEX, _json({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    return hashes
-
-
-def _companions(source: Path, family: Family, format: Format) -> dict[str, bytes]:
-    found = {
-        file.name: file.read_bytes()
-        for pattern in _COMPANIONS
-        for file in source.glob(pattern)
-        if file.name not in _OWN
-    }
-    if not FORMATS[format].is_padded:
-        found[MODELING] = _source(family.modeling)
-    return found
-
-
 def _source(module: str) -> bytes:
     """The text of a module, which need not be imported."""
     spec = find_spec(module)
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).read_bytes()
-
-
-def _write(folder: NewFolder, name: str, data: bytes) -> str:
-    with folder.create(name) as file:
-        write_all(file, memoryview(data))
-    return hashlib.sha256(data).hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

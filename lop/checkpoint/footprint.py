@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lop.checkpoint.bits import BITS, Weight
 from lop.checkpoint.edge.types import KINDS
-from lop.checkpoint.edge.weight import Weight, weigh
+from lop.checkpoint.edge.weight import GgufWeight, weigh
 from lop.checkpoint.formats import FORMATS, Format, check_format
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.errors import LopError
@@ -45,9 +46,10 @@ class Footprint:
         recovery: `bias` adds one to each layer's `down_proj`, the unpruned layers' included.
         shape: the model's; without it no memory can be asked for.
         source: the dense checkpoint's folder. Formats of other types than its own weigh by its headers.
+        quantised: the model with its weights in fewer bits, if they are to be; see `lop.checkpoint.bits`.
 
     Raises:
-        LopError: the format has no place for what the recovery adds.
+        LopError: the format has no place for what the recovery adds, or weights of a type of its own.
     """
 
     size: ModelSize
@@ -55,33 +57,41 @@ class Footprint:
     recovery: Recovery = "none"
     shape: Shape | None = None
     source: Path | None = None
+    quantised: Weight | None = None
 
     def __post_init__(self) -> None:
-        check_format(self.format, self.recovery)
+        check_format(self.format, self.recovery, self.bits)
+
+    @property
+    def bits(self) -> int:
+        """Of the weights, 16 standing for the type that the dense model or the format has."""
+        return self.quantised.bits if self.quantised else BITS[0]
 
     def parameters(self, widths: Sequence[int]) -> int:
         """Of the checkpoint whose layers keep `widths` [L] neurons."""
         stored = self._stored(widths)
-        if self._weight:
-            return self._weight.parameters + sum(map(self._weight.ffn_parameters, stored))
+        if self._gguf:
+            return self._gguf.parameters + sum(map(self._gguf.ffn_parameters, stored))
         # A bias is as long as a neuron's column of `down_proj`, one of the three vectors that a neuron holds.
         return self.size.pruned_parameters(sum(stored)) + self._biases * self.size.neuron_parameters // 3
 
     def bytes(self, widths: Sequence[int]) -> int:
         """Of the tensors of the checkpoint whose layers keep `widths` [L] neurons."""
-        stored = self._stored(widths)
-        if self._weight:
-            return self._weight.bytes + sum(map(self._weight.ffn_bytes, stored))
-        return self.size.pruned_bytes(sum(stored)) + self._biases * self.size.neuron_bytes // 3
+        if self._gguf:
+            return self._gguf.bytes + sum(map(self._gguf.ffn_bytes, self._stored(widths)))
+        return self._bytes(widths, self.quantised or self._plain)
 
     def memory(self, widths: Sequence[int], load: Load) -> int:
         """Bytes at the worst moment of a run: the weights, and all that is held beside them (`lop.space.memory`).
+
+        The run is one of transformers, which unpacks quantised weights when it loads them: whatever their bits, they
+        count as those of the dense model's type that they are then.
 
         Raises:
             LopError: the load's images do not fit its context.
         """
         assert self.shape is not None
-        return self.bytes(widths) + working_bytes(self.shape, load, max(widths))
+        return self._bytes(widths, self._plain) + working_bytes(self.shape, load, max(widths))
 
     def is_uniform(self, target: Target) -> bool:
         """Whether all layers keep alike, whatever a predictor says.
@@ -143,6 +153,7 @@ class Footprint:
             "kept_neurons": allocation.budget,
             "parameters": self.parameters(allocation.widths),
             "bytes": self.bytes(allocation.widths),
+            "bits": self.bits,
         }
         if target.load is not None:
             answer["memory"] = self.memory(allocation.widths, target.load)
@@ -168,7 +179,8 @@ class Footprint:
             if least <= asked <= whole:
                 return None
             biased = " with recovery 'bias'" if self._biases else ""
-            return f"target of {asked} {unit} is outside what this model can have{biased}: {least} to {whole}"
+            rounded = f" with {self.bits} bits" if self.quantised and unit == "bytes" else ""
+            return f"target of {asked} {unit} is outside what this model can have{biased}{rounded}: {least} to {whole}"
 
         return _Limit(asked, weigh, bounds, refusal)
 
@@ -184,7 +196,7 @@ class Footprint:
         def bounds(budget: int) -> tuple[int, int]:
             even = uniform(space, budget).widths
             widest = max(even) if self.is_uniform(target) else space.max_width(budget)
-            return self.memory(even, load), self.bytes(even) + working_bytes(shape, load, widest)
+            return self.memory(even, load), self._bytes(even, self._plain) + working_bytes(shape, load, widest)
 
         def refusal(least: float, whole: float) -> str | None:
             doing = f"with a context of {load.context}, {load.images} images and a batch of {load.batch}"
@@ -222,8 +234,17 @@ class Footprint:
         """[L] neurons on disk, those of zeros included."""
         return FORMATS[self.format].stored(widths)
 
+    def _bytes(self, widths: Sequence[int], weight: Weight) -> int:
+        """In safetensors, with weights of a type; biases have always the dense model's."""
+        pruned = self.size.layers * self.size.neurons - sum(self._stored(widths))
+        return weight.bytes - pruned * weight.neuron_bits // 8 + self._biases * self.size.neuron_bytes // 3
+
+    @property
+    def _plain(self) -> Weight:
+        return Weight(BITS[0], self.size.bytes, 8 * self.size.neuron_bytes)
+
     @cached_property
-    def _weight(self) -> Weight | None:
+    def _gguf(self) -> GgufWeight | None:
         kind = FORMATS[self.format].gguf
         if kind is None:
             return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lop.checkpoint.bits import BITS
 from lop.checkpoint.edge.types import KINDS, check_library
 from lop.checkpoint.recoveries import RECOVERIES, UNTRAINED, Recovery
 from lop.checkpoint.shards import Cut
@@ -51,13 +52,24 @@ FORMATS = {
 }
 
 
-def check_format(format: Format, recovery: Recovery) -> None:
+def check_format(format: Format, recovery: Recovery, bits: int = BITS[0]) -> None:
     """Looks before anything is done for nothing.
 
     Raises:
-        LopError: the format has no place for what the recovery adds, or what writes it is not installed.
+        LopError: the format has no place for what the recovery adds, or for weights of so many bits; the recovery
+            trains, which neither fewer bits nor GGUF go with; or what writes the format is not installed.
     """
+    if bits != BITS[0] and RECOVERIES[recovery].trains:
+        raise LopError(
+            f"recovery {recovery!r} trains weights that are not quantised: write it without bits, then run "
+            f"`lop quantise --bits {bits}` on what comes of it"
+        )
     if FORMATS[format].gguf:
+        safe = " or ".join(repr(name) for name, layout in FORMATS.items() if not layout.gguf)
+        if bits != BITS[0]:
+            raise LopError(f"format {format!r} has weights of a type of its own: leave out {bits} bits, or take {safe}")
+        if RECOVERIES[recovery].trains:
+            raise LopError(f"recovery {recovery!r} trains what transformers loads: take {safe}, then `lop convert` it")
         check_library()
     if RECOVERIES[recovery].adds_bias and not FORMATS[format].holds_bias:
         fits = " or ".join(repr(name) for name in reversed(UNTRAINED) if not UNTRAINED[name].adds_bias)

@@ -16,6 +16,7 @@ from lop.model.families.registry import FAMILIES
 from lop.model.sources import MANIFEST, check_checkpoint
 from lop.model.tensors import down_projections
 from lop.storage.files import read_as
+from lop.storage.headers import read_tensors
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Inspection:
         widths: [L] neurons that each layer keeps.
         stored: [L] neurons that each layer has on disk; more than it keeps if padded.
         neurons: of a layer of the dense model; of the widest layer if nothing tells.
+        bits: of the backbone's weights if they are quantised; None where they are not, or are by types of GGUF.
         parameters, bytes: of all tensors.
         manifest: what the export wrote down (source, target, recovery, fingerprints), without its hashes.
         checked: files that were held against their SHA-256 in the manifest; None without a manifest.
@@ -39,6 +41,7 @@ class Inspection:
     widths: tuple[int, ...]
     stored: tuple[int, ...]
     neurons: int
+    bits: int | None
     parameters: int
     bytes: int
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +71,7 @@ def inspect(folder: Path) -> Inspection:
     if "gguf" in manifest:
         return _of_gguf(folder, manifest, len(hashes), damage)
     try:
-        tensors = check_checkpoint(folder)
+        tensors = check_checkpoint(folder, quantised=True)
     except LopError as error:
         # What is wrong with a file that is not what was written says less than that.
         raise LopError(damage or str(error)) from None
@@ -82,8 +85,9 @@ def inspect(folder: Path) -> Inspection:
         widths=tuple(manifest.get("widths", stored)),
         stored=stored,
         neurons=manifest.get("neurons", text.get("intermediate_size", max(stored))),
+        bits=manifest.get("quantised", {}).get("bits"),
         parameters=sum(info.parameters for info in tensors.values()),
-        bytes=sum(info.bytes for info in tensors.values()),
+        bytes=sum(info.bytes for info in read_tensors(folder).values()),
         manifest=manifest,
         checked=len(hashes) if has_manifest else None,
         damage=damage,
@@ -99,6 +103,7 @@ def print_inspection(found: Inspection) -> None:
         "source": manifest.get("source"),
         "target": f"{manifest['target']:.4f}" if "target" in manifest else None,
         "pruned": f"{found.ratio:.2%} of {len(found.widths)} layers of {found.neurons} neurons",
+        "bits": _rounding(manifest.get("quantised")),
         "recovery": manifest.get("recovery"),
         "distilled": "; ".join(map(_learnt, manifest.get("distilled", []))) or None,
         "importance": manifest.get("importance"),
@@ -122,6 +127,14 @@ def print_inspection(found: Inspection) -> None:
     PlainConsole().print(Group(facts, "", chart))
 
 
+def _rounding(quantised: Mapping[str, Any] | None) -> str | None:
+    if not quantised:
+        return None
+    parts = "backbone and vision tower" if quantised["vision"] else "backbone"
+    how = f"{quantised['rounding']}, {quantised['library']}"
+    return f"{quantised['bits']} of the {parts}'s weights, by groups of {quantised['group']} ({how})"
+
+
 def _learnt(record: Mapping[str, Any]) -> str:
     """What a training came to."""
     kl = record["reward_kl"]
@@ -137,6 +150,7 @@ def _of_gguf(folder: Path, manifest: Mapping[str, Any], files: int, damage: str)
         widths=tuple(manifest["widths"]),
         stored=tuple(facts["stored"]),
         neurons=manifest["neurons"],
+        bits=None,
         parameters=facts["parameters"],
         bytes=facts["bytes"],
         manifest=manifest,

@@ -186,7 +186,7 @@ def refit(
     for layer, width in zip(layers, widths, strict=True):
         ffn = cast(ElasticFfn, layer.ffn)
         ffn.width, ffn.refitted, ffn.bias = ffn.neurons, None, None
-        normal = _NormalEquations(ffn.down, width) if width < ffn.neurons else None
+        normal = NormalEquations(ffn.down, width) if width < ffn.neurons else None
         for index, batch in enumerate(encoded.batches):
             rotation = batch.rotation.to(device)
             output = backbone.attend(layer, dense[index].to(device), rotation, batch.groups)
@@ -203,7 +203,7 @@ def refit(
         yield ffn.down if ffn.refitted is None else ffn.refitted
 
 
-class _NormalEquations:
+class NormalEquations:
     """Sums over tokens, and the weights W + Δ that follow from them; see `refit`.
 
     Args:
@@ -215,6 +215,11 @@ class _NormalEquations:
         self._weight, self._width = weight, width
         self._gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
         self._change = torch.zeros(len(weight), width, dtype=torch.float64, device=weight.device)
+
+    @property
+    def gram(self) -> Tensor:
+        """G [k, k], float64, until the weights are solved for."""
+        return self._gram
 
     def add(self, hidden: Tensor, residual: Tensor, wanted: Tensor, catch_up: float) -> None:
         """Adds tokens' activations of all neurons [N, F], and r and o [N, H] in float32."""

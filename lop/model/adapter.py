@@ -14,10 +14,10 @@ from lop.errors import LopError, first_line
 from lop.model.backbone import Backbone, Layer
 from lop.model.families.family import Family
 from lop.model.families.registry import FAMILIES
-from lop.model.sources import check_checkpoint, family_of
+from lop.model.rounding import check_library
+from lop.model.sources import check_checkpoint, family_of, is_quantised
 from lop.model.tensors import ffn_part
 from lop.storage.files import read_json
-from lop.storage.headers import read_tensors
 
 # The least size of an FFN's matrices from which a CPU is asked for bfloat16.
 _LEAST_WIDTH = 256
@@ -149,8 +149,10 @@ def open_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    check_checkpoint(path)
+    check_checkpoint(path, quantised=True)
     place, kind = place_and_dtype(device, dtype, path)
+    if is_quantised(path):
+        check_library()
     with told_in_one_line(path):
         network_class = family_of(path).network_class()
         model, loading = network_class.from_pretrained(path, dtype=kind, output_loading_info=True)
@@ -188,7 +190,7 @@ def _multiplies_bfloat16() -> bool:
 
 def _is_large_bfloat16(path: Path) -> bool:
     """Whether a checkpoint's FFNs are stored in bfloat16, and wide enough: of `tiny`, products are a small part."""
-    ffns = [info for name, info in read_tensors(path).items() if ffn_part(name)]
+    ffns = [info for name, info in check_checkpoint(path, quantised=True).items() if ffn_part(name)]
     return all(info.dtype == "BF16" and min(info.shape) >= _LEAST_WIDTH for info in ffns)
 
 

@@ -105,6 +105,14 @@ class Backbone:
         """
         return self._attend(layer, _Attention(self, rotation, groups), x)
 
+    def attention_input(self, layer: Layer, x: Tensor) -> Tensor:
+        """What the attention of a layer is given, [N, H], for the states x [N, H] before the layer."""
+        return self._norm(x, layer.attention_norm)
+
+    def heads_output(self, layer: Layer, x: Tensor, rotation: Tensor, groups: Sequence[Group]) -> Tensor:
+        """What the layer's heads say to the states x [N, H] before it, [N, Q·D], which `layer.out` is applied to."""
+        return _Attention(self, rotation, groups)(layer, self.attention_input(layer, x))
+
     def ffn_input(self, layer: Layer, x: Tensor) -> Tensor:
         """What the FFN is given, [N, H], where `attend` gave x [N, H]."""
         return self._norm(x, layer.ffn_norm)

@@ -5,6 +5,7 @@ integers for numbers: whatever opens a checkpoint looks here first.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lop.errors import LopError
 from lop.model.families.family import Family
 from lop.model.families.registry import FAMILIES
 from lop.model.tensors import down_projections
-from lop.storage.files import read_json
+from lop.storage.files import read_as, read_json
 from lop.storage.headers import TensorInfo, read_tensors
 
 # Of an exported checkpoint: what says how it was made, and its modelling code.
@@ -26,8 +27,11 @@ _TAKES = (
 _ADAPTER = "adapter_config.json"
 
 
-def check_config(folder: Path) -> dict[str, Any]:
+def check_config(folder: Path, *, quantised: bool = False) -> dict[str, Any]:
     """Looks at a folder's config alone, which is all that is there while a model is downloaded, and returns it.
+
+    Args:
+        quantised: takes one that LOP has quantised, too.
 
     Raises:
         LopError: it is of no family that LOP takes, or a quantised model, or an adapter; says what it is.
@@ -47,33 +51,42 @@ def check_config(folder: Path) -> dict[str, Any]:
     known = {family.architecture, family.pruned_class}
     if isinstance(classes, list) and classes and not known & set(map(str, classes)):
         raise LopError(f"{folder} is a {classes[0]} by its config.json, no {family.architecture}: {_TAKES}")
-    if method := _quantisation(config):
+    if (method := _quantisation(config)) and not (quantised and is_quantised(folder)):
         raise LopError(f"{folder} is quantised ({method}, by its config.json): name what it was made from; {_TAKES}")
     if refusal := family.refusal(config):
         raise LopError(f"{folder} is no {family.name} that LOP takes: {refusal}")
     return dict(config)
 
 
+def is_quantised(folder: Path) -> bool:
+    """Whether LOP has quantised a checkpoint, by its manifest."""
+    return (folder / MANIFEST).is_file() and bool(_value(read_json(folder / MANIFEST), "quantised"))
+
+
 def family_of(folder: Path) -> Family:
-    """The family of a folder's model.
+    """The family of a folder's model, which may be quantised.
 
     Raises:
         LopError: as `check_config`.
     """
-    return FAMILIES[check_config(folder)["model_type"]]
+    return FAMILIES[check_config(folder, quantised=True)["model_type"]]
 
 
-def check_checkpoint(folder: Path, *, dense: bool = False) -> dict[str, TensorInfo]:
+def check_checkpoint(folder: Path, *, dense: bool = False, quantised: bool = False) -> dict[str, TensorInfo]:
     """Looks at a folder's config and headers, and returns its tensors.
 
     Args:
+        quantised: takes what LOP has quantised, too; of each such weight what it is once it is unpacked is returned, in
+            the place of the tensors that hold it.
         dense: refuses pruned checkpoints, too. Their neurons are in another order, and which of the dense model's they
             are no longer matters to any run: what is wanted smaller is pruned from the dense model again.
 
     Raises:
         LopError: it is none that LOP takes; says what it is.
     """
-    config, tensors = check_config(folder), read_tensors(folder)
+    config, tensors = check_config(folder, quantised=quantised), read_tensors(folder)
+    if quantised and is_quantised(folder):
+        tensors = _unpacked(tensors, read_as(folder / MANIFEST, lambda manifest: int(manifest["quantised"]["bits"])))
     family = FAMILIES[config["model_type"]]
     for name, info in tensors.items():
         if info.dtype not in _FLOATS or name.rpartition(".")[2] not in ("weight", "bias"):
@@ -91,6 +104,25 @@ def check_checkpoint(folder: Path, *, dense: bool = False) -> dict[str, TensorIn
         if said != found:
             raise LopError(f"{folder} does not fit its config.json: {name} is {said} there, {found} in its tensors")
     return tensors
+
+
+def _unpacked(tensors: Mapping[str, TensorInfo], bits: int) -> dict[str, TensorInfo]:
+    """The tensors of a quantised checkpoint, its weights as they are once unpacked: of their scales' type.
+
+    Raises:
+        LopError: a weight lacks some of the tensors that hold it.
+    """
+    found = dict(tensors)
+    for name, packed in tensors.items():
+        if not name.endswith(".weight_packed"):
+            continue
+        weight = name.removesuffix("_packed")
+        parts = {part: found.pop(f"{weight}_{part}", None) for part in ("packed", "scale", "zero_point", "shape")}
+        scale = parts["scale"]
+        if scale is None or None in parts.values() or len(packed.shape) != 2:
+            raise LopError(f"{packed.file} is damaged: {weight} lacks some of the tensors that hold it")
+        found[weight] = replace(scale, shape=(packed.shape[0], packed.shape[1] * 32 // bits))
+    return found
 
 
 def _sizes(

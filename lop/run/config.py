@@ -209,6 +209,13 @@ class CompareSettings(_Settings):
     limit: Positive | None = None
 
 
+class MeasureSettings(_Settings):
+    """What `lop measure` measures: each ratio with weights of each number of bits."""
+
+    ratios: Several[Ratio] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+    bits: Distinct[Literal[16, 8, 4]] = (16, 8, 4)
+
+
 class TablesSettings(_Settings):
     """What `lop compare` makes of the benchmark: the paper's tables and figures.
 
@@ -282,6 +289,7 @@ class Config(_Settings):
     train: TrainSettings = TrainSettings()
     compare: CompareSettings = CompareSettings()
     tables: TablesSettings = TablesSettings()
+    measure: MeasureSettings = MeasureSettings()
     distil: DistilSettings = DistilSettings()
 
     @property

@@ -1,21 +1,16 @@
-"""Which predictor answers for a model: a run's own, or the one that ships. Like the answer itself, without torch."""
+"""Which predictor answers for a model: a run's own, or the one that ships. Without torch."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import Format
-from lop.checkpoint.recoveries import Recovery
 from lop.errors import LopError
 from lop.model.shape import read_shape
 from lop.predictor.predictor import Predictor, load_predictor
 from lop.run.config import Config
 from lop.run.run import Run, shipped_run
-from lop.space.allocation import Allocation, Space
+from lop.space.allocation import Space
 from lop.space.latency import Profile, parse_profile
 from lop.space.memory import Shape
-from lop.space.size import Target
 from lop.storage.files import read_json
 from lop.storage.fingerprint import check_fingerprints
 
@@ -30,44 +25,9 @@ def predictor_for(run: Run | None, config: Config) -> Predictor:
     return open_predictor(owner, owner.predictor_folder)
 
 
-def answer(run: Run | None, config: Config, target: Target, format: Format) -> dict[str, Any]:
-    """What a checkpoint of the target would be, as plain JSON values; see `Footprint.describe`.
-
-    Raises:
-        LopError: the target cannot be met, or the predictor is missing or of another model.
-    """
-    predictor, footprint, allocation = allocate(run, config, target, format)
-    return footprint.describe(allocation, predictor.space, target)
-
-
-def allocate(
-    run: Run | None, config: Config, target: Target, format: Format
-) -> tuple[Predictor, Footprint, Allocation]:
-    """The allocation for a target, with what it was found by.
-
-    Raises:
-        LopError: as `answer`.
-    """
-    owner = run or what_ships(config)
-    predictor = open_predictor(owner, owner.predictor_folder)
-    footprint = footprint_for(owner, predictor, format, config.recovery)
-    if target.profile is not None:
-        check_profile(target.profile, predictor)
-    return predictor, footprint, footprint.allocate(target, predictor.space, predictor.allocate)
-
-
-def footprint_for(run: Run, predictor: Predictor, format: Format, recovery: Recovery) -> Footprint:
-    """What checkpoints of the run's model take.
-
-    Raises:
-        LopError: the model is missing, or the format has no place for the recovery.
-    """
-    return Footprint(predictor.size, format, recovery, shape_of(run, predictor), run.model_folder)
-
-
-def shape_of(run: Run, predictor: Predictor) -> Shape:
+def shape_of(run: Run) -> Shape:
     """The shape of the run's model."""
-    size = predictor.size
+    size = run.size
     return read_shape(run.model_folder, size.neuron_bytes // size.neuron_parameters)
 
 

@@ -34,7 +34,7 @@ SEEDS = "seeds"
 _MADE = (
     "config.yaml", "statistics.safetensors", "search.json", "seconds.json", "status.json", "predictors.json",
     "results.json", "report.md", "tables.json", "tables.md", "ledger/", "predictors/", "predictor/", "rivals/",
-    "cells/", "seeds/", "checkpoints/", "tune/", "surveys/",
+    "cells/", "seeds/", "checkpoints/", "tune/", "surveys/", "qualities.json", "qualities.png",
 )  # fmt: skip
 
 
@@ -104,6 +104,19 @@ class Run:
     @property
     def predictor_folder(self) -> Path:
         return self.folder / "predictor"
+
+    @property
+    def predictor_fingerprint(self) -> str:
+        """Of the run's predictor.
+
+        Raises:
+            LopError: it is missing or damaged.
+        """
+        return read_as(self.predictor_folder / "predictor.json", lambda about: str(about["fingerprint"]))
+
+    @property
+    def qualities_file(self) -> Path:
+        return self.folder / "qualities.json"
 
     @property
     def report_file(self) -> Path:

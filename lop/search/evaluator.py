@@ -70,6 +70,19 @@ class Evaluator:
                     break
         return tally
 
+    def remember(self) -> None:
+        """Computes what the dense model says now, for weights that are changed afterwards."""
+        self._dense_tails  # noqa: B018
+
+    @torch.inference_mode()
+    def now(self) -> Scores:
+        """What the model says to each sample with the weights that it has now, compared with what `remember` saw."""
+        tally = Tally(self._encoded)
+        for batches in self._scoring.rounds():
+            for index, batch in batches:
+                self._scoring.add(tally, batch, dense=self._dense_tails[index])
+        return tally.scores()
+
     def scores(self) -> Scores:
         """Scores each sample with the widths, weights and biases that the model has now."""
         return self._scoring.scores()
@@ -87,6 +100,7 @@ class Evaluator:
         return {layer: [states[layer] for states in batches] for layer in self._cached_layers}
 
     @cached_property
+    @torch.inference_mode()
     def _dense_tails(self) -> list[Tensor]:
         """The normed last states [M, H] at each batch's tails, in host memory."""
         batches = on_device(self._encoded.batches, self._scoring.device)

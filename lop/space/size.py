@@ -37,10 +37,6 @@ class ModelSize:
         """Parameters of the checkpoint that keeps `budget` neurons."""
         return self.parameters - (self.layers * self.neurons - budget) * self.neuron_parameters
 
-    def pruned_bytes(self, budget: int) -> int:
-        """Tensor bytes of the checkpoint that keeps `budget` neurons."""
-        return self.bytes - (self.layers * self.neurons - budget) * self.neuron_bytes
-
 
 @dataclass(frozen=True)
 class Target:

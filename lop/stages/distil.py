@@ -23,7 +23,7 @@ from lop.model.adapter import load_model, place_and_dtype
 from lop.model.encoding import Encoded, EncodedSample, encode, encode_each
 from lop.model.find import find_model, find_samples, fingerprint_model
 from lop.model.samples import Sample, SampleSets, fingerprint_samples, load_sample_sets, load_samples
-from lop.model.sources import check_checkpoint
+from lop.model.sources import check_checkpoint, check_config
 from lop.run.config import Config
 from lop.stages.calibrate import warn_of_samples
 from lop.storage.destination import check_new, check_writable
@@ -158,6 +158,7 @@ def distil_stage(
 def _checked(checkpoint: Path, config: Config) -> tuple[dict[str, Any], Path]:
     """The manifest of an undamaged checkpoint, and the folder of its dense model."""
     known = read_manifest(checkpoint).get("fingerprints", {}).get("model")
+    check_config(checkpoint)
     try:
         teacher = find_model(config.model)
     except LopError as error:

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 
 from lop import __version__
+from lop.checkpoint.bits import BITS, COMPENSATED, check_widths
+from lop.checkpoint.compensation import compensate_checkpoint
 from lop.checkpoint.edge.files import check_source
 from lop.checkpoint.export import export
-from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import FORMATS, Format, check_format
+from lop.checkpoint.formats import FORMATS, Format
 from lop.checkpoint.recoveries import RECOVERIES, Recovery, untrained
 from lop.checkpoint.recovery import recover_checkpoint
 from lop.errors import CancelledError
+from lop.model.rounding import check_library
+from lop.run.choice import Choice, choose, footprint_of, packing_of
 from lop.run.config import Config
-from lop.run.prediction import allocate, what_ships
+from lop.run.prediction import what_ships
 from lop.run.run import Run
 from lop.space.allocation import Allocation
 from lop.space.size import Target
@@ -35,22 +38,31 @@ def prune_stage(
     out: str | Path,
     *,
     format: Format = "hf",
+    bits: int | None = None,
+    vision: bool = False,
+    on_choice: Callable[[Choice], None] = lambda choice: None,
     progress: Progress = lambda step, done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Predicts the target's allocation and writes the checkpoint; see `export_allocation`.
 
+    Args:
+        bits: of the weights; None lets a target in bytes choose, where `lop measure` has been run.
+        on_choice: told what will be written, before it is.
+
     Raises:
         LopError: the target cannot be met, or something that the run needs is missing or damaged.
     """
-    owner = run or what_ships(config)
-    predictor, _, allocation = allocate(owner, config, target, format)
+    choice = choose(run, config, target, format, bits=bits, vision=vision)
+    on_choice(choice)
     return export_allocation(
-        owner,
-        allocation,
+        run or what_ships(config),
+        choice.allocation,
         out,
-        target=predictor.space.ratio(allocation.budget),
+        target=choice.predictor.space.ratio(choice.allocation.budget),
         format=format,
+        bits=choice.bits,
+        vision=vision,
         progress=progress,
         cancelled=cancelled,
     )
@@ -65,6 +77,8 @@ def export_allocation(
     format: Format = "hf",
     importance: str | None = None,
     recovery: Recovery | None = None,
+    bits: int = BITS[0],
+    vision: bool = False,
     scratch: Path | None = None,
     progress: Progress = lambda step, done, total: None,
     cancelled: Callable[[], bool] = lambda: False,
@@ -80,9 +94,12 @@ def export_allocation(
         target: the pruning ratio that was asked for; goes into the manifest.
         importance: whose order neurons are kept in, for a method's own; None takes the config's.
         recovery: None takes the config's.
+        bits: of the language backbone's weights: below 16 they are quantised, and below 8 layer by layer on the
+            calibration samples, whatever the recovery (`lop.checkpoint.compensation`).
+        vision: quantises the vision tower, too.
         scratch: where recovery keeps a folder while it runs; by default the system's place for temporary files.
-        progress: called in this thread with the step (`"recover"`, counted in layers, or `"export"`, in bytes; and
-            those of `distil_stage`), how much of it is done, and how much it is in all.
+        progress: called in this thread with the step (`"recover"`, counted in layers, `"quantise"`, in matrices, or
+            `"export"`, in bytes; and those of `distil_stage`), how much of it is done, and how much it is in all.
         cancelled: asked after each layer, and about every 8 MiB, whether to give up.
 
     Returns:
@@ -95,11 +112,14 @@ def export_allocation(
     """
     recovery = recovery or run.config.recovery
     order = run.order_by(importance) if importance else run.order
-    check_format(format, recovery)
-    place = Location.parse(out)
+    place, footprint = Location.parse(out), footprint_of(run, format, recovery, bits, vision=vision)
+    packing = packing_of(run, bits, vision=vision)
+    if packing is not None:
+        check_library()
+        check_widths(bits, allocation.widths)
     if kind := FORMATS[format].gguf:
         check_source(run.model_folder, kind)
-    check_new(place, bytes=Footprint(run.size, format, recovery, source=run.model_folder).bytes(allocation.widths))
+    check_new(place, bytes=footprint.bytes(allocation.widths))
     if RECOVERIES[recovery].trains:
         with TemporaryDirectory(prefix="lop-untrained-", dir=scratch) as folder:
             start = Path(folder) / "checkpoint"
@@ -130,23 +150,34 @@ def export_allocation(
             raise CancelledError("the export was cancelled")
         progress("recover", done, total)
 
-    if RECOVERIES[recovery].refits:
+    is_compensated = packing is not None and bits < COMPENSATED
+    if RECOVERIES[recovery].refits or is_compensated:
         warn_of_samples(run.config)
+    inputs: dict[str, Any] = {
+        "order": order,
+        "means": run.statistics.mean,
+        "samples": run.samples.calibration,
+        "batch_tokens": run.config.batch_tokens,
+        "images": run.config.images,
+        "device": run.config.device,
+        "dtype": run.config.dtype,
+        "progress": on_layer,
+    }
     with TemporaryDirectory(prefix="lop-recovery-", dir=scratch) as folder:
-        recovered = recover_checkpoint(
-            run.model_folder,
-            allocation,
-            recovery,
-            Path(folder),
-            order=order,
-            means=run.statistics.mean,
-            samples=run.samples.calibration,
-            batch_tokens=run.config.batch_tokens,
-            images=run.config.images,
-            device=run.config.device,
-            dtype=run.config.dtype,
-            progress=on_layer,
-        )
+        recovered, packed = {}, {}
+        if is_compensated:
+            assert packing is not None
+            packed = compensate_checkpoint(
+                run.model_folder,
+                allocation,
+                recovery,
+                packing,
+                Path(folder),
+                padded=FORMATS[format].is_padded,
+                **inputs,
+            )
+        if not (is_compensated and RECOVERIES[recovery].refits):
+            recovered = recover_checkpoint(run.model_folder, allocation, recovery, Path(folder), **inputs)
         return export(
             run.model_folder,
             place,
@@ -155,6 +186,10 @@ def export_allocation(
             about=about,
             format=format,
             recovered=recovered,
+            packing=packing,
+            packed=packed,
+            scratch=scratch,
             progress=lambda done, total: progress("export", done, total),
+            on_matrix=lambda done, total: progress("quantise", done, total),
             cancelled=cancelled,
         )

@@ -123,6 +123,25 @@ def test_a_format_takes_the_room_that_it_needs(start: Start) -> None:
     assert (refused.status, "bias" in refused.json["detail"]) == (422, True)
 
 
+def test_bits_are_asked_for_and_make_another_checkpoint(start: Start, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.24")
+    service = start()
+    (model,) = service.ask("GET", "/v1/models").json["models"]
+    assert model["bits"] == [16, 8, 4]
+    plain = service.make({"ratio": 0.4}).json
+    folder = lop.Client(service.url).get("tiny", ratio=0.4, recovery="none", bits=8, out=tmp_path / "served")
+    found = lop.inspect(folder)
+    made = service.make({"ratio": 0.4}, bits=8).json
+    assert made["id"] != plain["id"]
+    assert (found.bits, found.bytes) == (8, made["allocation"]["bytes"])
+    assert made["allocation"]["widths"] == plain["allocation"]["widths"]
+    assert made["allocation"]["bytes"] < plain["allocation"]["bytes"]
+    assert made["allocation"]["expected_accuracy"] is None
+    assert service.make({"bytes": 3_900_000}, bits=8).json["allocation"]["bytes"] <= 3_900_000
+    refused = service.make({"ratio": 0.4}, bits=5)
+    assert (refused.status, "bits" in refused.json["detail"]) == (422, True)
+
+
 def test_a_file_for_llama_cpp_is_a_format_like_any(service: Service) -> None:
     asked = 1_500_000
     made = service.make({"bytes": asked}, format="gguf-q8_0").json

@@ -13,7 +13,7 @@ from lop.storage.headers import read_tensors
 
 
 @dataclass(frozen=True)
-class Weight:
+class GgufWeight:
     """What a model weighs in a kind, at any widths.
 
     Attributes:
@@ -40,7 +40,7 @@ class Weight:
 
 
 @lru_cache(maxsize=32)
-def weigh(source: Path, kind: str) -> Weight:
+def weigh(source: Path, kind: str) -> GgufWeight:
     """Sums up a dense checkpoint by its headers.
 
     Args:
@@ -61,4 +61,4 @@ def weigh(source: Path, kind: str) -> Weight:
             continue
         parameters += info.parameters
         size += stored_bytes(kind_of(name, info.shape, kind, is_tower=is_tower), info.shape)
-    return Weight(kind, parameters, size, hidden)
+    return GgufWeight(kind, parameters, size, hidden)

@@ -12,9 +12,8 @@ from lop.model.backbone import Layer
 def lean_layer(layer: Any, heads: int, key_heads: int) -> Layer:
     """A decoder layer with `heads` query heads and `key_heads` key heads."""
     attention = layer.self_attn
-    # transformers rotates the first half of a head against the second; `Layer` has the two halves interleaved.
     size = attention.q_proj.weight.shape[0] // heads
-    pairs = torch.arange(size).view(2, -1).T.flatten()
+    pairs = _pairs(size)
     rotated = ((attention.q_proj, heads), (attention.k_proj, key_heads))
 
     def interleaved(name: str) -> list[Tensor]:
@@ -28,6 +27,28 @@ def lean_layer(layer: Any, heads: int, key_heads: int) -> Layer:
         ffn_norm=layer.post_attention_layernorm.weight,
         ffn=layer.mlp,
     )
+
+
+def projections(layer: Layer, heads: int, key_heads: int) -> list[Tensor]:
+    """The weights of queries, keys and values, each with its rows as transformers has them; copies."""
+    size = len(layer.qkv) // (heads + 2 * key_heads)
+    back = torch.argsort(_pairs(size))
+    *rotated, values = layer.qkv.split([heads * size, key_heads * size, key_heads * size])
+    return [*(part.unflatten(0, (-1, size))[:, back].flatten(0, 1) for part in rotated), values.clone()]
+
+
+def project_by(layer: Layer, weights: Sequence[Tensor], heads: int) -> None:
+    """Gives a layer other weights of queries, keys and values, as `projections` has them."""
+    size = len(weights[0]) // heads
+    pairs = _pairs(size)
+    *rotated, values = weights
+    layer.qkv.copy_(torch.cat([*(part.unflatten(0, (-1, size))[:, pairs].flatten(0, 1) for part in rotated), values]))
+
+
+def _pairs(size: int) -> Tensor:
+    """[size], which of a head's rows stands where: transformers rotates its first half against the second, `Layer` has
+    the two halves interleaved."""
+    return torch.arange(size).view(2, -1).T.flatten()
 
 
 def rotation(rotary: Any, positions: Tensor) -> Tensor:

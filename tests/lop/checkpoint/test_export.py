@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem, SubTreeFileSystem
 from safetensors.torch import load_file, save_file
 
-import lop.checkpoint.export
+import lop.checkpoint.writing
 from lop.checkpoint.export import export, verify
 from lop.checkpoint.formats import Format
 from lop.checkpoint.inspection import inspect
@@ -92,7 +92,7 @@ def test_what_is_written_is_what_indexing_gives(
     widths = tuple(int(width) for width in rng.integers(1, neurons + 1, layers))
     widest = max(widths) if kind == "padded" else 0
     with TemporaryDirectory() as parent, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lop.checkpoint.export, "SHARD_BYTES", limit)
+        patch.setattr(lop.checkpoint.writing, "SHARD_BYTES", limit)
         # A chunk holds at least one row, so it grows with the rows.
         patch.setattr(lop.checkpoint.shards, "CHUNK", max(chunk, 8 * max(hidden, neurons)))
         source, out = Path(parent) / "dense", Path(parent) / "pruned"

@@ -317,7 +317,14 @@ files.read_piece = read
 from lop.cli import main
 raise SystemExit(main(["convert", {str(pruned)!r}, "--out", {str(tmp_path / "out")!r}]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    # Tests may run in the background of a shell, which has its jobs ignore SIGINT.
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert done.returncode == (130 if number == signal.SIGINT else 143), done.stderr
     assert list(tmp_path.iterdir()) == []
     assert main(["convert", str(pruned), "--out", str(tmp_path / "out")]) == 0

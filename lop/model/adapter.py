@@ -15,7 +15,7 @@ from lop.model.backbone import Backbone, Layer
 from lop.model.families.family import Family
 from lop.model.families.registry import FAMILIES
 from lop.model.rounding import check_library
-from lop.model.sources import check_checkpoint, family_of, is_quantised
+from lop.model.sources import check_checkpoint, family_of, is_quantised, read_weights
 from lop.model.tensors import ffn_part
 from lop.storage.files import read_json
 
@@ -190,7 +190,7 @@ def _multiplies_bfloat16() -> bool:
 
 def _is_large_bfloat16(path: Path) -> bool:
     """Whether a checkpoint's FFNs are stored in bfloat16, and wide enough: of `tiny`, products are a small part."""
-    ffns = [info for name, info in check_checkpoint(path, quantised=True).items() if ffn_part(name)]
+    ffns = [info for name, info in read_weights(path).items() if ffn_part(name)]
     return all(info.dtype == "BF16" and min(info.shape) >= _LEAST_WIDTH for info in ffns)
 
 

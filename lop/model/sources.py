@@ -84,9 +84,8 @@ def check_checkpoint(folder: Path, *, dense: bool = False, quantised: bool = Fal
     Raises:
         LopError: it is none that LOP takes; says what it is.
     """
-    config, tensors = check_config(folder, quantised=quantised), read_tensors(folder)
-    if quantised and is_quantised(folder):
-        tensors = _unpacked(tensors, read_as(folder / MANIFEST, lambda manifest: int(manifest["quantised"]["bits"])))
+    config = check_config(folder, quantised=quantised)
+    tensors = read_weights(folder) if quantised else read_tensors(folder)
     family = FAMILIES[config["model_type"]]
     for name, info in tensors.items():
         if info.dtype not in _FLOATS or name.rpartition(".")[2] not in ("weight", "bias"):
@@ -104,6 +103,18 @@ def check_checkpoint(folder: Path, *, dense: bool = False, quantised: bool = Fal
         if said != found:
             raise LopError(f"{folder} does not fit its config.json: {name} is {said} there, {found} in its tensors")
     return tensors
+
+
+def read_weights(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of a folder by their headers; of what LOP has quantised, as they are once unpacked.
+
+    Raises:
+        LopError: a file is missing or damaged.
+    """
+    tensors = read_tensors(folder)
+    if not is_quantised(folder):
+        return tensors
+    return _unpacked(tensors, read_as(folder / MANIFEST, lambda manifest: int(manifest["quantised"]["bits"])))
 
 
 def _unpacked(tensors: Mapping[str, TensorInfo], bits: int) -> dict[str, TensorInfo]:

@@ -129,6 +129,13 @@ class Bench:
         """An allocation's cell."""
         return self._cell(f"score-{fingerprint([chosen.importance, chosen.widths])}.json", lambda: self.score(chosen))
 
+    def result(self, method: str, ratio: float) -> tuple[Chosen, np.ndarray, float]:
+        """What a method chose at a ratio, the KL [n] of each item, and the share of questions answered right."""
+        chosen = self.choose(method, ratio)
+        found = self.scored(chosen)
+        asked = np.array([not sample.is_prose for sample in self.items])
+        return chosen, unpack_values(found["divergence"]), float(unpack_values(found["hits"])[asked].mean())
+
     def score(self, chosen: Chosen) -> dict[str, Any]:
         """What an allocation says to the test items."""
         evaluator = Evaluator(
@@ -225,7 +232,7 @@ class Bench:
             evaluations=max(1, int(tokens / whole)),
             levels=settings.sensitivity_levels,
             options=settings.tree_options(),
-            weights=workshop.elastic.weight_squares(),
+            weights=workshop.elastic.weight_squares,
             reward=lambda evaluation: evaluation.worth("divergence"),
             tie_breaker=lambda evaluation: evaluation.log_probability,
             evaluate=lambda allocation, part: evaluators[part].evaluate(Candidate(allocation)),

@@ -25,7 +25,6 @@ from bench import LOP, Bench
 
 from lop.methods.registry import METHODS
 from lop.run.surveys import SURVEYS
-from lop.search.racing import unpack_values
 
 RESULTS = Path(__file__).parent.parent / "results"
 MODELS = ("tiny", "smol")
@@ -37,17 +36,13 @@ _ELSEWHERE = {"smol": [RESULTS / "smol"]}
 
 def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> dict[str, Any]:
     """One model's part of the last line."""
-    asked = np.array([not sample.is_prose for sample in bench.items])
     kl: dict[tuple[str, float], np.ndarray] = {}
     found: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     for method in methods:
         for ratio in ratios:
-            chosen = bench.choose(method, ratio)
-            scores = bench.scored(chosen)
-            kl[method, ratio] = unpack_values(scores["divergence"])
-            hits = unpack_values(scores["hits"])[asked].mean()
+            chosen, kl[method, ratio], hits = bench.result(method, ratio)
             found["kl"][method][str(ratio)] = float(kl[method, ratio].mean())
-            found["accuracy"][method][str(ratio)] = float(hits)
+            found["accuracy"][method][str(ratio)] = hits
             found["seconds"][method][str(ratio)] = chosen.seconds
             print(
                 f"{bench.model} {method:<18} {ratio:.0%}  KL {kl[method, ratio].mean():.4f}  right {hits:.1%}  "

@@ -13,17 +13,14 @@ scoring. A rival that has nothing as small gets its smallest, which is then larg
 which `lop prune` does not offer.
 """
 
-import argparse
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from bench import Bench
-from cells import cell
+from cells import cell, run
 
 from lop.checkpoint.bits import BITS
 from lop.checkpoint.compensation import quantised_elastic
@@ -188,7 +185,7 @@ def check(count: int, runs: Path = Path("runs/benchmark-smol")) -> tuple[int, in
 
 
 def _agree(smaller: Smaller, count: int) -> Iterator[bool]:
-    records = [read_json(path) for path in sorted(RESULTS.glob("*.json"))]
+    records = [read_json(path) for path in sorted(RESULTS.glob("[0-9]*.json"))]
     for index in np.random.default_rng().permutation(len(records))[:count]:
         pair = records[index]["ratio"], records[index]["bits"]
         known, again = (unpack_values(found["divergence"]) for found in (smaller.scored(pair), smaller.score(pair)))
@@ -196,18 +193,5 @@ def _agree(smaller: Smaller, count: int) -> Iterator[bool]:
         yield bool(abs(known.mean() - again.mean()) <= 0.03 * abs(known.mean()) + 0.005)
 
 
-def main() -> None:
-    """Makes what is missing, and prints."""
-    parser = argparse.ArgumentParser(description="What fewer bits cost smol, pruned and not.")
-    parser.add_argument("--check", type=int, default=0, metavar="N", help="make N cells again")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.check:
-        checked, agree = check(options.check)
-        print(json.dumps({"benchmark": "smaller-bits", "checked": checked, "agree": agree}))
-        return
-    print(json.dumps({"benchmark": "smaller-bits", **summary()}))
-
-
 if __name__ == "__main__":
-    main()
+    run("smaller-bits", "What fewer bits cost smol, pruned and not.", summary, check)

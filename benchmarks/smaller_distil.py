@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from bench import LOP, Bench, Chosen
 from cells import cell
 
 from lop.cli import set_up_logging
 from lop.distil.training import Judge
 from lop.model.adapter import QwenVL, load_model
-from lop.model.encoding import encode, on_device
+from lop.model.encoding import encode
 from lop.model.samples import Sample, fingerprint_samples
 from lop.report.intervals import Interval, paired_bootstrap
 from lop.run.config import Config, find_config, load_config
@@ -74,9 +73,7 @@ class Distilling:
         """The test items with what the dense model says to them."""
         dense = self._load(self.bench.run.model_folder)
         encoded = encode(dense, self.items, batch_tokens=self.config.batch_tokens)
-        scoring = Scoring(dense.lean_backbone(), encoded)
-        with torch.inference_mode():
-            return Judge(encoded, [scoring.tails(batch).cpu() for batch in on_device(encoded.batches, scoring.device)])
+        return Judge(encoded, Scoring(dense.lean_backbone(), encoded).all_tails())
 
     def train(self, chosen: Chosen) -> dict[str, Any]:
         """Exports an allocation, has it learn, and measures it before and after."""

@@ -15,7 +15,6 @@ agreements again. The last line is JSON: `gguf_kl` by model, widths and type, me
 over its tokens at float16 where it is largest; `speed`, by widths and type.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -25,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from cells import cell
+from cells import cell, run
 
 from lop.checkpoint.export import convert
 from lop.model.adapter import load_model
@@ -218,18 +216,5 @@ def check(count: int) -> tuple[int, int]:
     return len(chosen), agree
 
 
-def main() -> None:
-    """Makes what is missing, and prints."""
-    parser = argparse.ArgumentParser(description="Pruned checkpoints in llama.cpp.")
-    parser.add_argument("--check", type=int, default=0, metavar="N", help="make N agreements again")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.check:
-        made, agree = check(options.check)
-        print(json.dumps({"benchmark": "smaller_edge", "checked": made, "agree": agree}))
-    else:
-        print(json.dumps({"benchmark": "smaller_edge", **summary()}))
-
-
 if __name__ == "__main__":
-    main()
+    run("smaller_edge", "Pruned checkpoints in llama.cpp.", summary, check)

@@ -25,8 +25,6 @@ from typing import Any
 import numpy as np
 from bench import LOP, Bench
 
-from lop.search.racing import unpack_values
-
 RESULTS = Path(__file__).parent.parent / "results" / "smol"
 RATIOS = (0.2, 0.3, 0.4, 0.5)
 READ = ("uniform", "magnitude", "wanda", "flap", "owl", "alphapruning")
@@ -49,12 +47,9 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
     }
     for method in methods:
         for ratio in ratios:
-            chosen = bench.choose(method, ratio)
-            found = bench.scored(chosen)
-            kl[method, ratio] = unpack_values(found["divergence"])
-            hits = unpack_values(found["hits"])[asked].mean()
+            chosen, kl[method, ratio], hits = bench.result(method, ratio)
             lines["kl"].setdefault(method, {})[str(ratio)] = float(kl[method, ratio].mean())
-            lines["accuracy"].setdefault(method, {})[str(ratio)] = float(hits)
+            lines["accuracy"].setdefault(method, {})[str(ratio)] = hits
             shares = {part: float(kl[method, ratio][mine].mean()) for part, mine in parts.items()}
             lines["kl_of"].setdefault(method, {})[str(ratio)] = shares
             print(

@@ -239,7 +239,7 @@ def _add_evaluate(stage: argparse.ArgumentParser) -> None:
 
 def _add_distil(stage: argparse.ArgumentParser) -> None:
     stage.add_argument("checkpoint", type=_local, metavar="CHECKPOINT", help="a folder that `lop prune` wrote")
-    stage.add_argument("--out", type=_name, required=True, metavar="DIR", help="a new folder, or a URI")
+    _add_out(stage)
     stage.add_argument(
         "--text", type=_local, action="append", default=[], metavar="FILE", help="plain text to learn from, too"
     )

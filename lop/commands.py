@@ -17,7 +17,6 @@ from lop.errors import LopError
 from lop.model.find import find_model
 from lop.model.smol import NAME as SMOL
 from lop.run.config import Config, config_for, find_config, load_config
-from lop.run.prediction import read_profile
 from lop.space.latency import PHASES
 from lop.space.memory import Load
 from lop.space.size import Target, parse_count, parse_seconds
@@ -338,7 +337,11 @@ def _tell_choice(choice: "Choice", options: argparse.Namespace) -> None:
 
 
 def _target(options: argparse.Namespace) -> Target:
-    load, profile = _load(options), options.device_profile and read_profile(options.device_profile)
+    load, profile = _load(options), None
+    if options.device_profile:
+        from lop.run.prediction import read_profile
+
+        profile = read_profile(options.device_profile)
     if options.latency_of and options.latency is None:
         raise LopError("--latency-of is for --latency")
     # A target refuses what does not belong to it.

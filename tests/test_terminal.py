@@ -125,6 +125,15 @@ def test_a_full_disk_behind_stdout_is_one_line() -> None:
     assert b"No space left" in done.stderr
 
 
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, lop.cli; lop.cli.build_parser();"
+        "print([name for name in ('torch', 'transformers', 'ray', 'matplotlib', 'pyarrow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n"
+
+
 def test_a_prediction_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
     # Each takes longer to import than everything else together.
     code = (

@@ -118,13 +118,11 @@ class _Compensation:
 
     def _normal_equations(self, layer: Layer, ffn: ElasticFfn, wanted: Sequence[Tensor]) -> NormalEquations:
         """Those of the kept neurons' refit; pruned ones, which are not quantised, tell what is missing."""
-        backbone, width = self._backbone, ffn.width
+        width = ffn.width
         normal = NormalEquations(ffn.down, width)
         ffn.width = ffn.neurons
         for state, output in zip(self.states, wanted, strict=True):
-            residual = state.to(self._device)
-            for x, y in zip(residual.split(ROWS), output.to(self._device).split(ROWS)):
-                normal.add(ffn.hidden(backbone.ffn_input(layer, x)), x.float(), y.float(), CATCH_UP)
+            normal.add(self._backbone, layer, state.to(self._device), output.to(self._device), CATCH_UP)
         ffn.width = width
         return normal
 

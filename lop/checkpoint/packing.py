@@ -11,12 +11,11 @@ from torch import Tensor
 from lop.checkpoint.bits import Packing
 from lop.checkpoint.shards import Cut
 from lop.errors import CancelledError
+from lop.model.dtypes import DTYPES
 from lop.model.rounding import Rounding
 from lop.model.tensors import ffn_part
 from lop.storage.files import disk_errors
 from lop.storage.headers import TensorInfo, read_header, read_tensors
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def pack_cuts(

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lop.checkpoint.forecast import tell_refit
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.model.backbone import ROWS, Backbone, Layer
+from lop.model.dtypes import DTYPES
 from lop.model.elastic import ElasticFfn, ElasticModel, Repair
 from lop.model.encoding import Encoded, encode
 from lop.model.image_settings import ImageSettings
@@ -33,7 +34,6 @@ from lop.storage.headers import TensorInfo, read_header
 
 # Of what the refitted layers before still get wrong, the share that a layer makes up for: `benchmarks/recovery.py`.
 CATCH_UP = 0.5
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def recover_elastic(
@@ -129,7 +129,7 @@ def recover_checkpoint(
     for layer, (name, (_, info), tensor) in enumerate(zip(names, down, new), start=1):
         file = folder / f"{layer:05d}.safetensors"
         with disk_errors(file):
-            save_file({name: tensor.to("cpu", getattr(torch, _DTYPES[info.dtype])).contiguous()}, file)
+            save_file({name: tensor.to("cpu", DTYPES[info.dtype]).contiguous()}, file)
         found |= read_header(file)
         progress(layer, len(down))
     return found
@@ -192,9 +192,8 @@ def refit(
             output = backbone.attend(layer, dense[index].to(device), rotation, batch.groups)
             output = backbone.feed_forward(layer, output)
             residual = backbone.attend(layer, pruned[index].to(device), rotation, batch.groups)
-            for x, wanted in zip(residual.split(ROWS), output.split(ROWS)):
-                if normal:
-                    normal.add(ffn.hidden(backbone.ffn_input(layer, x)), x.float(), wanted.float(), catch_up)
+            if normal:
+                normal.add(backbone, layer, residual, output, catch_up)
             dense[index], pruned[index] = output.to("cpu"), residual.to("cpu")
         ffn.width = width
         ffn.refitted = normal.solve(ridge) if normal else None
@@ -221,7 +220,13 @@ class NormalEquations:
         """G [k, k], float64, until the weights are solved for."""
         return self._gram
 
-    def add(self, hidden: Tensor, residual: Tensor, wanted: Tensor, catch_up: float) -> None:
+    def add(self, backbone: Backbone, layer: Layer, residual: Tensor, output: Tensor, catch_up: float) -> None:
+        """Adds tokens' r and o [N, H]; the layer's FFN must have all its neurons."""
+        ffn = cast(ElasticFfn, layer.ffn)
+        for x, wanted in zip(residual.split(ROWS), output.split(ROWS)):
+            self._add(ffn.hidden(backbone.ffn_input(layer, x)), x.float(), wanted.float(), catch_up)
+
+    def _add(self, hidden: Tensor, residual: Tensor, wanted: Tensor, catch_up: float) -> None:
         """Adds tokens' activations of all neurons [N, F], and r and o [N, H] in float32."""
         kept, pruned = hidden.tensor_split([self._width], dim=1)
         lost = F.linear(pruned, self._weight[:, self._width :]).float()

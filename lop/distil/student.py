@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lop.errors import LopError
 from lop.model.adapter import Ffn, QwenVL, load_model, open_model
+from lop.model.dtypes import DTYPES
 from lop.model.sources import family_of
 from lop.run.config import DistilSettings
 from lop.storage.headers import TensorInfo, read_tensors
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ADAPTER = "default"
 
 
@@ -81,7 +81,7 @@ class Student:
         found = {}
         for name, value in self._merged():
             stored, info = self._names[name]
-            found[stored] = value.detach().to("cpu", _DTYPES[info.dtype], copy=True).contiguous()
+            found[stored] = value.detach().to("cpu", DTYPES[info.dtype], copy=True).contiguous()
         return found
 
     @torch.no_grad()

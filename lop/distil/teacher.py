@@ -1,6 +1,6 @@
 """What the dense model says to the samples that a student learns from: written down once, and read in every step."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lop.distil.loss import Likeliest, likeliest
 from lop.model.backbone import Backbone, Group
-from lop.model.encoding import Encoded, EncodedSample, on_device
+from lop.model.encoding import Encoded, EncodedSample, by_length
 from lop.search.scoring import Scoring
 from lop.storage.files import atomic_file, disk_errors, read_json, write_json
 from lop.storage.fingerprint import check_fingerprints, fingerprint
@@ -87,16 +87,15 @@ class Notes:
             batch_tokens: the most tokens of one batch.
             progress: told the tokens done and in all.
         """
-        done, total = 0, sum(sample.length for sample in samples)
-        for number, batch in enumerate(_batches(samples, batch_tokens)):
+        lengths = {index: sample.length for index, sample in enumerate(samples)}
+        done, total = 0, sum(lengths.values())
+        for number, batch in enumerate(by_length(lengths, batch_tokens)):
             file = self.folder / f"{number:06d}.safetensors"
             if not file.exists():
                 _write(file, _notes(backbone, {index: samples[index] for index in batch}, top_k, layers))
-            done += sum(samples[index].length for index in batch)
+            done += sum(lengths[index] for index in batch)
             progress(done, total)
-        scoring = Scoring(backbone, reward)
-        with torch.inference_mode():
-            tails = [scoring.tails(batch).cpu() for batch in on_device(reward.batches, scoring.device)]
+        tails = Scoring(backbone, reward).all_tails()
         _write(self.folder / _TAILS, {f"{index}": tail for index, tail in enumerate(tails)})
         write_json(self.folder / _ABOUT, dict(self.made_from))
 
@@ -118,19 +117,6 @@ class Notes:
             return Note(found, part("states"))
 
         return read
-
-
-def _batches(samples: Sequence[EncodedSample], batch_tokens: int) -> Iterator[list[int]]:
-    """Samples of like lengths together."""
-    waiting: list[int] = []
-    tokens = 0
-    for index in sorted(range(len(samples)), key=lambda index: samples[index].length):
-        if waiting and tokens + samples[index].length > batch_tokens:
-            yield waiting
-            waiting, tokens = [], 0
-        waiting.append(index)
-        tokens += samples[index].length
-    yield waiting
 
 
 @torch.inference_mode()

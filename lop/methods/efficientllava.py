@@ -80,8 +80,9 @@ def _risk(reward: Reward, start: Allocation) -> Callable[[Allocation], float]:
     def loss(allocation: Allocation) -> float:
         return -reward.reward(reward.evaluate(allocation, _SHARE))
 
-    losses, norms = abs(loss(start)) or 1.0, weight_norm(reward.weights, start)
-    return lambda allocation: loss(allocation) / losses + ETA * weight_norm(reward.weights, allocation) / norms
+    weights = reward.weights()
+    losses, norms = abs(loss(start)) or 1.0, weight_norm(weights, start)
+    return lambda allocation: loss(allocation) / losses + ETA * weight_norm(weights, allocation) / norms
 
 
 def _anywhere(space: Space, budget: int, random: np.random.Generator) -> Allocation:

@@ -137,7 +137,7 @@ class Reward:
         evaluations: to spend on a budget, in units of all reward samples.
         levels: widths at which a layer is scanned alone.
         options: of LOP's tree.
-        weights: [L, F], the sum of squares of each neuron's weights, in the order in which neurons are kept.
+        weights: finds [L, F], the sum of squares of each neuron's weights, in the order in which neurons are kept.
         reward, tie_breaker: of an evaluation, more is better.
         evaluate: an allocation, on the first share of the reward samples, which are shuffled.
         workers: evaluate on all samples; with divergences where `with_divergence` does.
@@ -146,7 +146,7 @@ class Reward:
     evaluations: int
     levels: int
     options: TreeOptions
-    weights: np.ndarray
+    weights: Callable[[], np.ndarray]
     reward: "Callable[[Evaluation], float]"
     tie_breaker: "Callable[[Evaluation], float]"
     evaluate: "Callable[[Allocation, float], Evaluation]"

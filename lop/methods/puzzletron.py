@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lop.methods.method import Discovery, Method, Need, Reward, Search, Side, look_up
+from lop.methods.sensitivity import scanned_once
 from lop.space.allocation import Allocation, Space, project
 
 LIBRARY = (0.87, 0.75, 0.5, 0.25, 0.2, 0.1)
@@ -49,17 +50,15 @@ def fitting(space: Space, widths: Sequence[int], scores: np.ndarray, budget: int
 
 def puzzle(space: Space, reward: Reward, budgets: Sequence[int], _: int) -> Iterator[Discovery]:
     """One library serves all budgets; nothing is drawn by chance."""
-    from lop.methods.scratch import temporary_ledger
     from lop.search.sensitivity import damages_at
 
     widths = library(space)
-    with temporary_ledger() as ledger:
-        scores = damages_at(space, widths, reward.with_divergence(), ledger)
-        scored = len(ledger)
-    for budget in budgets:
-        best = fitting(space, widths, scores, budget)
-        worth = reward.worth(best)
-        yield Discovery(budget, best, worth, ((scored + 1.0, worth[0]),))
+    return scanned_once(
+        reward,
+        budgets,
+        lambda ledger: damages_at(space, widths, reward.with_divergence(), ledger),
+        lambda scores, budget: fitting(space, widths, scores, budget),
+    )
 
 
 METHOD = Method(

@@ -1,7 +1,7 @@
 """Samples turned, once, into everything that a candidate's evaluation needs and pruning does not change."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -166,15 +166,25 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 def _batches(sequences: list[EncodedSample | None], chosen: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
     """Takes the chosen sequences out of the list as they are packed: no more than one batch is there twice."""
     lengths = {index: sequence.length for index in chosen if (sequence := sequences[index])}
+    for together in by_length(lengths, batch_tokens):
+        yield _pack(sequences, together)
+
+
+def by_length(lengths: Mapping[int, int], batch_tokens: int) -> Iterator[list[int]]:
+    """Sequences of like lengths together, at most `batch_tokens` of them unless one alone is longer.
+
+    Args:
+        lengths: tokens of each sequence, by its index.
+    """
     waiting: list[int] = []
     tokens = 0
-    for index in sorted(chosen, key=lambda index: lengths[index]):
+    for index in sorted(lengths, key=lengths.__getitem__):
         if waiting and tokens + lengths[index] > batch_tokens:
-            yield _pack(sequences, waiting)
+            yield waiting
             waiting, tokens = [], 0
         waiting.append(index)
         tokens += lengths[index]
-    yield _pack(sequences, waiting)
+    yield waiting
 
 
 @torch.inference_mode()

@@ -76,8 +76,7 @@ class NeuronStatistics:
     def save(self, path: Path, fingerprints: Mapping[str, str]) -> None:
         """Writes a safetensors file whose metadata names what the statistics were made from."""
         arrays = {name: np.asarray(getattr(self, name)) for name in _FIELDS}
-        with atomic_file(path) as temporary, disk_errors(path):
-            save_file(arrays, temporary, metadata=dict(fingerprints))
+        _save(path, arrays, fingerprints)
 
 
 def load_statistics(path: Path) -> tuple[NeuronStatistics, dict[str, str]]:
@@ -100,9 +99,8 @@ def save_survey(
     path: Path, arrays: Mapping[str, np.ndarray], fingerprints: Mapping[str, str], *, seconds: float
 ) -> None:
     """Writes what a survey found, with what it was made from and the seconds that it took."""
-    metadata = {**fingerprints, _SECONDS: repr(seconds)}
-    with atomic_file(path) as temporary, disk_errors(path):
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata=metadata)
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    _save(path, whole, {**fingerprints, _SECONDS: repr(seconds)})
 
 
 def load_survey(path: Path, fingerprints: Mapping[str, str]) -> tuple[dict[str, np.ndarray], float]:
@@ -124,6 +122,11 @@ def load_survey(path: Path, fingerprints: Mapping[str, str]) -> tuple[dict[str, 
         raise LopError(f"{path} is damaged: {error}") from None
     check_fingerprints(str(path), metadata, fingerprints)
     return arrays, seconds
+
+
+def _save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    with atomic_file(path) as temporary, disk_errors(path):
+        save_file(dict(arrays), temporary, metadata=dict(metadata))
 
 
 @torch.inference_mode()

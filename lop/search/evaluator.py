@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lop.model.elastic import ElasticModel, Repair
-from lop.model.encoding import Encoded, on_device
+from lop.model.encoding import Encoded
 from lop.search.evaluation import Evaluation
 from lop.search.racing import Candidate, Opponent, Racing, gives_up, pack, pack_values, trails, unpack, unpack_values
 from lop.search.rewards import REWARDS
@@ -100,11 +100,9 @@ class Evaluator:
         return {layer: [states[layer] for states in batches] for layer in self._cached_layers}
 
     @cached_property
-    @torch.inference_mode()
     def _dense_tails(self) -> list[Tensor]:
         """The normed last states [M, H] at each batch's tails, in host memory."""
-        batches = on_device(self._encoded.batches, self._scoring.device)
-        return [self._scoring.tails(batch).cpu() for batch in batches]
+        return self._scoring.all_tails()
 
     def _loses(self, tally: Tally, opponent: Opponent | None) -> bool:
         racing, seen = self._racing, tally.seen

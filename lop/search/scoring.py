@@ -86,6 +86,11 @@ class Scoring:
         states = batch.embeddings if x is None else x
         return self._backbone.answers(states, batch.rotation, batch.groups, batch.tails, first=first)
 
+    @torch.inference_mode()
+    def all_tails(self) -> list[Tensor]:
+        """`tails` of each batch, in host memory."""
+        return [self.tails(batch).cpu() for batch in on_device(self.encoded.batches, self.device)]
+
     def hidden(self, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
         """Batch by batch the states [N, H] before each of some layers, in host memory."""
         for batch in on_device(self.encoded.batches, self.device):

@@ -151,6 +151,7 @@ class RivalWorker:
         self._shuffled = [samples[index] for index in drawn]
         self._importance: str | None = None
         self._repair: Repair | None = None
+        self._evaluators: dict[tuple[float, bool, int], Evaluator] = {}  # Of that importance.
 
     def __call__(self, job: Job) -> list[Outcome]:
         """Runs a job: a function of the job, the config and the samples."""
@@ -165,27 +166,37 @@ class RivalWorker:
         ]
 
     def _reward(self, importance: str, shares: Sequence[float]) -> Reward:
-        config, settings, elastic = self._config, self._config.search, self._workshop.elastic
+        settings, elastic = self._config.search, self._workshop.elastic
         if importance != self._importance:
             elastic.sort(self._orders[importance])
             self._repair = self._workshop.repair()
-            self._importance = importance
-        build = partial(Evaluator, elastic, repair=self._repair)
-        evaluators = {
-            share: build(encoded=self._share(share), divergence=settings.needs_divergence) for share in {1.0, *shares}
-        }
-        diverging = build(encoded=self._share(1.0), divergence=True, cache_bytes=config.cache_bytes)
+            self._importance, self._evaluators = importance, {}
+        evaluators = {share: self._evaluator(share, settings.needs_divergence) for share in {1.0, *shares}}
+        diverging = self._evaluator(1.0, True, self._config.cache_bytes)
         return Reward(
             evaluations=settings.evaluations,
             levels=settings.sensitivity_levels,
             options=settings.tree_options(),
-            weights=elastic.weight_squares(),
+            weights=elastic.weight_squares,
             reward=lambda evaluation: evaluation.worth(settings.reward),
             tie_breaker=lambda evaluation: evaluation.worth(settings.tie_breaker),
             evaluate=lambda allocation, share: evaluators[share].evaluate(Candidate(allocation)),
             workers=lambda: InProcess(evaluators[1.0]),
             with_divergence=lambda: InProcess(diverging),
         )
+
+    def _evaluator(self, share: float, divergence: bool, cache_bytes: int = 0) -> Evaluator:
+        """Kept for later jobs: what the dense model says to the samples is computed once."""
+        key = share, divergence, cache_bytes
+        if key not in self._evaluators:
+            self._evaluators[key] = Evaluator(
+                self._workshop.elastic,
+                self._share(share),
+                repair=self._repair,
+                divergence=divergence,
+                cache_bytes=cache_bytes,
+            )
+        return self._evaluators[key]
 
     def _share(self, share: float) -> Encoded:
         """The first share of the samples."""

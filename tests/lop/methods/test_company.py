@@ -39,7 +39,7 @@ def reward_of(losses: np.ndarray, space: Space, weights: np.ndarray, asked: list
     def refuse() -> None:
         raise AssertionError
 
-    return Reward(41, 3, OPTIONS, weights, rate, rate, evaluate, refuse, refuse)  # type: ignore[arg-type]
+    return Reward(41, 3, OPTIONS, lambda: weights, rate, rate, evaluate, refuse, refuse)  # type: ignore[arg-type]
 
 
 def test_llm_pruner_leaves_its_first_and_last_layers_whole() -> None:

@@ -115,7 +115,7 @@ def test_every_search_meets_any_budget_and_answers_alike_again(
         evaluations=20,
         levels=3,
         options=options,
-        weights=np.ones((space.layers, space.neurons)),
+        weights=lambda: np.ones((space.layers, space.neurons)),
         reward=rate,
         tie_breaker=rate,
         evaluate=lambda allocation, _: evaluator.evaluate(Candidate(allocation)),

@@ -1,8 +1,8 @@
 """What distillation brings back after pruning on `smol`: `python benchmarks/smaller_distil.py`.
 
 Each training is a small file under `results/smaller`, with the fingerprint of what it was made from. What is missing
-is made: on one core to itself some 10 ms a token of training, looks at the reward samples included (35 minutes for
-200,000); before the first one 10 minutes for statistics, test items and what the teacher says, 4 for each refit.
+is made: on one core to itself some 10 ms a token of training, looks at the reward samples included (20 minutes for
+100,000); before the first one 10 minutes for statistics, test items and what the teacher says, 4 for each refit.
 Then the summary is printed from the files.
 
 Widths are those of `benchmarks/smol.py`. A pruned checkpoint is exported with `refit` and learns as `lop distil` has it
@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "smaller"
 METHODS = (LOP, "uniform")
 RATIOS = (0.3, 0.5)
 ITEMS = 300
-TOKENS = 200_000
+TOKENS = 100_000
 
 
 class Distilling:

@@ -7,6 +7,7 @@ Ray Serve, and tests call it as it is.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -322,6 +323,10 @@ def _model(model: ServedModel) -> schemas.Model:
     space, size = model.space, model.size
     footprint = Footprint(size, recovery=model.recovery)
     least, most = ([width] * space.layers for width in (space.min_width, space.neurons))
+
+    def byte_range(taken: Footprint) -> schemas.CountRange:
+        return schemas.CountRange(least=taken.bytes(least), largest=taken.bytes(most))
+
     return schemas.Model(
         name=model.name,
         layers=space.layers,
@@ -332,12 +337,16 @@ def _model(model: ServedModel) -> schemas.Model:
         targets=schemas.Ranges(
             ratio=schemas.Range(least=0, largest=space.max_target),
             parameters=schemas.CountRange(least=footprint.parameters(least), largest=footprint.parameters(most)),
-            bytes=schemas.CountRange(least=footprint.bytes(least), largest=footprint.bytes(most)),
+            bytes=byte_range(footprint),
         ),
         formats=list(FORMATS),
         recoveries=list(RECOVERIES),
         recovery=model.recovery,
         bits=[BITS[0], *model.weights],
+        quantised=[
+            schemas.Quantised(bits=bits, bytes=byte_range(replace(footprint, quantised=weight)))
+            for bits, weight in model.weights.items()
+        ],
         devices=[_device(name, profile, space) for name, profile in model.profiles.items()],
         accuracy=[_curve(curve) for curve in model.curves.values()],
     )

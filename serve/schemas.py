@@ -45,6 +45,7 @@ _MODEL: JsonDict = {
     "recoveries": [*RECOVERIES],
     "recovery": "refit",
     "bits": [16, 8, 4],
+    "quantised": [{"bits": 4, "bytes": {"least": 1_904_300, "largest": 1_962_500}}],
     "devices": [],
     "accuracy": [
         {
@@ -268,6 +269,13 @@ class Device(_Answer):
     prefill: Range
 
 
+class Quantised(_Answer):
+    """The sizes that can be asked for with fewer bits."""
+
+    bits: int
+    bytes: CountRange
+
+
 class Model(_Answer):
     """A model on offer."""
 
@@ -277,11 +285,12 @@ class Model(_Answer):
     granularity: Annotated[int, Field(description="widths are multiples of this")]
     parameters: Annotated[int, Field(description="of the dense checkpoint")]
     bytes: Annotated[int, Field(description="of the dense checkpoint's tensors")]
-    targets: Ranges
+    targets: Annotated[Ranges, Field(description="with 16 bits")]
     formats: list[str]
     recoveries: list[str]
     recovery: Annotated[str, Field(description="the default")]
     bits: Annotated[list[int], Field(description="that weights can have")]
+    quantised: Annotated[list[Quantised], Field(description="sizes with each of `bits` below 16")]
     devices: Annotated[list[Device], Field(description="that a latency can be asked for")]
     accuracy: Annotated[list[AccuracyCurve], Field(description="empty where nothing was measured")]
 

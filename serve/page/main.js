@@ -28,6 +28,17 @@ function size(value) {
 
 const milliseconds = (seconds) => `${(1000 * seconds).toPrecision(4)} ms a token`;
 
+const bits = () => Number($("bits").value);
+
+// What the slider spans: fewer bits make other sizes.
+function span() {
+  const quantised = kind() === "bytes" && model().quantised.find((each) => each.bits === bits());
+  return quantised ? quantised.bytes : model().targets[kind()];
+}
+
+// How the checkpoint is to be written.
+const written = () => ({ format: $("format").value, recovery: $("recovery").value, bits: bits() });
+
 // To the right is always smaller: a slider of ratios and one of sizes then mean the same.
 function target() {
   if (kind() === "memory") {
@@ -41,7 +52,7 @@ function target() {
     const times = model().devices.find((each) => each.name === device)[phase];
     return { latency: times.largest - share * (times.largest - times.least), device, phase };
   }
-  const range = model().targets[kind()];
+  const range = span();
   if (kind() === "ratio") return { ratio: Math.min(Number((share * range.largest).toFixed(4)), range.largest) };
   return { [kind()]: Math.round(range.largest - share * (range.largest - range.least)) };
 }
@@ -71,7 +82,7 @@ async function ask() {
   $("asked").value = asked(wanted);
   $("slider").setAttribute("aria-valuetext", asked(wanted));
   try {
-    const question = { model: model().name, target: wanted, format: $("format").value, recovery: $("recovery").value };
+    const question = { model: model().name, target: wanted, ...written() };
     answer = { ...(await api.allocation(question, asking.signal)), target: wanted };
     show();
     complain();
@@ -156,6 +167,7 @@ function choose() {
   choices($("format"), chosen.formats);
   choices($("recovery"), chosen.recoveries);
   $("recovery").value = chosen.recovery;
+  choices($("bits"), chosen.bits);
   $("device").replaceChildren(...chosen.devices.map(({ name, description }) => new Option(`${name} (${description})`, name)));
   $("latency-kind").hidden = chosen.devices.length === 0;
   if (kind() === "latency" && chosen.devices.length === 0) document.querySelector("input[value=ratio]").checked = true;
@@ -164,7 +176,7 @@ function choose() {
 
 async function make(event) {
   event.preventDefault();
-  const request = { model: model().name, target: answer.target, format: $("format").value, recovery: $("recovery").value };
+  const request = { model: model().name, target: answer.target, ...written() };
   try {
     const job = await api.make(request);
     complain();
@@ -217,7 +229,7 @@ function snippet(job) {
   return [
     "import lop",
     `folder = lop.Client("${location.origin}").get("${job.model}", ${wanted}, format="${job.format}", ` +
-      `recovery="${job.recovery}", out="${job.model}-${job.id.slice(0, 8)}")`,
+      `recovery="${job.recovery}", ${job.bits === 16 ? "" : `bits=${job.bits}, `}out="${job.model}-${job.id.slice(0, 8)}")`,
     "model = lop.load(folder)",
   ].join("\n");
 }
@@ -236,6 +248,7 @@ $("model").addEventListener("change", choose);
 $("slider").addEventListener("input", ask);
 $("format").addEventListener("change", ask);
 $("recovery").addEventListener("change", ask);
+$("bits").addEventListener("change", ask);
 for (const radio of document.querySelectorAll("input[name=kind]")) radio.addEventListener("change", showInputs);
 for (const id of ["memory", "context", "images", "batch"]) $(id).addEventListener("input", showInputs);
 for (const id of ["device", "phase"]) $(id).addEventListener("change", ask);

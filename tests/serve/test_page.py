@@ -130,6 +130,25 @@ def test_a_card_is_named_and_the_curve_shows_what_it_gets(page: "playwright.Page
     assert "at least" in page.text_content("#problem")
 
 
+def test_fewer_bits_make_other_sizes(page: "playwright.Page", service: Service) -> None:
+    page.goto(service.url)
+    settle(page)
+    assert page.locator("#bits option").all_text_contents() == ["16", "8", "4"]
+    page.locator("input[value=bytes]").check()
+    page.fill("#slider", "1000")
+    settle(page)
+    least = page.text_content("#bytes")
+    page.select_option("#bits", "8")
+    settle(page)
+    (offered,) = service.ask("GET", "/v1/models").json["models"]
+    ranges = {each["bits"]: each["bytes"] for each in offered["quantised"]}
+    assert page.text_content("#bytes") == f"{ranges[8]['least'] / 1e6:.3f} MB" != least
+    assert "not measured" in page.text_content("#accuracy")
+    page.click("#make-button")
+    page.wait_for_selector("#done:not([hidden])")
+    assert "bits=8" in page.text_content("#snippet")
+
+
 def test_the_keyboard_is_enough(page: "playwright.Page", start: Start) -> None:
     service = start()
     page.goto(service.url)

@@ -7,6 +7,7 @@ from lop.methods import (
     evolution,
     flap,
     llm_pruner,
+    llm_streamline,
     lop_predictor,
     lop_search,
     magnitude,
@@ -15,12 +16,14 @@ from lop.methods import (
     puzzletron,
     random,
     sensitivity,
+    shortgpt,
     tree,
     tyr,
     uniform,
     wanda,
 )
 from lop.methods.method import SURVEYED, Method, Side
+from lop.methods.reshaping import Reshaping
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -47,6 +50,12 @@ METHODS: dict[str, Method] = {
         lop_predictor.METHOD,
     )
 }
+# Those that leave the FFNs as they are.
+RESHAPINGS: dict[str, Reshaping] = {
+    reshaping.name: reshaping
+    for reshaping in (shortgpt.METHOD, llm_streamline.METHOD, llm_streamline.LINEAR, llm_streamline.NONE)
+}
+EVERY: dict[str, Method | Reshaping] = {**METHODS, **RESHAPINGS}
 BASELINES = tuple(name for name, method in METHODS.items() if method.side is Side.BASELINE)
 # What tables have if the config names none: those that cost no further pass over the calibration samples.
 USUAL_BASELINES = tuple(name for name in BASELINES if not METHODS[name].needs & SURVEYED)

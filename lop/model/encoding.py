@@ -51,6 +51,11 @@ class Batch:
         moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in self.tensors().items()}
         return Batch(groups=self.groups, **moved)
 
+    def copied(self, device: torch.device) -> "Batch":
+        """A copy on a device that gradients may be computed through: batches are encoded in inference mode."""
+        tensors = {name: value.to(device, copy=True) for name, value in self.tensors().items()}
+        return Batch(groups=self.groups, **tensors)
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -13,7 +13,7 @@ from pydantic_core import core_schema
 from lop.checkpoint.recoveries import RECOVERIES, UNTRAINED, untrained
 from lop.errors import LopError
 from lop.methods.method import Root as RootKind
-from lop.methods.registry import BASELINES, METHODS, ROOTS, SEARCHES
+from lop.methods.registry import BASELINES, METHODS, RESHAPINGS, ROOTS, SEARCHES
 from lop.model.find import EMBEDDED, SHIPPED, settled
 from lop.model.image_settings import ImageSettings
 from lop.model.importance import IMPORTANCES
@@ -39,7 +39,8 @@ Importance = Annotated[str, _one_of(IMPORTANCES)]
 Root = Annotated[str, _one_of(ROOTS)]
 Baseline = Annotated[str, _one_of(BASELINES)]
 Rival = Annotated[str, _one_of(SEARCHES)]
-MethodName = Annotated[str, _one_of(name for name, method in METHODS.items() if method.is_compared)]
+_COMPARED = tuple(name for name, method in METHODS.items() if method.is_compared)
+MethodName = Annotated[str, _one_of((*_COMPARED, *RESHAPINGS))]
 Architecture = Annotated[str, _one_of(NETWORKS)]
 
 

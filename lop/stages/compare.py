@@ -80,7 +80,7 @@ def tables_stage(run: Run, compute: Compute, *, others: Sequence[str] = (), prog
 
 def _found(run: Run, compute: Compute) -> dict[str, Found]:
     """What those of the compared methods that search by themselves find; makes what the others read."""
-    methods, settings = compared_methods(run), run.config.compare
+    methods, settings = [name for name in compared_methods(run) if name in METHODS], run.config.compare
     survey_stage(run, compute, methods)
     searching = [name for name in methods if METHODS[name].search]
     targets = tuple(dict.fromkeys((*settings.targets, *(settings.recovery_targets if settings.recoveries else ()))))

@@ -5,6 +5,7 @@ from lop.methods import (
     darwinlm,
     efficientllava,
     evolution,
+    fastv,
     flap,
     llm_pruner,
     llm_streamline,
@@ -17,11 +18,13 @@ from lop.methods import (
     random,
     sensitivity,
     shortgpt,
+    sparsevlm,
     tree,
     tyr,
     uniform,
     wanda,
 )
+from lop.methods.dropping import Dropping
 from lop.methods.method import SURVEYED, Method, Side
 from lop.methods.reshaping import Reshaping
 
@@ -55,6 +58,8 @@ RESHAPINGS: dict[str, Reshaping] = {
     reshaping.name: reshaping
     for reshaping in (shortgpt.METHOD, llm_streamline.METHOD, llm_streamline.LINEAR, llm_streamline.NONE)
 }
+# Those that leave the weights as they are, and drop images' tokens: they go together with any of the others.
+DROPPINGS: dict[str, Dropping] = {dropping.name: dropping for dropping in (fastv.METHOD, sparsevlm.METHOD)}
 EVERY: dict[str, Method | Reshaping] = {**METHODS, **RESHAPINGS}
 BASELINES = tuple(name for name, method in METHODS.items() if method.side is Side.BASELINE)
 # What tables have if the config names none: those that cost no further pass over the calibration samples.

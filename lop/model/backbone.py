@@ -123,6 +123,20 @@ class Backbone:
         """What the layer's heads say to the states x [N, H] before it, [N, Q·D], which `layer.out` is applied to."""
         return _Attention(self, rotation, groups)(layer, self.attention_input(layer, x))
 
+    def weights(self, layer: Layer, x: Tensor, rotation: Tensor) -> Tensor:
+        """By what weights [T, T] float32 the tokens of one sequence look at each other, the mean over a layer's heads.
+
+        Args:
+            x: [T, H], the states before the layer.
+            rotation: as in `hidden`.
+        """
+        attention = _Attention(self, rotation, (Group(1, len(x), 1),))
+        query, key, _ = attention.project(layer, self.attention_input(layer, x))
+        key = key.repeat_interleave(self.heads // self.key_heads, dim=1)
+        products = torch.einsum("qhd,khd->hqk", query.float(), key.float()) / self.head_size**0.5
+        hidden = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
+        return products.masked_fill_(hidden, -torch.inf).softmax(-1).mean(0)
+
     def ffn_input(self, layer: Layer, x: Tensor) -> Tensor:
         """What the FFN is given, [N, H], where `attend` gave x [N, H]."""
         return self._norm(x, layer.ffn_norm)
@@ -194,11 +208,15 @@ class _Attention:
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Normed states [N, H] to heads' outputs [N, Q·D]."""
+        return self._attend(*self.project(layer, x), self._lengths)
+
+    def project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed states [N, H] to queries [N, Q, D], keys and values [N, K, D], turned as their positions say."""
         rotated = self._heads + self._key_heads
         qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, self._size)
         rotate(qkv[:, :rotated], self._spread)
         query, key, value = qkv.split([self._heads, self._key_heads, self._key_heads], dim=1)
-        return self._attend(query, key, value, self._lengths)
+        return query, key, value
 
     def at_tails(self, layer: Layer, x: Tensor, tails: Tensor) -> Tensor:
         """Normed states [N, H] to heads' outputs [M, Q·D] at the tails alone."""

@@ -26,6 +26,7 @@ class Batch:
     Attributes:
         embeddings: [N, H], image features in place.
         rotation: [N, D/2], complex: M-RoPE.
+        is_image: [N] bool, where images' tokens are.
         groups: how many sequences of which length the N tokens are.
         tails: [M], the last tokens of each sequence, as many as the longest answer of its group has.
         places: [A], where in the tails the answers' tokens are predicted.
@@ -35,6 +36,7 @@ class Batch:
 
     embeddings: Tensor
     rotation: Tensor
+    is_image: Tensor
     groups: tuple[Group, ...]
     tails: Tensor
     places: Tensor
@@ -289,6 +291,7 @@ def _pack(sequences: list[EncodedSample | None], chosen: Sequence[int]) -> Batch
     return Batch(
         embeddings=torch.cat([sequence.embeddings for sequence in packed]),
         rotation=torch.cat([sequence.rotation for sequence in packed]),
+        is_image=torch.cat([sequence.is_image for sequence in packed]),
         groups=tuple(groups),
         tails=_ranges(ends - tails, ends),
         places=_ranges(tail_ends - [len(sequence.answer) for sequence in packed], tail_ends),

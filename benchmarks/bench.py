@@ -26,7 +26,7 @@ from lop.report.intervals import Interval, paired_bootstrap
 from lop.run.building import Materials, Workshop
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
-from lop.run.surveys import statistics_for
+from lop.run.surveys import SURVEYS, statistics_for
 from lop.search.evaluator import Evaluator
 from lop.search.loop import InProcess
 from lop.search.racing import Candidate, pack_values, unpack_values
@@ -39,6 +39,8 @@ from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint
 
 LOP = LOP_SEARCH.name
+# LOP's search by other settings: ideas of methods that it was not ahead of.
+LOPS = {LOP: (), "lop-taylor": ("importance=taylor",)}
 _ITEMS = 800
 _SETTINGS = (
     "search.evaluations=24",
@@ -83,10 +85,10 @@ class Bench:
         self.run = Run(self._config(0.5), folder / "calibration")
         calibrate_stage(self.run)
 
-    def _config(self, ratio: float) -> Config:
+    def _config(self, ratio: float, *changed: str) -> Config:
         """Of a search of one target."""
         target = f"search.targets={{first: {ratio}, last: {ratio}, step: 0.1}}"
-        settings = [*_SETTINGS, *(_AS_NOW if self.model == "tiny" else ()), target, f"seed={self.seed}"]
+        settings = [*_SETTINGS, *(_AS_NOW if self.model == "tiny" else ()), target, f"seed={self.seed}", *changed]
         return load_config(find_config(self.model), settings)
 
     @cached_property
@@ -117,9 +119,11 @@ class Bench:
         """A method's cell at a ratio."""
 
         def make() -> dict[str, Any]:
+            if method in LOPS:
+                return asdict(self._search(method, ratio))
             if METHODS[method].search:
                 return asdict(self._rival(method, ratio, self.choose(LOP, ratio).tokens))
-            return asdict(self._search(ratio) if method == LOP else self._read(method, ratio))
+            return asdict(self._read(method, ratio))
 
         found = self._cell(f"choice-{method}-{ratio}-{self.seed}.json", make)
         del found["made_from"]
@@ -179,18 +183,22 @@ class Bench:
         made = [reordered(c, torch.from_numpy(move)) for c, move in zip(known, moves, strict=True)]
         return Refits(made, cache_bytes=1 << 30)
 
-    def _search(self, ratio: float) -> Chosen:
-        """LOP's own."""
-        run = Run(self._config(ratio), self._folder / f"{self.seed}-{ratio}")
+    def _search(self, name: str, ratio: float) -> Chosen:
+        """LOP's own, by the settings of that name."""
+        end = "" if name == LOP else f"-{name}"
+        run = Run(self._config(ratio, *LOPS[name]), self._folder / f"{self.seed}-{ratio}{end}")
         run.folder.mkdir(parents=True, exist_ok=True)
-        run.statistics_file.write_bytes(self.run.statistics_file.read_bytes())
+        survey_stage(self.run, Local(), [m.name for m in METHODS.values() if m.importance == run.config.importance])
+        for mine in (self.run.statistics_file, *map(self.run.survey_file, SURVEYS)):
+            if mine.exists():
+                (run.folder / mine.name).write_bytes(mine.read_bytes())
         search_stage(run, Local(), progress=False)
         (found,) = read_json(run.search_file)["targets"]
         search, back = (self._tokens(part) for part in run.searched_samples)
         spent = sum(entry.get("scored", search[1]) / search[1] * search[0] for entry in found["evaluations"])
         spent += len(found["confirmed"]) * back[0]
         return Chosen(
-            LOP, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), run.seconds()["search"]
+            name, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), run.seconds()["search"]
         )
 
     def _tokens(self, samples: Sequence[Sample]) -> tuple[int, int]:

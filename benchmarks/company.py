@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import LOP, Bench
+from bench import LOP, LOPS, Bench
 
 from lop.methods.registry import METHODS
 from lop.run.surveys import SURVEYS
@@ -66,7 +66,7 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
 
 def main() -> None:
     """Makes what is missing, and prints."""
-    known = [*READ, *SEARCHING, LOP]
+    known = [*READ, *SEARCHING, *LOPS]
     parser = argparse.ArgumentParser(description="LOP against the systems its paper names, on tiny and smol.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
@@ -90,7 +90,7 @@ def main() -> None:
         agree = [ok for bench in benches for ok in bench.check(options.check, options.methods)]
         print(json.dumps({"benchmark": "company", "checked": len(agree), "agree": sum(agree)}))
         return
-    methods = {name: sorted(METHODS[name].needs) for name in options.methods}
+    methods = {name: sorted(METHODS[LOP if name in LOPS else name].needs) for name in options.methods}
     line: dict[str, Any] = {"benchmark": "company", "seed": options.seed, "methods": methods}
     for bench in benches:
         for name, values in summary(bench, options.methods, options.ratios).items():

@@ -18,6 +18,7 @@ from lop.methods import (
     random,
     sensitivity,
     shortgpt,
+    slicegpt,
     sparsevlm,
     tree,
     tyr,
@@ -56,7 +57,13 @@ METHODS: dict[str, Method] = {
 # Those that leave the FFNs as they are.
 RESHAPINGS: dict[str, Reshaping] = {
     reshaping.name: reshaping
-    for reshaping in (shortgpt.METHOD, llm_streamline.METHOD, llm_streamline.LINEAR, llm_streamline.NONE)
+    for reshaping in (
+        shortgpt.METHOD,
+        llm_streamline.METHOD,
+        llm_streamline.LINEAR,
+        llm_streamline.NONE,
+        slicegpt.METHOD,
+    )
 }
 # Those that leave the weights as they are, and drop images' tokens: they go together with any of the others.
 DROPPINGS: dict[str, Dropping] = {dropping.name: dropping for dropping in (fastv.METHOD, sparsevlm.METHOD)}

@@ -6,7 +6,7 @@ scored on the same test items, drawn once by a fixed seed, with the refit that o
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,13 +125,13 @@ class Bench:
                 return asdict(self._rival(method, ratio, self.choose(LOP, ratio).tokens))
             return asdict(self._read(method, ratio))
 
-        found = self._cell(f"choice-{method}-{ratio}-{self.seed}.json", make)
+        found = self.cell(f"choice-{method}-{ratio}-{self.seed}.json", make)
         del found["made_from"]
         return Chosen(**{**found, "widths": tuple(found["widths"])})
 
     def scored(self, chosen: Chosen) -> dict[str, Any]:
         """An allocation's cell."""
-        return self._cell(f"score-{fingerprint([chosen.importance, chosen.widths])}.json", lambda: self.score(chosen))
+        return self.cell(f"score-{fingerprint([chosen.importance, chosen.widths])}.json", lambda: self.score(chosen))
 
     def result(self, method: str, ratio: float) -> tuple[Chosen, np.ndarray, float]:
         """What a method chose at a ratio, the KL [n] of each item, and the share of questions answered right."""
@@ -166,7 +166,8 @@ class Bench:
             print(f"{chosen.method} at {chosen.ratio:.0%}: KL {known.mean():.4f}, again {again.mean():.4f}")
             yield bool(np.allclose(known, again, rtol=0.02, atol=0.02))
 
-    def _cell(self, name: str, make: Any) -> dict[str, Any]:
+    def cell(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a cell holds, which is looked for in all folders."""
         there = [folder / name for folder in self._results if (folder / name).exists()]
         return cell((there or [self._results[0] / name])[0], self.made_from, make)
 

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from lop.methods.method import Side
-from lop.methods.registry import IN_REPORT, METHODS
+from lop.methods.registry import EVERY, IN_REPORT, METHODS
 from lop.report.board import Value
 from lop.report.intervals import Interval
 from lop.report.needs import needs_in_words
@@ -199,7 +199,7 @@ def _seconds_table(speeds: Sequence[Speed], size: ModelSize) -> tuple[Row, list[
         rows.append(
             [
                 speed.method,
-                needs_in_words(METHODS[speed.method].needs, size),
+                needs_in_words(EVERY[speed.method].needs, size),
                 *parts,
                 _ratio(speed.paper),
                 _ratio(speed.cached),

@@ -37,7 +37,7 @@ Reward = Annotated[str, _one_of(REWARDS)]
 TieBreaker = Annotated[str, _one_of(TIE_BREAKERS)]
 Importance = Annotated[str, _one_of(IMPORTANCES)]
 Root = Annotated[str, _one_of(ROOTS)]
-Baseline = Annotated[str, _one_of(BASELINES)]
+Baseline = Annotated[str, _one_of((*BASELINES, *RESHAPINGS))]
 Rival = Annotated[str, _one_of(SEARCHES)]
 _COMPARED = tuple(name for name, method in METHODS.items() if method.is_compared)
 MethodName = Annotated[str, _one_of((*_COMPARED, *RESHAPINGS))]
@@ -221,7 +221,7 @@ class TablesSettings(_Settings):
     """What `lop compare` makes of the benchmark: the paper's tables and figures.
 
     `baselines` are names of `lop.methods.registry`; None means all that read no more than the statistics and the
-    weights. `rivals` search as long as LOP does; they are run
+    weights and prune FFN neurons. `rivals` search as long as LOP does; they are run
     by `lop rivals`, and by `lop compare` where they have not been. `limit` takes only so many groups of questions of
     each part of a task.
     """

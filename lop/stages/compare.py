@@ -69,7 +69,8 @@ def tables_stage(run: Run, compute: Compute, *, others: Sequence[str] = (), prog
         return None
     check_disjoint(questions, run.samples)
     run.check_writable()
-    survey_stage(run, compute, run.config.tables.baselines or USUAL_BASELINES, progress=progress)
+    baselines = run.config.tables.baselines or USUAL_BASELINES
+    survey_stage(run, compute, [name for name in baselines if name in METHODS], progress=progress)
     runs = list(_seed_runs(run, compute, progress=progress))
     outcomes = rivals_stage(run, compute, seeds=len(runs), progress=progress)
     asked = [question.sample for mine in questions.values() for question in mine]

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from bench import Bench, Chosen
 
-from lop.methods.registry import DROPPINGS, RESHAPINGS
+from lop.methods.registry import CONTEXTUAL, DROPPINGS, RESHAPINGS
+from lop.model.contextual import ContextualFfn
 from lop.model.encoding import Encoded
 from lop.model.flops import flops
 from lop.search.dropping import DroppingScoring
 from lop.search.racing import pack_values, unpack_values
 from lop.search.scoring import Scores, Scoring
-from lop.space.allocation import Allocation, dense, project
+from lop.space.allocation import Allocation, dense, project, uniform
 from lop.storage.fingerprint import fingerprint
 
 
@@ -28,7 +29,7 @@ class Measured:
         kl: [n], of each item.
         right: share of the questions.
         flops: to read all items, by the language backbone.
-        left: parameters that the budget would have allowed on top.
+        left: parameters that the budget would have allowed on top; below zero, what it has more than the dense model.
     """
 
     kl: np.ndarray
@@ -53,6 +54,10 @@ class Beyond:
         name = "dense" if base is None else fingerprint([base.importance, base.widths])
         cell = f"drop-{dropping}-{share:.2f}-{name}.json"
         return self._measured(self._bench.cell(cell, lambda: self._drop(dropping, share, base)))
+
+    def contextual(self, method: str, ratio: float) -> Measured:
+        """A method of `CONTEXTUAL`, with as many neurons for each token as allocations of the ratio have."""
+        return self._measured(self._bench.cell(f"contextual-{method}-{ratio}.json", lambda: self._use(method, ratio)))
 
     def flops(self, chosen: Chosen | None = None) -> int:
         """What an allocation computes for all items, or the dense model."""
@@ -107,6 +112,17 @@ class Beyond:
         scoring = DroppingScoring(made.backbone, self._encoded, None)
         found = _packed(scoring.scores(self._dense))
         return {**found, "flops": scoring.flops, "seconds": seconds, "left": made.removed - asked}
+
+    def _use(self, method: str, ratio: float) -> dict[str, Any]:
+        run, workshop = self._bench.run, self._bench.workshop
+        dense, start = self._dense, time.perf_counter()
+        widths = uniform(run.space, run.space.budget(ratio)).widths
+        made = CONTEXTUAL[method].make(workshop.elastic.backbone, workshop.encode(run.samples.calibration), widths)
+        seconds = time.perf_counter() - start
+        scoring = DroppingScoring(made, self._encoded, None)
+        found = _packed(scoring.scores(dense))
+        added = sum(layer.ffn.predictor_parameters for layer in made.layers if isinstance(layer.ffn, ContextualFfn))
+        return {**found, "flops": scoring.flops, "seconds": seconds, "left": -added}
 
     def _drop(self, dropping: str | None, share: float, base: Chosen | None) -> dict[str, Any]:
         elastic, space = self._bench.workshop.elastic, self._bench.run.space

@@ -3,7 +3,8 @@
 On `tiny` and `smol`, at as many parameters, refit for everybody who can be refitted: LLM-Pruner (element- and
 vector-wise), Minitron, DarwinLM, Puzzletron, Týr and EfficientLLaVA over FFN neurons, beside uniform widths and LOP's
 search; ShortGPT, LLM-Streamline and SliceGPT, which leave the FFNs as they are; and LOP's search by LLM-Pruner's
-importance (`lop-taylor`). At as many operations (`lop.model.flops`, of the language backbone): FastV and SparseVLM, by
+importance (`lop-taylor`). Beside these, as it keeps all weights and adds some, DejaVu at as many active neurons. At as
+many operations (`lop.model.flops`, of the language backbone): FastV and SparseVLM, by
 themselves and on what LOP's search found, against LOP's widths alone that compute as much (between the ratios that were
 searched its ratios of layers are interpolated). See `benchmarks/bench.py` and `beyond.py` for what is equal for all.
 
@@ -14,7 +15,8 @@ of each model's scores again, chosen at random, and says whether they agree. `--
 The last line is JSON: `methods` with what each needs; by model, method and ratio `kl` (nats, of the dense model's
 distributions from the pruned one's: summed over a question's answer, mean over a passage's tokens, mean over items),
 `accuracy`, `seconds` (to choose, surveys not counted: those are in `survey_seconds` by model), `flops` as a share of
-the dense model's, and `left`, the parameters that whole layers or narrower states leave of the budget; by model and
+the dense model's, and `left`, the parameters that whole layers or narrower states leave of the budget
+(below zero: what DejaVu has more than the dense model); by model and
 ratio `lop_ahead` (whether LOP's search is ahead of every other method by a 95% interval above zero) and `behind`, with
 the interval of each method's KL less LOP's where it is not; by model `tokens`, one entry for each way to drop tokens,
 share and ratio of LOP's, with the interval of the KL of LOP alone at as many operations less its own.
@@ -31,7 +33,7 @@ import numpy as np
 from bench import LOP, LOPS, Bench
 from beyond import Beyond, Measured
 
-from lop.methods.registry import DROPPINGS, EVERY, RESHAPINGS
+from lop.methods.registry import CONTEXTUAL, DROPPINGS, EVERY, RESHAPINGS
 from lop.report.intervals import Interval
 from lop.run.surveys import SURVEYS
 
@@ -53,6 +55,8 @@ def measure(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> _T
         for ratio in ratios:
             if method in RESHAPINGS:
                 found[method, ratio] = beyond.reshaped(method, ratio)
+            elif method in CONTEXTUAL:
+                found[method, ratio] = beyond.contextual(method, ratio)
             else:
                 chosen, kl, right = bench.result(method, ratio)
                 found[method, ratio] = Measured(kl, right, beyond.flops(chosen), chosen.seconds)
@@ -75,7 +79,8 @@ def summary(bench: Bench, table: _Table) -> dict[str, Any]:
             found[name][method][str(ratio)] = value
     for ratio in dict.fromkeys(ratio for method, ratio in table if method == LOP):
         lop = table[LOP, ratio]
-        others = {method: one for (method, at), one in table.items() if at == ratio and method not in LOPS}
+        beside = {*LOPS, *CONTEXTUAL}  # LOP itself, and what has more parameters.
+        others = {method: one for (method, at), one in table.items() if at == ratio and method not in beside}
         differences = {method: bench.interval(one.kl - lop.kl) for method, one in others.items()}
         behind = {method: [each.low, each.high] for method, each in differences.items() if each.low <= 0}
         found["lop_ahead"][str(ratio)] = not behind
@@ -143,7 +148,13 @@ def plot(bench: Bench, table: _Table, dropped: Sequence[Mapping[str, Any]], path
 
 
 def _label(method: str) -> str:
-    return "LOP search" if method == LOP else method if method in LOPS else EVERY[method].label or method
+    if method in LOPS:
+        return "LOP search" if method == LOP else method
+    return (CONTEXTUAL[method] if method in CONTEXTUAL else EVERY[method]).label or method
+
+
+def _needs(method: str) -> list[str]:
+    return ["states", "training"] if method in CONTEXTUAL else sorted(EVERY[LOP if method in LOPS else method].needs)
 
 
 def _in_words(gain: Interval) -> str:
@@ -156,7 +167,7 @@ def _numbers(gain: Interval) -> str:
 
 def main() -> None:
     """Makes what is missing, and prints."""
-    known = [*READ, *RESHAPINGS, *SEARCHING, *LOPS]
+    known = [*READ, *RESHAPINGS, *SEARCHING, *CONTEXTUAL, *LOPS]
     parser = argparse.ArgumentParser(description="LOP against the systems its paper names, on tiny and smol.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
@@ -182,7 +193,7 @@ def main() -> None:
         agree = [ok for bench in benches for ok in bench.check(options.check, options.methods)]
         print(json.dumps({"benchmark": "company", "checked": len(agree), "agree": sum(agree)}))
         return
-    methods = {name: sorted(EVERY[LOP if name in LOPS else name].needs) for name in options.methods}
+    methods = {name: _needs(name) for name in options.methods}
     line: dict[str, Any] = {"benchmark": "company", "seed": options.seed, "methods": methods}
     for bench in benches:
         table = measure(bench, options.methods, options.ratios)

@@ -3,6 +3,7 @@
 from lop.methods import (
     alphapruning,
     darwinlm,
+    dejavu,
     efficientllava,
     evolution,
     fastv,
@@ -25,7 +26,7 @@ from lop.methods import (
     uniform,
     wanda,
 )
-from lop.methods.dropping import Dropping
+from lop.methods.dropping import Contextual, Dropping
 from lop.methods.method import SURVEYED, Method, Side
 from lop.methods.reshaping import Reshaping
 
@@ -67,6 +68,8 @@ RESHAPINGS: dict[str, Reshaping] = {
 }
 # Those that leave the weights as they are, and drop images' tokens: they go together with any of the others.
 DROPPINGS: dict[str, Dropping] = {dropping.name: dropping for dropping in (fastv.METHOD, sparsevlm.METHOD)}
+# Those that compute other neurons for each token, with all weights there.
+CONTEXTUAL: dict[str, Contextual] = {dejavu.METHOD.name: dejavu.METHOD}
 EVERY: dict[str, Method | Reshaping] = {**METHODS, **RESHAPINGS}
 BASELINES = tuple(name for name, method in METHODS.items() if method.side is Side.BASELINE)
 # What tables have if the config names none: those that cost no further pass over the calibration samples.

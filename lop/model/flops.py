@@ -6,6 +6,7 @@ from typing import cast
 from torch import Tensor
 
 from lop.model.backbone import Backbone, Layer
+from lop.model.contextual import ContextualFfn
 from lop.model.elastic import ElasticFfn
 
 
@@ -32,4 +33,5 @@ def layer_flops(layer: Layer, length: int) -> int:
     per_neuron = ffn.gate.shape[1] + ffn.up.shape[1] + ffn.down.shape[0]
     tensors: list[Tensor | None] = [layer.qkv, layer.out, layer.attention_turn, layer.ffn_turn]
     weights = sum(tensor.numel() for tensor in tensors if tensor is not None) + ffn.width * per_neuron
+    weights += ffn.predictor_parameters if isinstance(ffn, ContextualFfn) else 0
     return 2 * length * weights + 4 * length**2 * layer.out.shape[1]

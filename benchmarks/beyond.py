@@ -43,26 +43,26 @@ class Beyond:
     """Measures on a bench's items; each measurement is one of the bench's cells."""
 
     def __init__(self, bench: Bench) -> None:
-        self._bench = bench
+        self.bench = bench
 
     def reshaped(self, method: str, ratio: float) -> Measured:
         """A method of `RESHAPINGS`, refitted if it can be, at as many parameters as allocations of the ratio have."""
-        return self._measured(self._bench.cell(f"reshape-{method}-{ratio}.json", lambda: self._reshape(method, ratio)))
+        return self._measured(self.bench.cell(f"reshape-{method}-{ratio}.json", lambda: self._reshape(method, ratio)))
 
     def dropped(self, dropping: str | None, share: float, base: Chosen | None) -> Measured:
         """A share of images' tokens dropped, by a method of `DROPPINGS` or not at all, of an allocation or dense."""
         name = "dense" if base is None else fingerprint([base.importance, base.widths])
         cell = f"drop-{dropping}-{share:.2f}-{name}.json"
-        return self._measured(self._bench.cell(cell, lambda: self._drop(dropping, share, base)))
+        return self._measured(self.bench.cell(cell, lambda: self._drop(dropping, share, base)))
 
     def contextual(self, method: str, ratio: float) -> Measured:
         """A method of `CONTEXTUAL`, with as many neurons for each token as allocations of the ratio have."""
-        return self._measured(self._bench.cell(f"contextual-{method}-{ratio}.json", lambda: self._use(method, ratio)))
+        return self._measured(self.bench.cell(f"contextual-{method}-{ratio}.json", lambda: self._use(method, ratio)))
 
     def flops(self, chosen: Chosen | None = None) -> int:
         """What an allocation computes for all items, or the dense model."""
-        elastic = self._bench.workshop.elastic
-        with elastic.pruned(dense(self._bench.run.space) if chosen is None else Allocation(chosen.widths)):
+        elastic = self.bench.workshop.elastic
+        with elastic.pruned(dense(self.bench.run.space) if chosen is None else Allocation(chosen.widths)):
             return sum(
                 flops(elastic.backbone, [lengths] * len(elastic.backbone.layers), predicted)
                 for lengths, predicted in self._shapes
@@ -73,7 +73,7 @@ class Beyond:
 
         Between the ratios that it was asked for, its ratios of layers are interpolated; None beyond the last.
         """
-        space = self._bench.run.space
+        space = self.bench.run.space
         whole, least = self.flops(), self.flops(found[max(found)])
         each = (whole - least) / (space.layers * space.neurons - sum(found[max(found)].widths))
         budget = space.budget(0) - int(np.ceil((whole - wanted) / each / space.granularity)) * space.granularity
@@ -88,7 +88,7 @@ class Beyond:
 
     @cached_property
     def _encoded(self) -> Encoded:
-        return self._bench.workshop.encode(self._bench.items)
+        return self.bench.workshop.encode(self.bench.items)
 
     @cached_property
     def _shapes(self) -> list[tuple[list[int], int]]:
@@ -100,10 +100,10 @@ class Beyond:
 
     @cached_property
     def _dense(self) -> list[torch.Tensor]:
-        return Scoring(self._bench.workshop.elastic.backbone, self._encoded).all_tails()
+        return Scoring(self.bench.workshop.elastic.backbone, self._encoded).all_tails()
 
     def _reshape(self, method: str, ratio: float) -> dict[str, Any]:
-        run, workshop, reshaping = self._bench.run, self._bench.workshop, RESHAPINGS[method]
+        run, workshop, reshaping = self.bench.run, self.bench.workshop, RESHAPINGS[method]
         asked = run.size.parameters - run.size.pruned_parameters(run.space.budget(ratio))
         start = time.perf_counter()
         calibration = workshop.encode(run.samples.calibration)
@@ -114,7 +114,7 @@ class Beyond:
         return {**found, "flops": scoring.flops, "seconds": seconds, "left": made.removed - asked}
 
     def _use(self, method: str, ratio: float) -> dict[str, Any]:
-        run, workshop = self._bench.run, self._bench.workshop
+        run, workshop = self.bench.run, self.bench.workshop
         dense, start = self._dense, time.perf_counter()
         widths = uniform(run.space, run.space.budget(ratio)).widths
         made = CONTEXTUAL[method].make(workshop.elastic.backbone, workshop.encode(run.samples.calibration), widths)
@@ -125,17 +125,17 @@ class Beyond:
         return {**found, "flops": scoring.flops, "seconds": seconds, "left": -added}
 
     def _drop(self, dropping: str | None, share: float, base: Chosen | None) -> dict[str, Any]:
-        elastic, space = self._bench.workshop.elastic, self._bench.run.space
+        elastic, space = self.bench.workshop.elastic, self.bench.run.space
         plan = None if dropping is None else DROPPINGS[dropping].plan(space.layers, share)
         allocation = dense(space) if base is None else Allocation(base.widths)
-        against, repair = self._dense, None if base is None else self._bench.repair(base.importance)
+        against, repair = self._dense, None if base is None else self.bench.repair(base.importance)
         with elastic.pruned(allocation, repair):
             scoring = DroppingScoring(elastic.backbone, self._encoded, plan)
             found = _packed(scoring.scores(against))
         return {**found, "flops": scoring.flops}
 
     def _measured(self, found: Mapping[str, Any]) -> Measured:
-        asked = np.array([not sample.is_prose for sample in self._bench.items])
+        asked = np.array([not sample.is_prose for sample in self.bench.items])
         return Measured(
             unpack_values(found["divergence"]),
             float(unpack_values(found["hits"])[asked].mean()),

@@ -4,9 +4,9 @@ On `tiny` and `smol`, at as many parameters, refit for everybody who can be refi
 vector-wise), Minitron, DarwinLM, Puzzletron, Týr and EfficientLLaVA over FFN neurons, beside uniform widths and LOP's
 search; ShortGPT, LLM-Streamline and SliceGPT, which leave the FFNs as they are; and LOP's search by LLM-Pruner's
 importance (`lop-taylor`). Beside these, as it keeps all weights and adds some, DejaVu at as many active neurons. At as
-many operations (`lop.model.flops`, of the language backbone): FastV and SparseVLM, by
-themselves and on what LOP's search found, against LOP's widths alone that compute as much (between the ratios that were
-searched its ratios of layers are interpolated). See `benchmarks/bench.py` and `beyond.py` for what is equal for all.
+many operations (`lop.model.flops`, of the language backbone): FastV and SparseVLM, by themselves and on what LOP's
+search found, against LOP's widths alone that compute as much (between the ratios that were searched its ratios of
+layers are interpolated). See `benchmarks/bench.py` and `beyond.py` for what is equal for all.
 
 Each choice and each score is a small file under `results/company/MODEL` (those that `benchmarks/smol.py` has made are
 taken from `results/smol`), with the fingerprint of what it was made from; what is missing is made. `--check N` makes N
@@ -15,11 +15,11 @@ of each model's scores again, chosen at random, and says whether they agree. `--
 The last line is JSON: `methods` with what each needs; by model, method and ratio `kl` (nats, of the dense model's
 distributions from the pruned one's: summed over a question's answer, mean over a passage's tokens, mean over items),
 `accuracy`, `seconds` (to choose, surveys not counted: those are in `survey_seconds` by model), `flops` as a share of
-the dense model's, and `left`, the parameters that whole layers or narrower states leave of the budget
-(below zero: what DejaVu has more than the dense model); by model and
-ratio `lop_ahead` (whether LOP's search is ahead of every other method by a 95% interval above zero) and `behind`, with
-the interval of each method's KL less LOP's where it is not; by model `tokens`, one entry for each way to drop tokens,
-share and ratio of LOP's, with the interval of the KL of LOP alone at as many operations less its own.
+the dense model's, and `left`, the parameters that whole layers or narrower states leave of the budget (below zero: what
+DejaVu has more than the dense model); by model and ratio `lop_ahead` (whether LOP's search is ahead of every other
+method by a 95% interval above zero) and `behind`, with the interval of each method's KL less LOP's where it is not, and
+the same for LOP's other forms; by model `tokens`, one entry for each way to drop tokens, share and ratio of LOP's, with
+the interval of the KL of LOP alone at as many operations less its own.
 """
 
 import argparse
@@ -48,9 +48,9 @@ _ELSEWHERE = {"smol": [RESULTS / "smol"]}
 _Table = Mapping[tuple[str, float], Measured]
 
 
-def measure(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> _Table:
+def measure(beyond: Beyond, methods: Sequence[str], ratios: Sequence[float]) -> _Table:
     """Every method at every ratio."""
-    beyond, found = Beyond(bench), {}
+    bench, found = beyond.bench, {}
     for method in methods:
         for ratio in ratios:
             if method in RESHAPINGS:
@@ -69,32 +69,32 @@ def measure(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> _T
     return found
 
 
-def summary(bench: Bench, table: _Table) -> dict[str, Any]:
+def summary(beyond: Beyond, table: _Table) -> dict[str, Any]:
     """One model's part of the last line, and in words whom LOP is ahead of."""
     found: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
-    whole = Beyond(bench).flops()
+    bench, whole = beyond.bench, beyond.flops()
     for (method, ratio), one in table.items():
         values = {"kl": float(one.kl.mean()), "accuracy": one.right, "seconds": one.seconds, "left": one.left}
         for name, value in {**values, "flops": one.flops / whole}.items():
             found[name][method][str(ratio)] = value
-    for ratio in dict.fromkeys(ratio for method, ratio in table if method == LOP):
-        lop = table[LOP, ratio]
-        beside = {*LOPS, *CONTEXTUAL}  # LOP itself, and what has more parameters.
+    beside = {*LOPS, *CONTEXTUAL}  # LOP itself, and what has more parameters.
+    for name, ratio in [key for key in table if key[0] in LOPS]:
         others = {method: one for (method, at), one in table.items() if at == ratio and method not in beside}
-        differences = {method: bench.interval(one.kl - lop.kl) for method, one in others.items()}
+        differences = {method: bench.interval(one.kl - table[name, ratio].kl) for method, one in others.items()}
         behind = {method: [each.low, each.high] for method, each in differences.items() if each.low <= 0}
-        found["lop_ahead"][str(ratio)] = not behind
-        found["behind"][str(ratio)] = behind
+        form = name.removesuffix("-search")
+        found[f"{form}_ahead"][str(ratio)] = not behind
+        found["behind" if name == LOP else f"{form}_behind"][str(ratio)] = behind
         for method, difference in differences.items():
-            print(f"{bench.model} at {ratio:.0%}: LOP is {_in_words(difference)} {method} {_numbers(difference)}")
+            print(f"{bench.model} at {ratio:.0%}: {name} is {_in_words(difference)} {method} {_numbers(difference)}")
     made = [kind for kind in SURVEYS if bench.run.survey_file(kind).exists()]
     found["survey_seconds"] = {kind: bench.run.survey_seconds(kind) for kind in made}
     return found
 
 
-def tokens(bench: Bench, ratios: Sequence[float], shares: Sequence[float]) -> list[dict[str, Any]]:
+def tokens(beyond: Beyond, ratios: Sequence[float], shares: Sequence[float]) -> list[dict[str, Any]]:
     """Images' tokens dropped from the dense model and from LOP's, against LOP alone at as many operations."""
-    beyond = Beyond(bench)
+    bench = beyond.bench
     known = {ratio: bench.choose(LOP, ratio) for ratio in ratios}
     whole, entries = beyond.flops(), []
     for name in DROPPINGS:
@@ -121,11 +121,11 @@ def tokens(bench: Bench, ratios: Sequence[float], shares: Sequence[float]) -> li
     return entries
 
 
-def plot(bench: Bench, table: _Table, dropped: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot(beyond: Beyond, table: _Table, dropped: Sequence[Mapping[str, Any]], path: Path) -> None:
     """KL by operations, one line a method."""
     from lop.report.plots import plt, save_figure
 
-    whole, lines = Beyond(bench).flops(), defaultdict(list)
+    whole, lines = beyond.flops(), defaultdict(list)
     for (method, _), one in table.items():
         lines[_label(method)].append((one.flops / whole, float(one.kl.mean())))
     for entry in dropped:
@@ -134,14 +134,15 @@ def plot(bench: Bench, table: _Table, dropped: Sequence[Mapping[str, Any]], path
         label = f"{way} alone" if not entry["lop"] else f"{way} on LOP at {entry['lop']:.0%}"
         lines[label].append((entry["flops"], entry["kl"]))
     figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    for label, points in lines.items():
+    colours = plt.get_cmap("tab20").colors
+    for index, (label, points) in enumerate(lines.items()):
         is_lop, drops = label == _label(LOP), any(way.label in label for way in DROPPINGS.values())
-        style = {"linewidth": 2.6, "color": "black", "zorder": 3} if is_lop else {"linewidth": 1.2}
+        style = {"linewidth": 2.6, "color": "black"} if is_lop else {"color": colours[index % len(colours)]}
         x, y = np.transpose(sorted(points))
         axes.plot(100 * x, y, marker="^" if drops else "o", linestyle=":" if drops else "-", label=label, **style)
     axes.set_yscale("log")
     axes.set(xlabel="operations of the language backbone (% of dense)", ylabel="KL to the dense model (nats)")
-    axes.set_title(f"{bench.model}: what less computing costs")
+    axes.set_title(f"{beyond.bench.model}: what less computing costs")
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside right upper", fontsize=7)
     save_figure(figure, path)
@@ -196,12 +197,13 @@ def main() -> None:
     methods = {name: _needs(name) for name in options.methods}
     line: dict[str, Any] = {"benchmark": "company", "seed": options.seed, "methods": methods}
     for bench in benches:
-        table = measure(bench, options.methods, options.ratios)
-        dropped = tokens(bench, options.ratios, options.shares) if options.shares else []
-        for name, values in {**summary(bench, table), "tokens": dropped}.items():
+        beyond = Beyond(bench)
+        table = measure(beyond, options.methods, options.ratios)
+        dropped = tokens(beyond, options.ratios, options.shares) if options.shares else []
+        for name, values in {**summary(beyond, table), "tokens": dropped}.items():
             line.setdefault(name, {})[bench.model] = values
         if options.plot:
-            plot(bench, table, dropped, options.plot.with_name(options.plot.name.replace("MODEL", bench.model)))
+            plot(beyond, table, dropped, options.plot.with_name(options.plot.name.replace("MODEL", bench.model)))
     print(json.dumps(line))
 
 

@@ -226,7 +226,7 @@ def _draw_table(header: Row, rows: Sequence[Row], path: Path) -> None:
     drawn.auto_set_column_width(list(range(len(header))))
     for (row, column), cell in drawn.get_celld().items():
         cell.set_linewidth(0.3)
-        if row == 0 or rows[row - 1][column].startswith("**"):
+        if row == 0 or (rows and rows[row - 1][column].startswith("**")):
             cell.set_text_props(weight="bold")
     save_figure(figure, path)
 

@@ -115,7 +115,7 @@ def test_what_makes_up_for_layers_is_better_than_nothing(backbone: Backbone, enc
 
 
 def test_a_layer_trained_to_be_itself_stays_so(backbone: Backbone, encoded: Encoded) -> None:
-    kept = fitted_layer(backbone, encoded, 5, 1, epochs=1)
+    kept = fitted_layer(backbone, encoded, 5, 1, steps=4)
     layers = (*backbone.layers[:5], kept, *backbone.layers[6:])
     assert error(backbone, replace(backbone, layers=layers), encoded) < 1e-6
 

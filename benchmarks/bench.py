@@ -17,7 +17,7 @@ import torch
 from cells import cell
 
 from lop.methods.lop_search import METHOD as LOP_SEARCH
-from lop.methods.method import Given, Reward
+from lop.methods.method import Given, Reward, Root
 from lop.methods.puzzletron import library
 from lop.methods.registry import METHODS
 from lop.model.repair import Refits, factors, reordered
@@ -33,6 +33,7 @@ from lop.search.racing import Candidate, pack_values, unpack_values
 from lop.space.allocation import Allocation
 from lop.stages.calibrate import calibrate_stage
 from lop.stages.local import Local
+from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage
 from lop.stages.surveys import survey_stage
 from lop.storage.files import read_json
@@ -40,7 +41,11 @@ from lop.storage.fingerprint import fingerprint
 
 LOP = LOP_SEARCH.name
 # LOP's search by other settings: ideas of methods that it was not ahead of.
-LOPS = {LOP: (), "lop-taylor": ("importance=taylor",)}
+LOPS = {
+    LOP: (),
+    "lop-taylor": ("importance=taylor",),
+    "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
+}
 _ITEMS = 800
 _SETTINGS = (
     "search.evaluations=24",
@@ -86,9 +91,15 @@ class Bench:
         calibrate_stage(self.run)
 
     def _config(self, ratio: float, *changed: str) -> Config:
-        """Of a search of one target."""
-        target = f"search.targets={{first: {ratio}, last: {ratio}, step: 0.1}}"
-        settings = [*_SETTINGS, *(_AS_NOW if self.model == "tiny" else ()), target, f"seed={self.seed}", *changed]
+        """Of a search of one target, with what it may start from."""
+        targets = f"search.targets={{first: {ratio}, last: {ratio}, step: 0.1}}", f"tables.targets=[{ratio}]"
+        settings = [
+            *_SETTINGS,
+            *(_AS_NOW if self.model == "tiny" else ()),
+            *targets,
+            f"seed={self.seed}",
+            *changed,
+        ]
         return load_config(find_config(self.model), settings)
 
     @cached_property
@@ -193,14 +204,17 @@ class Bench:
         for mine in (self.run.statistics_file, *map(self.run.survey_file, SURVEYS)):
             if mine.exists():
                 (run.folder / mine.name).write_bytes(mine.read_bytes())
+        roots = [name for name in run.config.search.roots if METHODS[name].root is Root.FOUND]
+        outcomes = rivals_stage(run, Local(), rivals=roots, targets=[ratio], progress=False) if roots else []
         search_stage(run, Local(), progress=False)
         (found,) = read_json(run.search_file)["targets"]
         search, back = (self._tokens(part) for part in run.searched_samples)
         spent = sum(entry.get("scored", search[1]) / search[1] * search[0] for entry in found["evaluations"])
         spent += len(found["confirmed"]) * back[0]
-        return Chosen(
-            name, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), run.seconds()["search"]
-        )
+        # What roots were found with was spent, too.
+        spent += sum(outcome.curve[-1][0] for outcome in outcomes) * self._tokens(run.samples.reward)[0]
+        seconds = run.seconds()["search"] + sum(outcome.seconds for outcome in outcomes)
+        return Chosen(name, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), seconds)
 
     def _tokens(self, samples: Sequence[Sample]) -> tuple[int, int]:
         """Tokens and samples."""

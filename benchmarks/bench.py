@@ -6,7 +6,7 @@ scored on the same test items, drawn once by a fixed seed, with the refit that o
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from cells import cell
 
 from lop.methods.lop_search import METHOD as LOP_SEARCH
-from lop.methods.method import Given, Reward
+from lop.methods.method import Given, Reward, Root
 from lop.methods.puzzletron import library
 from lop.methods.registry import METHODS
 from lop.model.repair import Refits, factors, reordered
@@ -26,19 +26,26 @@ from lop.report.intervals import Interval, paired_bootstrap
 from lop.run.building import Materials, Workshop
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
-from lop.run.surveys import statistics_for
+from lop.run.surveys import SURVEYS, statistics_for
 from lop.search.evaluator import Evaluator
 from lop.search.loop import InProcess
 from lop.search.racing import Candidate, pack_values, unpack_values
 from lop.space.allocation import Allocation
 from lop.stages.calibrate import calibrate_stage
 from lop.stages.local import Local
+from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage
 from lop.stages.surveys import survey_stage
 from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint
 
 LOP = LOP_SEARCH.name
+# LOP's search by other settings: ideas of methods that it was not ahead of.
+LOPS = {
+    LOP: (),
+    "lop-taylor": ("importance=taylor",),
+    "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
+}
 _ITEMS = 800
 _SETTINGS = (
     "search.evaluations=24",
@@ -83,10 +90,16 @@ class Bench:
         self.run = Run(self._config(0.5), folder / "calibration")
         calibrate_stage(self.run)
 
-    def _config(self, ratio: float) -> Config:
-        """Of a search of one target."""
-        target = f"search.targets={{first: {ratio}, last: {ratio}, step: 0.1}}"
-        settings = [*_SETTINGS, *(_AS_NOW if self.model == "tiny" else ()), target, f"seed={self.seed}"]
+    def _config(self, ratio: float, *changed: str) -> Config:
+        """Of a search of one target, with what it may start from."""
+        targets = f"search.targets={{first: {ratio}, last: {ratio}, step: 0.1}}", f"tables.targets=[{ratio}]"
+        settings = [
+            *_SETTINGS,
+            *(_AS_NOW if self.model == "tiny" else ()),
+            *targets,
+            f"seed={self.seed}",
+            *changed,
+        ]
         return load_config(find_config(self.model), settings)
 
     @cached_property
@@ -117,17 +130,19 @@ class Bench:
         """A method's cell at a ratio."""
 
         def make() -> dict[str, Any]:
+            if method in LOPS:
+                return asdict(self._search(method, ratio))
             if METHODS[method].search:
                 return asdict(self._rival(method, ratio, self.choose(LOP, ratio).tokens))
-            return asdict(self._search(ratio) if method == LOP else self._read(method, ratio))
+            return asdict(self._read(method, ratio))
 
-        found = self._cell(f"choice-{method}-{ratio}-{self.seed}.json", make)
+        found = self.cell(f"choice-{method}-{ratio}-{self.seed}.json", make)
         del found["made_from"]
         return Chosen(**{**found, "widths": tuple(found["widths"])})
 
     def scored(self, chosen: Chosen) -> dict[str, Any]:
         """An allocation's cell."""
-        return self._cell(f"score-{fingerprint([chosen.importance, chosen.widths])}.json", lambda: self.score(chosen))
+        return self.cell(f"score-{fingerprint([chosen.importance, chosen.widths])}.json", lambda: self.score(chosen))
 
     def result(self, method: str, ratio: float) -> tuple[Chosen, np.ndarray, float]:
         """What a method chose at a ratio, the KL [n] of each item, and the share of questions answered right."""
@@ -162,7 +177,8 @@ class Bench:
             print(f"{chosen.method} at {chosen.ratio:.0%}: KL {known.mean():.4f}, again {again.mean():.4f}")
             yield bool(np.allclose(known, again, rtol=0.02, atol=0.02))
 
-    def _cell(self, name: str, make: Any) -> dict[str, Any]:
+    def cell(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a cell holds, which is looked for in all folders."""
         there = [folder / name for folder in self._results if (folder / name).exists()]
         return cell((there or [self._results[0] / name])[0], self.made_from, make)
 
@@ -179,19 +195,26 @@ class Bench:
         made = [reordered(c, torch.from_numpy(move)) for c, move in zip(known, moves, strict=True)]
         return Refits(made, cache_bytes=1 << 30)
 
-    def _search(self, ratio: float) -> Chosen:
-        """LOP's own."""
-        run = Run(self._config(ratio), self._folder / f"{self.seed}-{ratio}")
+    def _search(self, name: str, ratio: float) -> Chosen:
+        """LOP's own, by the settings of that name."""
+        end = "" if name == LOP else f"-{name}"
+        run = Run(self._config(ratio, *LOPS[name]), self._folder / f"{self.seed}-{ratio}{end}")
         run.folder.mkdir(parents=True, exist_ok=True)
-        run.statistics_file.write_bytes(self.run.statistics_file.read_bytes())
+        survey_stage(self.run, Local(), [m.name for m in METHODS.values() if m.importance == run.config.importance])
+        for mine in (self.run.statistics_file, *map(self.run.survey_file, SURVEYS)):
+            if mine.exists():
+                (run.folder / mine.name).write_bytes(mine.read_bytes())
+        roots = [name for name in run.config.search.roots if METHODS[name].root is Root.FOUND]
+        outcomes = rivals_stage(run, Local(), rivals=roots, targets=[ratio], progress=False) if roots else []
         search_stage(run, Local(), progress=False)
         (found,) = read_json(run.search_file)["targets"]
         search, back = (self._tokens(part) for part in run.searched_samples)
         spent = sum(entry.get("scored", search[1]) / search[1] * search[0] for entry in found["evaluations"])
         spent += len(found["confirmed"]) * back[0]
-        return Chosen(
-            LOP, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), run.seconds()["search"]
-        )
+        # What roots were found with was spent, too.
+        spent += sum(outcome.curve[-1][0] for outcome in outcomes) * self._tokens(run.samples.reward)[0]
+        seconds = run.seconds()["search"] + sum(outcome.seconds for outcome in outcomes)
+        return Chosen(name, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), seconds)
 
     def _tokens(self, samples: Sequence[Sample]) -> tuple[int, int]:
         """Tokens and samples."""

@@ -16,6 +16,7 @@ from lop.checkpoint.formats import FORMATS
 from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
+from lop.methods.registry import RESHAPINGS
 from lop.model.find import EMBEDDED, SHIPPED
 from lop.space.latency import PHASES
 from lop.terminal import prepare_streams, say, settle_streams
@@ -119,6 +120,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bits(prune)
     prune.add_argument("--vision", action="store_true", help="with --bits, quantise the vision tower, too")
     _add_out(prune)
+    reshape = add(
+        "reshape", "write a checkpoint with whole layers removed, by a method other than LOP", commands.reshape
+    )
+    reshape.add_argument("--method", choices=RESHAPINGS, required=True, metavar="NAME", help=", ".join(RESHAPINGS))
+    help = "as many parameters less, at least, as this share of the FFN neurons has, such as 0.3"
+    reshape.add_argument("--target", type=float, required=True, metavar="RATIO", help=help)
+    reshape.add_argument("--recovery", choices=RECOVERIES, help="none or refit (default: refit)")
+    _add_out(reshape)
     measure = add("measure", "measure pruned and quantised models, for --bytes to choose by", commands.measure)
     _add_workers(measure)
     quantise = add("quantise", "write a checkpoint again with weights of fewer bits", commands.quantise, common=False)

@@ -128,6 +128,14 @@ def prune(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def reshape(options: argparse.Namespace) -> None:
+    from lop.stages.reshape import reshape_stage
+
+    check_lasting("--out", options.out)
+    reshape_stage(_config(options), options.method, options.target, options.out)
+    print(options.out)
+
+
 def measure(options: argparse.Namespace) -> None:
     from lop.console import PlainConsole
     from lop.report.qualities import plot_qualities, qualities_table

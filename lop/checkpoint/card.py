@@ -52,7 +52,7 @@ _CARD = """---
 {front}
 ---
 
-# {name}, {ratio:.1%} of its FFN neurons pruned
+# {name}, {removed}
 
 {parameters:,} parameters, {size:,} bytes. {untouched} are the dense model's.
 {quantised}
@@ -102,7 +102,7 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
     return _CARD.format(
         front="\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()),
         name=origin if _is_hub_id(origin) else Path(origin).name,
-        ratio=1 - sum(widths) / (len(widths) * neurons),
+        removed=_removed(manifest),
         parameters=parameters,
         size=size,
         untouched=_untouched(manifest),
@@ -116,11 +116,20 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
     ).encode()
 
 
+def _removed(manifest: Mapping[str, Any]) -> str:
+    """What the dense model had more."""
+    widths, layers = manifest["widths"], manifest.get("layers")
+    if layers:
+        return f"{layers['of'] - len(layers['kept'])} of its {layers['of']} layers removed"
+    return f"{1 - sum(widths) / (len(widths) * manifest['neurons']):.1%} of its FFN neurons pruned"
+
+
 def _untouched(manifest: Mapping[str, Any]) -> str:
     """What no step has changed."""
     quantised = manifest.get("quantised")
     if not quantised:
-        return "Vision tower, embeddings and head" if "distilled" in manifest else "Vision tower and attention"
+        has_new = "distilled" in manifest or "layers" in manifest
+        return "Vision tower, embeddings and head" if has_new else "Vision tower and attention"
     return "Embeddings and head" if quantised["vision"] else "Vision tower, embeddings and head"
 
 

@@ -19,12 +19,13 @@ from lop.checkpoint.bits import COMPENSATED, Packing
 from lop.checkpoint.forecast import tell_refit
 from lop.checkpoint.packing import stored_dtype, write_packed
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
-from lop.checkpoint.recovery import CATCH_UP, NormalEquations, recover_elastic
+from lop.checkpoint.recovery import CATCH_UP, recover_elastic
 from lop.model.backbone import ROWS, Backbone, Layer
 from lop.model.elastic import ElasticFfn, ElasticModel, Repair
 from lop.model.encoding import Encoded, encode
 from lop.model.families.lean import project_by, projections
 from lop.model.image_settings import ImageSettings
+from lop.model.normal import NormalEquations
 from lop.model.repair import RIDGE, Biases
 from lop.model.rounding import Rounding
 from lop.model.samples import Sample

@@ -103,6 +103,9 @@ def print_inspection(found: Inspection) -> None:
         "source": manifest.get("source"),
         "target": f"{manifest['target']:.4f}" if "target" in manifest else None,
         "pruned": f"{found.ratio:.2%} of {len(found.widths)} layers of {found.neurons} neurons",
+        "layers": "{}, which were {} of {}".format(len(found.widths), ", ".join(map(str, layers["kept"])), layers["of"])
+        if (layers := manifest.get("layers"))
+        else None,
         "bits": _rounding(manifest.get("quantised")),
         "recovery": manifest.get("recovery"),
         "distilled": "; ".join(map(_learnt, manifest.get("distilled", []))) or None,

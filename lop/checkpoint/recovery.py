@@ -14,16 +14,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from lop.checkpoint.forecast import tell_refit
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
-from lop.model.backbone import ROWS, Backbone, Layer
+from lop.model.backbone import Backbone, Layer
 from lop.model.dtypes import DTYPES
 from lop.model.elastic import ElasticFfn, ElasticModel, Repair
 from lop.model.encoding import Encoded, encode
 from lop.model.image_settings import ImageSettings
-from lop.model.repair import RIDGE, Biases, Refits, factors, ridged_factor
+from lop.model.normal import NormalEquations
+from lop.model.repair import RIDGE, Biases, Refits, factors
 from lop.model.samples import Sample
 from lop.model.sources import check_checkpoint
 from lop.model.streamed import StreamedModel
@@ -200,45 +200,3 @@ def refit(
         for index, residual in enumerate(pruned):
             pruned[index] = backbone.feed_forward(layer, residual.to(device)).to("cpu")
         yield ffn.down if ffn.refitted is None else ffn.refitted
-
-
-class NormalEquations:
-    """Sums over tokens, and the weights W + Δ that follow from them; see `refit`.
-
-    Args:
-        weight: [H, F], of all neurons.
-        width: k, of those kept.
-    """
-
-    def __init__(self, weight: Tensor, width: int) -> None:
-        self._weight, self._width = weight, width
-        self._gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
-        self._change = torch.zeros(len(weight), width, dtype=torch.float64, device=weight.device)
-
-    @property
-    def gram(self) -> Tensor:
-        """G [k, k], float64, until the weights are solved for."""
-        return self._gram
-
-    def add(self, backbone: Backbone, layer: Layer, residual: Tensor, output: Tensor, catch_up: float) -> None:
-        """Adds tokens' r and o [N, H]; the layer's FFN must have all its neurons."""
-        ffn = cast(ElasticFfn, layer.ffn)
-        for x, wanted in zip(residual.split(ROWS), output.split(ROWS)):
-            self._add(ffn.hidden(backbone.ffn_input(layer, x)), x.float(), wanted.float(), catch_up)
-
-    def _add(self, hidden: Tensor, residual: Tensor, wanted: Tensor, catch_up: float) -> None:
-        """Adds tokens' activations of all neurons [N, F], and r and o [N, H] in float32."""
-        kept, pruned = hidden.tensor_split([self._width], dim=1)
-        lost = F.linear(pruned, self._weight[:, self._width :]).float()
-        whole = F.linear(kept, self._weight[:, : self._width]).float() + lost
-        missing = lost + catch_up * (wanted - residual - whole)  # t − W·h
-        scale = wanted.square().mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-        # Products in float32, which every GPU is fast at; sums over batches in float64.
-        kept = kept.float() * scale
-        self._gram += kept.T @ kept
-        self._change += (missing * scale).T @ kept
-
-    def solve(self, ridge: float) -> Tensor:
-        """The weights [H, k], in the dense weights' dtype; changes the sums."""
-        change = torch.cholesky_solve(self._change.T, ridged_factor(self._gram, ridge)).T
-        return (self._weight[:, : self._width].double() + change).to(self._weight.dtype)

@@ -47,6 +47,8 @@ class Need(StrEnum):
     SPECTRA = "spectra"  # `NeuronStatistics.exponents`.
     GRADIENTS = "gradients"  # The surveys `element` and `vector` (`lop.model.taylor`).
     SEQUENCES = "sequences"  # The survey `squares` (`lop.model.sequences`).
+    STATES = "states"  # The calibration samples' states before and after layers.
+    TRAINING = "training"  # A part of the model trained on them.
     REMOVAL = "removal"  # The surveys `order` and `errors` (`lop.model.removal`).
     EVALUATIONS = "evaluations"  # A search of its own: `Method.search`.
     SEARCH = "search"  # LOP's search.

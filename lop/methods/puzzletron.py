@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lop.methods.method import Discovery, Method, Need, Reward, Search, Side, look_up
+from lop.methods.method import Discovery, Method, Need, Reward, Root, Search, Side, look_up
 from lop.methods.sensitivity import scanned_once
 from lop.space.allocation import Allocation, Space, project
 
@@ -66,6 +66,7 @@ METHOD = Method(
     Side.RIVAL,
     look_up,
     needs=frozenset({Need.ACTIVATIONS, Need.EVALUATIONS}),
+    root=Root.FOUND,
     search=Search(puzzle, is_shared=True),
     has_profile=True,
     label="Puzzletron",

@@ -3,10 +3,13 @@
 from lop.methods import (
     alphapruning,
     darwinlm,
+    dejavu,
     efficientllava,
     evolution,
+    fastv,
     flap,
     llm_pruner,
+    llm_streamline,
     lop_predictor,
     lop_search,
     magnitude,
@@ -15,12 +18,17 @@ from lop.methods import (
     puzzletron,
     random,
     sensitivity,
+    shortgpt,
+    slicegpt,
+    sparsevlm,
     tree,
     tyr,
     uniform,
     wanda,
 )
+from lop.methods.dropping import Contextual, Dropping
 from lop.methods.method import SURVEYED, Method, Side
+from lop.methods.reshaping import Reshaping
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -47,6 +55,22 @@ METHODS: dict[str, Method] = {
         lop_predictor.METHOD,
     )
 }
+# Those that leave the FFNs as they are.
+RESHAPINGS: dict[str, Reshaping] = {
+    reshaping.name: reshaping
+    for reshaping in (
+        shortgpt.METHOD,
+        llm_streamline.METHOD,
+        llm_streamline.LINEAR,
+        llm_streamline.NONE,
+        slicegpt.METHOD,
+    )
+}
+# Those that leave the weights as they are, and drop images' tokens: they go together with any of the others.
+DROPPINGS: dict[str, Dropping] = {dropping.name: dropping for dropping in (fastv.METHOD, sparsevlm.METHOD)}
+# Those that compute other neurons for each token, with all weights there.
+CONTEXTUAL: dict[str, Contextual] = {dejavu.METHOD.name: dejavu.METHOD}
+EVERY: dict[str, Method | Reshaping] = {**METHODS, **RESHAPINGS}
 BASELINES = tuple(name for name, method in METHODS.items() if method.side is Side.BASELINE)
 # What tables have if the config names none: those that cost no further pass over the calibration samples.
 USUAL_BASELINES = tuple(name for name in BASELINES if not METHODS[name].needs & SURVEYED)

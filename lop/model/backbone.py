@@ -49,6 +49,8 @@ class Layer:
         qkv_bias: [(Q + 2·K)·D].
         out: [H, Q·D].
         ffn: [N, H] to [N, H].
+        attention_turn, ffn_turn: [H, H'], what the states are multiplied by as the attention's or the FFN's output is
+            added to them, which is of that width; None: by nothing. Only reshaped models have them.
     """
 
     attention_norm: Tensor
@@ -57,6 +59,8 @@ class Layer:
     out: Tensor
     ffn_norm: Tensor
     ffn: nn.Module
+    attention_turn: Tensor | None = None
+    ffn_turn: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Backbone:
         norm: [H], before the head.
         head: [V, H].
         heads, key_heads: of each layer's attention, `Q` and `K`.
-        epsilon: of every norm.
+        epsilon: of every norm; where states are narrower than `norm` it is still a mean over H that it is added to.
+        entry: [H, H'], what embeddings are multiplied by; None: by nothing.
     """
 
     layers: tuple[Layer, ...]
@@ -77,6 +82,7 @@ class Backbone:
     heads: int
     key_heads: int
     epsilon: float
+    entry: Tensor | None = None
 
     @property
     def head_size(self) -> int:
@@ -92,10 +98,14 @@ class Backbone:
             x: [N, H], the embeddings: sequences laid end to end as `groups` says.
             rotation: [N, D/2] complex, M-RoPE.
         """
-        attention = _Attention(self, rotation, groups)
+        attention, x = _Attention(self, rotation, groups), self.entered(x)
         for layer in self.layers[:last]:
             x = self._whole(layer, attention, x)
             yield x
+
+    def entered(self, x: Tensor) -> Tensor:
+        """The states [N, H'] before the first layer, of the embeddings x [N, H]."""
+        return _turned(x, self.entry)
 
     def attend(self, layer: Layer, x: Tensor, rotation: Tensor, groups: Sequence[Group]) -> Tensor:
         """The states [N, H] between a layer's attention and its FFN, for the states x [N, H] before the layer.
@@ -113,12 +123,28 @@ class Backbone:
         """What the layer's heads say to the states x [N, H] before it, [N, Q·D], which `layer.out` is applied to."""
         return _Attention(self, rotation, groups)(layer, self.attention_input(layer, x))
 
+    def weights(self, layer: Layer, x: Tensor, rotation: Tensor) -> Tensor:
+        """By what weights [T, T] float32 the tokens of one sequence look at each other, the mean over a layer's heads.
+
+        Args:
+            x: [T, H], the states before the layer.
+            rotation: as in `hidden`.
+        """
+        attention = _Attention(self, rotation, (Group(1, len(x), 1),))
+        query, key, _ = attention.project(layer, self.attention_input(layer, x))
+        key = key.repeat_interleave(self.heads // self.key_heads, dim=1)
+        products = torch.einsum("qhd,khd->hqk", query.float(), key.float()) / self.head_size**0.5
+        hidden = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
+        return products.masked_fill_(hidden, -torch.inf).softmax(-1).mean(0)
+
     def ffn_input(self, layer: Layer, x: Tensor) -> Tensor:
         """What the FFN is given, [N, H], where `attend` gave x [N, H]."""
         return self._norm(x, layer.ffn_norm)
 
     def feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
         """The states [N, H] after a layer's FFN, in the memory of what `attend` gave, x [N, H]."""
+        if layer.ffn_turn is not None:
+            return torch.cat([part @ layer.ffn_turn + layer.ffn(self.ffn_input(layer, part)) for part in x.split(ROWS)])
         for part in x.split(ROWS):
             part.add_(layer.ffn(self.ffn_input(layer, part)))
         return x
@@ -132,11 +158,13 @@ class Backbone:
             tails: [M], where in N the tails are.
         """
         attention = _Attention(self, rotation, groups)
+        x = x if first else self.entered(x)
         *before, layer = self.layers[first:]
         for earlier in before:
             x = self._whole(earlier, attention, x)
         attended = attention.at_tails(layer, self._norm(x, layer.attention_norm), tails)
-        return self.normed(self.feed_forward(layer, torch.addmm(x[tails], attended, layer.out.T)))
+        x = _turned(x[tails], layer.attention_turn)
+        return self.normed(self.feed_forward(layer, torch.addmm(x, attended, layer.out.T)))
 
     def normed(self, x: Tensor) -> Tensor:
         """What the head is given, [M, H], of states [M, H] after the last layer."""
@@ -147,13 +175,18 @@ class Backbone:
         return F.linear(x, self.head)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.epsilon)
+        return F.rms_norm(x, weight.shape, weight, self.epsilon * len(self.norm) / len(weight))
 
     def _whole(self, layer: Layer, attention: "_Attention", x: Tensor) -> Tensor:
         return self.feed_forward(layer, self._attend(layer, attention, x))
 
     def _attend(self, layer: Layer, attention: "_Attention", x: Tensor) -> Tensor:
-        return torch.addmm(x, attention(layer, self._norm(x, layer.attention_norm)), layer.out.T)
+        attended = attention(layer, self._norm(x, layer.attention_norm))
+        return torch.addmm(_turned(x, layer.attention_turn), attended, layer.out.T)
+
+
+def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
+    return x if turn is None else x @ turn
 
 
 class _Attention:
@@ -175,11 +208,15 @@ class _Attention:
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Normed states [N, H] to heads' outputs [N, Q·D]."""
+        return self._attend(*self.project(layer, x), self._lengths)
+
+    def project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed states [N, H] to queries [N, Q, D], keys and values [N, K, D], turned as their positions say."""
         rotated = self._heads + self._key_heads
         qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, self._size)
         rotate(qkv[:, :rotated], self._spread)
         query, key, value = qkv.split([self._heads, self._key_heads, self._key_heads], dim=1)
-        return self._attend(query, key, value, self._lengths)
+        return query, key, value
 
     def at_tails(self, layer: Layer, x: Tensor, tails: Tensor) -> Tensor:
         """Normed states [N, H] to heads' outputs [M, Q·D] at the tails alone."""

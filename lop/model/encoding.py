@@ -26,6 +26,7 @@ class Batch:
     Attributes:
         embeddings: [N, H], image features in place.
         rotation: [N, D/2], complex: M-RoPE.
+        is_image: [N] bool, where images' tokens are.
         groups: how many sequences of which length the N tokens are.
         tails: [M], the last tokens of each sequence, as many as the longest answer of its group has.
         places: [A], where in the tails the answers' tokens are predicted.
@@ -35,6 +36,7 @@ class Batch:
 
     embeddings: Tensor
     rotation: Tensor
+    is_image: Tensor
     groups: tuple[Group, ...]
     tails: Tensor
     places: Tensor
@@ -50,6 +52,11 @@ class Batch:
             return self
         moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in self.tensors().items()}
         return Batch(groups=self.groups, **moved)
+
+    def copied(self, device: torch.device) -> "Batch":
+        """A copy on a device that gradients may be computed through: batches are encoded in inference mode."""
+        tensors = {name: value.to(device, copy=True) for name, value in self.tensors().items()}
+        return Batch(groups=self.groups, **tensors)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name."""
@@ -284,6 +291,7 @@ def _pack(sequences: list[EncodedSample | None], chosen: Sequence[int]) -> Batch
     return Batch(
         embeddings=torch.cat([sequence.embeddings for sequence in packed]),
         rotation=torch.cat([sequence.rotation for sequence in packed]),
+        is_image=torch.cat([sequence.is_image for sequence in packed]),
         groups=tuple(groups),
         tails=_ranges(ends - tails, ends),
         places=_ranges(tail_ends - [len(sequence.answer) for sequence in packed], tail_ends),

@@ -56,7 +56,7 @@ def taylor_terms(
         for layer, ffn in zip(layers, ffns)
     }
     for done, batch in enumerate(encoded.batches, start=1):
-        _add_gradients(backbone, _plain(batch, backbone.norm.device), found)
+        _add_gradients(backbone, batch.copied(backbone.norm.device), found)
         shown(done)
     each = [coupled((ffn.gate, ffn.up, ffn.down), gradients) for ffn, gradients in zip(ffns, found.values())]
     return Terms(*(np.stack([terms[form].cpu().numpy() for terms in each]) for form in range(2)))
@@ -71,12 +71,6 @@ def coupled(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Ten
     products = [weight.float() * gradient for weight, gradient in zip(weights, gradients)]
     lines = torch.stack([products[0].T, products[1].T, products[2]])
     return lines.abs().sum((0, 1), dtype=torch.float64), lines.sum(1, dtype=torch.float64).abs().sum(0)
-
-
-def _plain(batch: Batch, device: torch.device) -> Batch:
-    """The batch with tensors that a gradient may be computed through: it was encoded in inference mode."""
-    tensors = {name: value.to(device, copy=True) for name, value in batch.tensors().items()}
-    return Batch(groups=batch.groups, **tensors)
 
 
 def _add_gradients(backbone: Backbone, batch: Batch, found: dict[int, list[Tensor]]) -> None:

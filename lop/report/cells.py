@@ -4,12 +4,14 @@ import base64
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from lop.methods.registry import RESHAPINGS
+from lop.model.encoding import Encoded
 from lop.model.importance import SURVEY_OF, importance, order
 from lop.model.repair import Biases
 from lop.model.samples import Sample, fingerprint_samples
@@ -36,11 +38,17 @@ class Spread(Protocol):
 
 @dataclass(frozen=True)
 class Cell:
-    """What to prune: the neurons that an importance ranks last, down to these widths; with FLAP's bias or without."""
+    """What to prune: the neurons that an importance ranks last, down to these widths; with FLAP's bias or without.
+
+    Attributes:
+        reshaped: by which of `RESHAPINGS`, and to how many parameters less at least, the dense model is reshaped
+            instead.
+    """
 
     importance: str
     widths: tuple[int, ...]
     bias: bool = False
+    reshaped: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Scored:
     Attributes:
         hits: [n] bool, which of the samples it answers exactly.
         sort_seconds: to rank and permute all layers' neurons by the importance; once for a model.
-        prune_seconds: to take the widths, and to compute the bias; for each target.
+        prune_seconds: to take the widths, and to compute the bias, or to reshape the model; for each target.
     """
 
     hits: np.ndarray
@@ -73,14 +81,19 @@ class CellWorker:
     """Holds the model and encoded samples, and scores cells on them."""
 
     def __init__(self, materials: Materials, statistics: NeuronStatistics, samples: Sequence[Sample]) -> None:
-        workshop = Workshop(materials)
-        self._statistics = statistics
+        self._workshop = workshop = Workshop(materials)
+        self._materials, self._statistics = materials, statistics
         self._elastic = workshop.elastic
         self._scoring = Scoring(workshop.elastic.backbone, workshop.encode(samples))
 
     def __call__(self, cell: Cell) -> Scored:
         """Scores one cell."""
         start = time.perf_counter()
+        if cell.reshaped:
+            method, removed = cell.reshaped
+            made = RESHAPINGS[method].reshape(self._elastic.backbone, self._calibration, removed, False)
+            seconds = time.perf_counter() - start
+            return Scored(Scoring(made.backbone, self._scoring.encoded).scores().correct, 0.0, seconds)
         self._elastic.sort(order(importance(cell.importance, self._statistics)))
         sorted_at = time.perf_counter()
         self._elastic.prune(Allocation(cell.widths), Biases(self._statistics.mean) if cell.bias else None)
@@ -88,6 +101,10 @@ class CellWorker:
         hits = self._scoring.scores().correct
         self._elastic.restore()
         return Scored(hits, sorted_at - start, pruned_at - sorted_at)
+
+    @cached_property
+    def _calibration(self) -> Encoded:
+        return self._workshop.encode(self._materials.calibration)
 
 
 def score_cells(
@@ -99,7 +116,9 @@ def score_cells(
         LopError: the statistics are missing, or belong to another model.
     """
     made_from = [run.evaluation_fingerprints, fingerprint_samples(samples)]
-    files = {cell: run.folder / "cells" / f"{fingerprint([made_from, asdict(cell)])}.json" for cell in cells}
+    # Only where it is there, so that cells from before anything was reshaped keep their fingerprint.
+    said = {cell: {name: value for name, value in asdict(cell).items() if value is not None} for cell in cells}
+    files = {cell: run.folder / "cells" / f"{fingerprint([made_from, said[cell]])}.json" for cell in cells}
     waiting = [cell for cell in files if not files[cell].exists()]
     # Cells of one importance stand together: sorting is what a change of it costs.
     waiting.sort(key=lambda cell: cell.importance)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from lop.checkpoint.recoveries import Recovery
+from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.recovery import recover_elastic
 from lop.methods.method import Need, Seconds, Side
-from lop.methods.registry import IN_REPORT, METHODS
+from lop.methods.registry import EVERY, IN_REPORT, METHODS, RESHAPINGS
 from lop.model.encoding import Encoded
 from lop.model.samples import FORMS, Sample, check_answers, fingerprint_samples
 from lop.model.statistics import calibrate
@@ -132,7 +132,7 @@ class Comparison:
 def compared_methods(run: Run) -> tuple[str, ...]:
     """The methods that the config names, or the usual, in the registry's order."""
     named = run.config.compare.methods or IN_REPORT
-    return tuple(name for name in METHODS if name in named)
+    return tuple(name for name in EVERY if name in named)
 
 
 def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: bool = True) -> Comparison:
@@ -154,7 +154,7 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
     scoring = Scoring(elastic.backbone, workshop.encode(questions))
 
     recover = partial(recover_elastic, elastic, means=run.statistics.mean, calibration=calibration)
-    methods = compared_methods(run)
+    methods = [name for name in compared_methods(run) if name in METHODS]
     known = {name: given(run, METHODS[name], found=(found or {}).get(name), progress=progress) for name in methods}
     hits = {("dense", 0.0): scoring.scores().correct}
     widths = {("dense", 0.0): dense(run.space).widths}
@@ -191,6 +191,17 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
             for recovery in recoveries:
                 recovered[name, target, recovery] = scored(choice.importance, choice.allocation, recovery)
         elastic.restore()
+    for name, target, recovery in tqdm(_reshapings(run), desc="reshape", unit="method", disable=not progress):
+        start = time.perf_counter()
+        removed = run.size.parameters - run.size.pruned_parameters(run.space.budget(target))
+        made = RESHAPINGS[name].reshape(elastic.backbone, calibration, removed, RECOVERIES[recovery].refits)
+        seconds = time.perf_counter() - start
+        correct = Scoring(made.backbone, scoring.encoded).scores().correct
+        if target in targets and recovery == "none":
+            spent.setdefault(name, []).append(Seconds(0.0, seconds, 0.0, 0.0))
+            hits[name, target], widths[name, target] = correct, (run.space.neurons,) * len(made.backbone.layers)
+        if target in recovery_targets and recovery in recoveries:
+            recovered[name, target, recovery] = correct
     return Comparison(
         fingerprints=comparison_fingerprints(run),
         rows=tuple(row for (name, target), correct in hits.items() for row in _rows(questions, name, target, correct)),
@@ -198,6 +209,16 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
         recoveries=tuple(_recoveries(questions, recovered)),
         seconds=tuple(Spent(name, _medians(each)) for name, each in spent.items()),
     )
+
+
+def _reshapings(run: Run) -> list[tuple[str, float, Recovery]]:
+    """Those of the compared methods that reshape the model, at every target, as published and with `refit`."""
+    settings = run.config.compare
+    names = [name for name in compared_methods(run) if name in RESHAPINGS]
+    mended = settings.recovery_targets if "refit" in settings.recoveries else ()
+    targets = dict.fromkeys((*settings.targets, *(settings.recovery_targets if settings.recoveries else ())))
+    found: list[tuple[str, float, Recovery]] = [(name, target, "none") for name in names for target in targets]
+    return found + [(name, target, "refit") for name in names if RESHAPINGS[name].refits for target in mended]
 
 
 def asked(run: Run) -> tuple[Sample, ...]:
@@ -216,7 +237,7 @@ def _medians(spent: Sequence[Seconds]) -> Seconds:
 def comparison_fingerprints(run: Run) -> dict[str, str]:
     """What a comparison depends on."""
     settings = run.config.search.recorded("roots", "targets", "confirm")
-    searching = any(METHODS[name].search for name in compared_methods(run))
+    searching = any(METHODS[name].search for name in compared_methods(run) if name in METHODS)
     return {
         **run.evaluation_fingerprints,
         # Only where a method searches, so that comparisons from before any could keep theirs.
@@ -256,8 +277,8 @@ def _averages(
     accuracies = {key: interval(correct) for key, correct in hits.items()}
     averages = []
     for (method, target), correct in hits.items():
-        mine = [name for name, at in hits if at == target and name in METHODS]
-        baselines = [name for name in mine if METHODS[name].side is Side.BASELINE]
+        mine = [name for name, at in hits if at == target and name in EVERY]
+        baselines = [name for name in mine if EVERY[name].side is Side.BASELINE]
         best = max(baselines or [method], key=lambda name: accuracies[name, target].value)
         difference = interval(correct.astype(np.int64) - hits[best, target].astype(np.int64))
         averages.append(Average(method, target, widths[method, target], accuracies[method, target], best, difference))

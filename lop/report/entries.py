@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.methods.method import Given, Method, Need, Side
-from lop.methods.registry import METHODS, USUAL_BASELINES
+from lop.methods.registry import METHODS, RESHAPINGS, USUAL_BASELINES
+from lop.methods.reshaping import Reshaping
 from lop.report.cells import Cell
 from lop.run.outcomes import Outcome
 from lop.run.prediction import open_predictor
@@ -63,9 +64,20 @@ def dense_entry(run: Run) -> Entry:
 
 
 def baseline_entries(run: Run, targets: Sequence[float], *, progress: bool) -> Iterator[Entry]:
-    """The methods that read their allocation off the statistics: those that the config names, or the usual."""
+    """The baselines that the config names, or the usual: what reads its allocation off the statistics, or reshapes."""
     for name in run.config.tables.baselines or USUAL_BASELINES:
+        if name in RESHAPINGS:
+            yield from _reshaped_entries(run, RESHAPINGS[name], targets)
+            continue
         yield from _entries(METHODS[name], given(run, METHODS[name], progress=progress), targets, run.config.seed)
+
+
+def _reshaped_entries(run: Run, method: Reshaping, targets: Sequence[float]) -> Iterator[Entry]:
+    """A method that leaves the FFNs as they are, at as many parameters."""
+    for target in targets:
+        removed = run.size.parameters - run.size.pruned_parameters(run.space.budget(target))
+        cell = Cell(run.config.importance, dense(run.space).widths, reshaped=(method.name, removed))
+        yield Entry(method.name, method.side, target, run.config.seed, cell, method.needs, 0.0)
 
 
 def rival_entries(run: Run, outcomes: Sequence[Outcome]) -> Iterator[Entry]:

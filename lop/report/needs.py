@@ -11,6 +11,8 @@ _WORDS = {
     Need.SPECTRA: "spectra of the weights",
     Need.SEQUENCES: "means by sequence",
     Need.GRADIENTS: "gradients",
+    Need.STATES: "states",
+    Need.TRAINING: "training on them",
     Need.REMOVAL: "inverse Gram matrices",
     Need.EVALUATIONS: "evaluations",
     Need.SEARCH: "LOP's search",

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from lop.methods.method import Side
-from lop.methods.registry import METHODS
+from lop.methods.registry import EVERY
 from lop.report.compare import Average
 from lop.run.results import Found
 from lop.storage.files import atomic_file
@@ -26,7 +26,7 @@ def plot_accuracy(averages: Sequence[Average], path: Path) -> None:
         mine = sorted((a for a in averages if a.method == method), key=lambda average: average.target)
         values = np.array([[a.accuracy.value, a.accuracy.low, a.accuracy.high] for a in mine]) * 100
         spread = np.abs(values[:, 1:].T - values[:, 0])
-        is_lop = METHODS[method].side is Side.LOP
+        is_lop = EVERY[method].side is Side.LOP
         axes.errorbar(
             # Side by side, so that the intervals can be told apart.
             [100 * a.target + 0.4 * (index - len(methods) / 2) for a in mine],
@@ -36,7 +36,7 @@ def plot_accuracy(averages: Sequence[Average], path: Path) -> None:
             linewidth=2.4 if is_lop else 1.2,
             linestyle="-" if is_lop else "--",
             capsize=3,
-            label=METHODS[method].label or method,
+            label=EVERY[method].label or method,
         )
     axes.set(xlabel="FFN neurons removed (%)", ylabel="accuracy, mean over forms (%)")
     axes.set_title("Accuracy on the test samples")

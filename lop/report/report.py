@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from lop.console import PlainConsole
-from lop.methods.registry import METHODS
+from lop.methods.registry import EVERY
 from lop.model.samples import FORMS
 from lop.report.compare import Average, Comparison, Recovered, Spent
 from lop.report.intervals import Interval
@@ -162,14 +162,14 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
         return []
     kinds = list(dict.fromkeys(result.recovery for result in comparison.recoveries))
     columns = [*kinds, *(f"{kind} − {other}" for at, kind in enumerate(kinds) for other in kinds[:at])]
-    order = list(METHODS)
+    order = list(EVERY)
     cells: dict[tuple[str, float], dict[str, str]] = {}
     for result in comparison.recoveries:
         row = cells.setdefault((result.method, result.target), {})
         row[result.recovery] = _percent(result)
         row |= {f"{result.recovery} − {other}": _points(value) for other, value in result.differences.items()}
     rows = [
-        [method, f"{target:.0%}", *(row[column] for column in columns)]
+        [method, f"{target:.0%}", *(row.get(column, "-") for column in columns)]
         for (method, target), row in sorted(cells.items(), key=lambda item: (item[0][1], order.index(item[0][0])))
     ]
     return [
@@ -186,7 +186,7 @@ def _seconds_table(spent: tuple[Spent, ...], size: ModelSize) -> str:
     rows = [
         [
             of.method,
-            needs_in_words(METHODS[of.method].needs, size),
+            needs_in_words(EVERY[of.method].needs, size),
             f"{of.seconds.calibrate:.3f}",
             f"{of.seconds.allocate:.6f}",
             f"{of.seconds.apply:.4f}",

@@ -147,7 +147,8 @@ def _other_models(
 
 def _allocations(run: Run, entries: Sequence[Entry]) -> Iterator[Mapping[str, Any]]:
     for entry in entries:
-        if entry.seed == run.config.seed and entry.side is not Side.ARCHITECTURE:
+        is_one = entry.seed == run.config.seed and entry.side is not Side.ARCHITECTURE
+        if is_one and entry.cell.reshaped is None:
             ratios = Allocation(entry.cell.widths).ratios(run.space)
             yield {"method": entry.method, "target": entry.target, "ratios": list(ratios)}
 

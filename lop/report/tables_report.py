@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from lop.methods.method import Side
-from lop.methods.registry import IN_REPORT, METHODS
+from lop.methods.registry import EVERY, IN_REPORT, METHODS
 from lop.report.board import Value
 from lop.report.intervals import Interval
 from lop.report.needs import needs_in_words
@@ -199,7 +199,7 @@ def _seconds_table(speeds: Sequence[Speed], size: ModelSize) -> tuple[Row, list[
         rows.append(
             [
                 speed.method,
-                needs_in_words(METHODS[speed.method].needs, size),
+                needs_in_words(EVERY[speed.method].needs, size),
                 *parts,
                 _ratio(speed.paper),
                 _ratio(speed.cached),
@@ -226,7 +226,7 @@ def _draw_table(header: Row, rows: Sequence[Row], path: Path) -> None:
     drawn.auto_set_column_width(list(range(len(header))))
     for (row, column), cell in drawn.get_celld().items():
         cell.set_linewidth(0.3)
-        if row == 0 or rows[row - 1][column].startswith("**"):
+        if row == 0 or (rows and rows[row - 1][column].startswith("**")):
             cell.set_text_props(weight="bold")
     save_figure(figure, path)
 

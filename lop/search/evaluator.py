@@ -74,14 +74,9 @@ class Evaluator:
         """Computes what the dense model says now, for weights that are changed afterwards."""
         self._dense_tails  # noqa: B018
 
-    @torch.inference_mode()
     def now(self) -> Scores:
         """What the model says to each sample with the weights that it has now, compared with what `remember` saw."""
-        tally = Tally(self._encoded)
-        for batches in self._scoring.rounds():
-            for index, batch in batches:
-                self._scoring.add(tally, batch, dense=self._dense_tails[index])
-        return tally.scores()
+        return self._scoring.scores(self._dense_tails)
 
     def scores(self) -> Scores:
         """Scores each sample with the widths, weights and biases that the model has now."""

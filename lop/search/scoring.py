@@ -1,6 +1,6 @@
 """What a backbone says to encoded samples, however it came to its weights."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,12 +49,12 @@ class Scoring:
         self.device = backbone.head.device
 
     @torch.inference_mode()
-    def scores(self) -> Scores:
-        """Scores each sample."""
+    def scores(self, dense: Sequence[Tensor] | None = None) -> Scores:
+        """Scores each sample, compared with what the dense model's `all_tails` gave if that is given."""
         tally = Tally(self.encoded)
         for batches in self.rounds():
-            for _, batch in batches:
-                self.add(tally, batch)
+            for index, batch in batches:
+                self.add(tally, batch, dense=None if dense is None else dense[index])
         return tally.scores()
 
     def rounds(self) -> Iterator[Iterator[tuple[int, Batch]]]:

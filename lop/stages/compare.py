@@ -69,7 +69,8 @@ def tables_stage(run: Run, compute: Compute, *, others: Sequence[str] = (), prog
         return None
     check_disjoint(questions, run.samples)
     run.check_writable()
-    survey_stage(run, compute, run.config.tables.baselines or USUAL_BASELINES, progress=progress)
+    baselines = run.config.tables.baselines or USUAL_BASELINES
+    survey_stage(run, compute, [name for name in baselines if name in METHODS], progress=progress)
     runs = list(_seed_runs(run, compute, progress=progress))
     outcomes = rivals_stage(run, compute, seeds=len(runs), progress=progress)
     asked = [question.sample for mine in questions.values() for question in mine]
@@ -80,7 +81,7 @@ def tables_stage(run: Run, compute: Compute, *, others: Sequence[str] = (), prog
 
 def _found(run: Run, compute: Compute) -> dict[str, Found]:
     """What those of the compared methods that search by themselves find; makes what the others read."""
-    methods, settings = compared_methods(run), run.config.compare
+    methods, settings = [name for name in compared_methods(run) if name in METHODS], run.config.compare
     survey_stage(run, compute, methods)
     searching = [name for name in methods if METHODS[name].search]
     targets = tuple(dict.fromkeys((*settings.targets, *(settings.recovery_targets if settings.recoveries else ()))))

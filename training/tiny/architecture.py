@@ -72,14 +72,18 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """The architecture: 12 layers × 72, FFN 160, 3 heads on 1; a vision tower of 4 layers × 64."""
+def make_config(tokenizer: PreTrainedTokenizerFast, neurons: int = NEURONS) -> Qwen2_5_VLConfig:
+    """The architecture: 12 layers × 72, FFN 160, 3 heads on 1; a vision tower of 4 layers × 64.
+
+    Args:
+        neurons: of each FFN, in models that `tiny` pruned to their size is held against.
+    """
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": HIDDEN,
-            "intermediate_size": NEURONS,
+            "intermediate_size": neurons,
             "num_hidden_layers": LAYERS,
             "num_attention_heads": 3,
             "num_key_value_heads": 1,

@@ -1,6 +1,6 @@
 """Trains the embedded model: first its eyes, then its language, then writes the checkpoint.
 
-    python -m training.tiny.train --work WORK [--steps N]
+    python -m training.tiny.train --work WORK [--steps N] [--neurons N --out FOLDER]
 
 Seeded; interrupted, the same command goes on from the last checkpoint in WORK.
 """
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from training.tiny import vision
-from training.tiny.architecture import HIDDEN, make_config, make_processor, make_tokenizer, save
+from training.tiny.architecture import HIDDEN, NEURONS, make_config, make_processor, make_tokenizer, save
 from training.tiny.backbone import hidden_states
 from training.tiny.corpus import Corpus, Questions, make_questions
 from training.tiny.questions import vocabulary
@@ -37,12 +37,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("lop/assets/tiny/model"), help="the checkpoint's folder")
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=3600, help="language steps of about 256 questions")
+    parser.add_argument("--neurons", type=int, default=NEURONS, help="of each FFN, in other models than what ships")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.processes)
-    model, tokenizer = _new(options.seed)
+    model, tokenizer = _new(options.seed, options.neurons)
     corpus = _see(model, tokenizer, options)
     _questions(tokenizer, corpus, options)
     with TemporaryDirectory() as meeting:
@@ -52,11 +53,11 @@ def main() -> None:
     save(model.to(torch.bfloat16), make_processor(tokenizer), options.out)
 
 
-def _new(seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
+def _new(seed: int, neurons: int) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
     """The untrained model and its tokenizer; a word has one vector, at the start of an answer and inside a text."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(vocabulary())
-    model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer))
+    model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer, neurons))
     table = model.get_input_embeddings().weight.data
     # At transformers' 0.02 the first layers' outputs would drown what is seen and said.
     table.mul_(5)
@@ -95,7 +96,7 @@ def _speak(rank: int, options: argparse.Namespace, meeting: str) -> None:
     """One process of the language stage."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
-    model, tokenizer = _new(options.seed)
+    model, tokenizer = _new(options.seed, options.neurons)
     corpus = _see(model, tokenizer, options)
     questions = _questions(tokenizer, corpus, options)
     train_language(

@@ -10,8 +10,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from lop.errors import LopError
+from lop.methods.flap import VARIANTS
 from lop.methods.method import Given, Need, Reward, Root, Side
-from lop.methods.registry import BASELINES, IN_REPORT, METHODS, REFERENCE, ROOTS, SEARCHES
+from lop.methods.registry import (
+    BASELINES,
+    CONTEXTUAL,
+    DROPPINGS,
+    IN_REPORT,
+    METHODS,
+    REFERENCE,
+    RESHAPINGS,
+    ROOTS,
+    SEARCHES,
+)
 from lop.model.find import assets
 from lop.model.importance import IMPORTANCES, SURVEY_OF
 from lop.model.samples import SampleSets
@@ -19,7 +30,7 @@ from lop.model.statistics import save_survey
 from lop.report.cells import Cell, CellWorker
 from lop.report.entries import given
 from lop.run.building import Materials
-from lop.run.config import load_config
+from lop.run.config import find_config, load_config
 from lop.run.run import Run
 from lop.run.surveys import SURVEYS, surveys_of
 from lop.search.evaluation import Evaluation
@@ -151,3 +162,11 @@ def test_what_a_method_needs_and_has_not_is_one_line(name: str) -> None:
     space = Space(4, 32, 4, 0.9)
     with pytest.raises(LopError, match=r"missing|has no target"):
         METHODS[name](Given(space, "activation"), space.budget(0.5))
+
+
+def test_the_companys_config_has_a_row_for_every_method() -> None:
+    tables = load_config(find_config("company")).tables
+    variants = {method.name for method in VARIANTS}
+    assert set(tables.baselines or ()) == {*BASELINES, *RESHAPINGS} - variants
+    assert set(tables.rivals) == set(SEARCHES)
+    assert not {*METHODS} & {*RESHAPINGS, *DROPPINGS, *CONTEXTUAL}

@@ -218,7 +218,7 @@ def test_long_sequences_go_through_ffns_in_rows(
 
     whole = refitted(load_model(assets() / "model"))
     monkeypatch.setattr("lop.model.backbone.ROWS", 50)
-    monkeypatch.setattr("lop.checkpoint.recovery.ROWS", 50)
+    monkeypatch.setattr("lop.model.normal.ROWS", 50)
     monkeypatch.setattr("lop.model.statistics._COLUMNS", 1000)
     seen: list[int] = []
     for ffn in tiny.ffns:

@@ -1,6 +1,7 @@
 """Cells: what a sliced elastic model is scored to write is what a model cut by hand writes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from lop.methods.registry import RESHAPINGS
 from lop.model.adapter import QwenVL
+from lop.model.elastic import ElasticModel
+from lop.model.encoding import encode
 from lop.model.find import assets
 from lop.model.generation import answers
 from lop.model.importance import importance, order
@@ -18,6 +22,7 @@ from lop.report.cells import Cell, CellWorker, Scored, score_cells
 from lop.run.building import Materials
 from lop.run.config import find_config, load_config
 from lop.run.run import Run
+from lop.search.scoring import Scoring
 
 WIDTHS = (0.5, 0.9)  # Of every other layer, so that layers differ.
 
@@ -53,6 +58,23 @@ def test_hits_are_what_a_model_cut_by_hand_generates(
     assert scored.hits.tolist() == expected
     assert 0 < sum(expected) < len(expected)
     assert Scored.from_dict(scored.as_dict(), len(asked)).hits.tolist() == expected
+
+
+def test_reshaped_models_are_scored_as_their_method_makes_them(
+    tiny: QwenVL, samples: SampleSets, tiny_statistics: NeuronStatistics
+) -> None:
+    asked, few = samples.test[::40], samples.calibration[::20]
+    ranked = order(importance("activation", tiny_statistics))
+    materials = Materials(load_config(find_config("tiny")), ranked, tiny_statistics.mean, few)
+    worker = CellWorker(materials, tiny_statistics, asked)
+    whole = Cell("activation", (160,) * 12)
+    scored, dense = worker(replace(whole, reshaped=("shortgpt", 150_000))), worker(whole)
+    backbone = ElasticModel(tiny, ranked).backbone
+    made = RESHAPINGS["shortgpt"].reshape(backbone, encode(tiny, few, batch_tokens=2048), 150_000, False)
+    assert len(made.backbone.layers) == 8
+    expected = Scoring(made.backbone, encode(tiny, asked, batch_tokens=2048)).scores().correct
+    assert scored.hits.tolist() == expected.tolist() != dense.hits.tolist()
+    assert scored.prune_seconds > 0
 
 
 def test_a_cell_is_scored_once(tmp_path: Path, samples: SampleSets) -> None:

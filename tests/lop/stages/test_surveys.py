@@ -128,7 +128,7 @@ def test_methods_are_compared_by_name(tmp_path: Path) -> None:
     for name in ("statistics.safetensors", "results.json"):
         (folder / name).unlink()
     settings = (
-        "compare.methods=[lop-search, flap, llm-pruner, tyr, puzzletron]",
+        "compare.methods=[lop-search, flap, llm-pruner, tyr, puzzletron, shortgpt]",
         "compare.targets=[0.5]",
         "compare.recovery_targets=[0.5]",
         "compare.recoveries=[none, refit]",
@@ -143,13 +143,17 @@ def test_methods_are_compared_by_name(tmp_path: Path) -> None:
     report = compare_stage(run, Local()).read_text()
     comparison = read_as(folder / "results.json", Comparison.from_dict)
     names = ["flap", "llm-pruner", "puzzletron", "tyr", "lop-search"]
-    assert [spent.method for spent in comparison.seconds] == names
-    assert {(average.method, sum(average.widths)) for average in comparison.averages[1:]} == {
+    assert [spent.method for spent in comparison.seconds] == [*names, "shortgpt"]
+    *averages, shortened = comparison.averages[1:]
+    # The parameters of half of all neurons are those of 4.26 layers.
+    assert (shortened.method, shortened.widths) == ("shortgpt", (160,) * 7)
+    assert {(average.method, sum(average.widths)) for average in averages} == {
         (name, run.space.budget(0.5)) for name in names
     }
     assert {(each.method, each.recovery) for each in comparison.recoveries} == {
-        (name, recovery) for name in names for recovery in ("none", "refit")
+        (name, recovery) for name in (*names, "shortgpt") for recovery in ("none", "refit")
     }
+    assert "| shortgpt | states |" in report
     assert "| llm-pruner | activations, gradients (" in report
     assert "| tyr | activations, inverse Gram matrices (0.00061 GB), evaluations |" in report
 

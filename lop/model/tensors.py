@@ -1,5 +1,6 @@
 """The FFN tensors of a checkpoint's language backbone, and what the whole of it comes to."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from lop.errors import LopError
@@ -31,6 +32,29 @@ def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
         neuron_parameters=3 * first.shape[0],
         neuron_bytes=3 * first.shape[0] * first.item_bytes,
     )
+
+
+def group_parameters(tensors: Mapping[str, TensorInfo], groups: int) -> int:
+    """What one of a layer's key/value heads holds with the query heads that share it, biases included.
+
+    Args:
+        groups: key/value heads of a layer.
+
+    Raises:
+        LopError: the layers' attention differs, or is not in so many equal groups.
+    """
+    sizes: dict[int, int] = defaultdict(int)
+    for name, info in tensors.items():
+        if found := attention_tensor(name):
+            sizes[found[0]] += info.parameters
+    if len(set(sizes.values())) != 1 or max(sizes.values()) % groups:
+        raise LopError(f"the checkpoint's attention is not the same {groups} groups in all layers")
+    return max(sizes.values()) // groups
+
+
+def attention_tensor(name: str) -> tuple[int, str, str] | None:
+    """Of a tensor of the language backbone's attention its layer, which projection it is, and `weight` or `bias`."""
+    return next((found for family in FAMILIES.values() if (found := family.attention_tensor(name))), None)
 
 
 def ffn_part(name: str) -> str | None:

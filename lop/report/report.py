@@ -119,7 +119,7 @@ def _confirmation_parts(run: Run, found: Sequence[Found]) -> list[str]:
         searched, confirmed = dict(result.evaluations), dict(result.confirmed)
         numbers = [
             "-" if allocation not in evaluations else f"{evaluations[allocation].worth(reward):.4f}"
-            for allocation in (result.best, uniform(run.space, result.best.budget))
+            for allocation in (result.best, uniform(run.space, run.space.budget(result.target)))
             for evaluations in (searched, confirmed)
         ]
         rows.append([f"{result.target:.1%}", *numbers])

@@ -174,7 +174,9 @@ def _scanned(run: Run) -> float:
     settings = run.config.search
     if not settings.scans:
         return 0.0
-    return len(scan(run.space, scan_widths(run.space, settings.sensitivity_levels))) / len(settings.targets.ratios)
+    space, levels = run.space, settings.sensitivity_levels
+    alone = [len(scan(space, scan_widths(space, levels, part), part)) for part in range(len(space.parts))]
+    return sum(alone) / len(settings.targets.ratios)
 
 
 def _predictors(runs: Sequence[Run]) -> Iterator[Mapping[str, Any]]:

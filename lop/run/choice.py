@@ -61,6 +61,12 @@ class Choice:
         """Of the weights."""
         return self.footprint.bits
 
+    @property
+    def ratio(self) -> float:
+        """The allocation's pruning ratio."""
+        space = self.predictor.space
+        return space.ratio(space.cost(self.allocation.widths))
+
     def describe(self) -> dict[str, Any]:
         """Plain JSON values; see `Footprint.describe`."""
         return self.footprint.describe(self.allocation, self.predictor.space, self.target)
@@ -153,7 +159,7 @@ def _fitting(footprint: Footprint, target: Target, predictor: Predictor) -> Allo
 def _option(footprint: Footprint, found: Allocation | None, space: Space, qualities: Qualities) -> Option:
     if found is None:
         return Option(footprint.bits)
-    ratio = space.ratio(found.budget)
+    ratio = space.ratio(space.cost(found.widths))
     return Option(footprint.bits, ratio, footprint.bytes(found.widths), qualities.at(footprint.bits, ratio))
 
 

@@ -59,7 +59,7 @@ def prune_stage(
         run or what_ships(config),
         choice.allocation,
         out,
-        target=choice.predictor.space.ratio(choice.allocation.budget),
+        target=choice.ratio,
         format=format,
         bits=choice.bits,
         vision=vision,

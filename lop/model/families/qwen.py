@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lop.model.backbone import Backbone, Layer
 
 _FFN_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
+_ATTENTION = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.([qkvo]_proj)\.(weight|bias)$")
 _TOWER_BLOCK = re.compile(r"visual\.blocks\.(\d+)\.")
 # Of a config as the first checkpoints have it, flat: what is not the language backbone's, or is of the whole, too.
 _NOT_TEXT = {"architectures", "auto_map", "model_type", "transformers_version", "vision_config"}
@@ -68,6 +69,10 @@ class Qwen:
     def ffn_tensor(self, name: str) -> tuple[int, str] | None:
         found = _FFN_WEIGHT.search(name)
         return (int(found.group(1)), found.group(2)) if found and not self.is_tower(name) else None
+
+    def attention_tensor(self, name: str) -> tuple[int, str, str] | None:
+        found = _ATTENTION.search(name)
+        return (int(found.group(1)), found.group(2), found.group(3)) if found and not self.is_tower(name) else None
 
     def tower_block(self, name: str) -> int | None:
         found = _TOWER_BLOCK.search(name)

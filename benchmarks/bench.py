@@ -98,7 +98,7 @@ class Bench:
     def factors(self) -> list[torch.Tensor]:
         """Each layer's, in the order of the run's importance."""
         self.workshop.elastic.sort(self.run.order)
-        return list(factors(self.workshop.elastic.backbone, self.workshop.encode(self.run.samples.calibration)))
+        return factors(self.workshop.elastic.backbone, self.workshop.encode(self.run.samples.calibration))
 
     @cached_property
     def items(self) -> list[Sample]:

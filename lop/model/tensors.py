@@ -76,6 +76,12 @@ def down_projections(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, Tenso
     return sorted(down, key=lambda item: ffn_layer(item[0]))
 
 
+def out_projections(tensors: Mapping[str, TensorInfo]) -> list[tuple[str]]:
+    """The names of the layers' `o_proj` weights, first layer to last."""
+    found = {name: at for name in tensors if (at := attention_tensor(name)) and at[1:] == ("o_proj", "weight")}
+    return [(name,) for name in sorted(found, key=lambda name: found[name][0])]
+
+
 def ffn_layer(name: str) -> int:
     """The decoder layer that an FFN tensor belongs to."""
     found = _ffn_tensor(name)

@@ -255,6 +255,17 @@ class Run:
         """[L, F] neurons of each layer by the config's importance, the most important first."""
         return self.order_by(self.config.importance)
 
+    @cached_property
+    def group_order(self) -> np.ndarray | None:
+        """[L, K] groups of each layer's attention, the most important first; None where attention is not open.
+
+        Raises:
+            LopError: the statistics are missing, or of FFNs alone.
+        """
+        from lop.model.importance import of_groups, order
+
+        return order(of_groups(self.statistics)) if self.space.attention else None
+
     @property
     def arithmetic(self) -> str:
         """What rounding depends on."""

@@ -94,9 +94,7 @@ class Qwen:
     def lean_layer(self, network: Any, index: int) -> "Layer":
         from lop.model.families.lean import lean_layer
 
-        config = network.config.text_config
-        layer = network.get_submodule(self.backbone).layers[index]
-        return lean_layer(layer, config.num_attention_heads, config.num_key_value_heads)
+        return lean_layer(network.get_submodule(self.backbone).layers[index])
 
     def lean_backbone(self, network: Any) -> "Backbone":
         from lop.model.backbone import Backbone
@@ -106,8 +104,6 @@ class Qwen:
             layers=tuple(self.lean_layer(network, index) for index in range(len(backbone.layers))),
             norm=backbone.norm.weight,
             head=network.get_submodule(self.head).weight,
-            heads=config.num_attention_heads,
-            key_heads=config.num_key_value_heads,
             epsilon=config.rms_norm_eps,
         )
 

@@ -13,7 +13,7 @@ from lop.run.config import Config
 from lop.run.prediction import check_profile, predictor_for, shape_of, what_ships
 from lop.run.qualities import Qualities, read_qualities
 from lop.run.run import Run
-from lop.space.allocation import Allocation, Space, dense
+from lop.space.allocation import Allocation, Space, dense, leanest
 from lop.space.size import Target
 from lop.storage.headers import read_tensors
 
@@ -94,7 +94,7 @@ def footprint_of(run: Run, format: Format, recovery: Recovery, bits: int, *, vis
     check_format(format, recovery, bits)
     found = packing_of(run, bits, vision=vision)
     weight = None if found is None else found.weight(run.size, read_tensors(run.model_folder))
-    return Footprint(run.size, format, recovery, shape_of(run), run.model_folder, weight)
+    return Footprint(run.size, format, recovery, shape_of(run), run.model_folder, weight, run.space.attention)
 
 
 def choose(
@@ -150,7 +150,7 @@ def _fitting(footprint: Footprint, target: Target, predictor: Predictor) -> Allo
     assert asked is not None
     if asked >= footprint.bytes(dense(space).widths):
         return dense(space)
-    if asked < footprint.bytes([space.min_width] * space.layers):
+    if asked < footprint.bytes(leanest(space).widths):
         return None
     found = footprint.allocate(target, space, predictor.allocate)
     return found if min(found.widths) >= least_width(footprint.bits) else None

@@ -300,9 +300,8 @@ class Run:
 
     @cached_property
     def ledger_fingerprints(self) -> dict[str, str]:
-        """What a recorded evaluation depends on, and `shape`: the model's layers and units of each, as `LxF + LxK`."""
-        shape = " + ".join(f"{self.space.layers}x{part.width}" for part in self.space.parts)
-        found = {**self.evaluation_fingerprints, "shape": shape}
+        """What a recorded evaluation depends on, and `Space.shape`."""
+        found = {**self.evaluation_fingerprints, "shape": self.space.shape}
         if self.config.search.needs_divergence:
             found["set of measures"] = "with divergence"  # Which others lack.
         return found

@@ -115,6 +115,13 @@ class Space:
         return ffn, Part(ATTENTION, attention.groups, 1, least, attention.group_parameters)
 
     @property
+    def shape(self) -> str:
+        """Layers and the neurons of each, as `LxF`; with attention what a unit costs, too: `LxF of 8 + LxK of 99`."""
+        if self.attention is None:
+            return f"{self.layers}x{self.neurons}"
+        return " + ".join(f"{self.layers}x{part.width} of {part.cost}" for part in self.parts)
+
+    @property
     def axes(self) -> int:
         """How many there are."""
         return self.layers * len(self.parts)
@@ -202,6 +209,17 @@ def parse_space(data: Mapping[str, Any]) -> Space:
     return Space(**values)
 
 
+def parse_shape(text: str) -> tuple[list[int], list[int]]:
+    """Of each axis the dense width, and what a unit costs, as `Space.shape` has them."""
+    widths, costs = [], []
+    for part in text.split(" + "):
+        numbers, _, cost = part.partition(" of ")
+        layers, _, width = numbers.partition("x")
+        widths += [int(width)] * int(layers)
+        costs += [int(cost or 1)] * int(layers)
+    return widths, costs
+
+
 @dataclass(frozen=True, order=True)
 class Allocation:
     """The width (units kept) of each axis: of the layers' FFNs, first to last, then of their attention if open."""
@@ -227,6 +245,11 @@ def uniform(space: Space, budget: int) -> Allocation:
 def dense(space: Space) -> Allocation:
     """The allocation that prunes nothing."""
     return Allocation(tuple(part.width for part in space.parts for _ in range(space.layers)))
+
+
+def leanest(space: Space) -> Allocation:
+    """The allocation that prunes the most."""
+    return Allocation(tuple(part.min_width for part in space.parts for _ in range(space.layers)))
 
 
 def of_ffns(space: Space, budget: int, allocate: Callable[[Space, int], Allocation]) -> Allocation:

@@ -83,10 +83,10 @@ class Bench:
         self.run = Run(self._config(0.5), folder / "calibration")
         calibrate_stage(self.run)
 
-    def _config(self, ratio: float) -> Config:
-        """Of a search of one target."""
+    def _config(self, ratio: float, *more: str) -> Config:
+        """Of a search of one target, with more settings on top."""
         target = f"search.targets={{first: {ratio}, last: {ratio}, step: 0.1}}"
-        settings = [*_SETTINGS, *(_AS_NOW if self.model == "tiny" else ()), target, f"seed={self.seed}"]
+        settings = [*_SETTINGS, *(_AS_NOW if self.model == "tiny" else ()), target, f"seed={self.seed}", *more]
         return load_config(find_config(self.model), settings)
 
     @cached_property
@@ -98,7 +98,8 @@ class Bench:
     def factors(self) -> list[torch.Tensor]:
         """Each layer's, in the order of the run's importance."""
         self.workshop.elastic.sort(self.run.order)
-        return factors(self.workshop.elastic.backbone, self.workshop.encode(self.run.samples.calibration))
+        encoded = self.workshop.encode(self.run.samples.calibration)
+        return factors(self.workshop.elastic.backbone, encoded, attention=self.run.space.attention is not None)
 
     @cached_property
     def items(self) -> list[Sample]:
@@ -181,7 +182,7 @@ class Bench:
 
     def _search(self, ratio: float) -> Chosen:
         """LOP's own."""
-        run = Run(self._config(ratio), self._folder / f"{self.seed}-{ratio}")
+        run = Run(self._config(ratio), self.search_folder(ratio))
         run.folder.mkdir(parents=True, exist_ok=True)
         run.statistics_file.write_bytes(self.run.statistics_file.read_bytes())
         search_stage(run, Local(), progress=False)
@@ -192,6 +193,10 @@ class Bench:
         return Chosen(
             LOP, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), run.seconds()["search"]
         )
+
+    def search_folder(self, ratio: float) -> Path:
+        """Of LOP's search at a ratio."""
+        return self._folder / f"{self.seed}-{ratio}"
 
     def _tokens(self, samples: Sequence[Sample]) -> tuple[int, int]:
         """Tokens and samples."""

@@ -274,10 +274,10 @@ def quantised_elastic(
                 _round(layers, rounding, dtype)
         yield
     finally:
+        elastic.restore()
         for layer, weights in zip(layers, kept):
             for weight, value in zip(_weights(layer), weights):
                 weight.copy_(value)
-        elastic.restore()
 
 
 def _weights(layer: Layer) -> list[Tensor]:

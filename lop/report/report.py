@@ -32,7 +32,7 @@ def write_report(run: Run, comparison: Comparison) -> Path:
     found = read_search(run)
     ratios = np.array([result.best.ratios(run.space) for result in found])
     plot_accuracy(comparison.averages, run.folder / "accuracy.png")
-    plot_allocations(found, ratios, run.folder / "allocations.png")
+    plot_allocations(found, ratios, run.folder / "allocations.png", parts=len(run.space.parts))
     plot_search(found, run.config.search.reward, run.folder / "search.png")
     if any(result.depths for result in found):  # Searches of earlier versions did not tell.
         plot_trees(found, run.folder / "trees.png")
@@ -64,7 +64,8 @@ def _markdown(run: Run, comparison: Comparison) -> str:
     seconds = run.seconds()
     parts = [
         f"# LOP on `{config.model}`",
-        f"{run.space.layers} layers of {run.space.neurons} FFN neurons, widths in steps of {run.space.granularity}; "
+        f"{run.space.layers} layers of {run.space.neurons} FFN neurons, widths in steps of {run.space.granularity}"
+        f"{_attention(run)}; "
         f"{len(run.samples.calibration)} calibration, {len(run.samples.reward)} reward and "
         f"{len(run.samples.test)} test samples, which share no image{_limited(run)}. The search: {len(targets)} "
         f"targets from {targets[0]:.1%} to {targets[-1]:.1%}, {search.simulations} simulations and at most "
@@ -101,6 +102,16 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         *(["![Nodes and visits by depth](trees.png)"] if (run.folder / "trees.png").exists() else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _attention(run: Run) -> str:
+    attention = run.space.attention
+    if attention is None:
+        return ""
+    return (
+        f", and {attention.groups} groups of attention heads, pruned like them: ratios are shares of the parameters of "
+        "both, and methods that know FFNs alone keep attention dense where the budget allows"
+    )
 
 
 def _limited(run: Run) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lop.checkpoint.bits import BITS, Packing, check_bits, least_width, packing
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import FORMATS, Format, check_format
+from lop.checkpoint.formats import FORMATS, Format, check_format, check_heads
 from lop.checkpoint.recoveries import Recovery
 from lop.model.sources import family_of
 from lop.predictor.predictor import Predictor
@@ -76,11 +76,14 @@ def packing_of(run: Run, bits: int, *, vision: bool = False) -> Packing | None:
     """How a run's checkpoints of so many bits are quantised; None if they are not.
 
     Raises:
-        LopError: weights cannot have so many bits, or the granularity leaves no group that divides all rows.
+        LopError: weights cannot have so many bits, or not where attention is pruned; or the granularity leaves no group
+            that divides all rows.
     """
     check_bits(bits)
     if bits == BITS[0]:
         return None
+    if run.space.attention is not None:
+        check_heads("hf", "none", bits)
     folder = run.model_folder
     return packing(read_tensors(folder), family_of(folder), bits, granularity=run.config.granularity, vision=vision)
 
@@ -153,7 +156,8 @@ def _fitting(footprint: Footprint, target: Target, predictor: Predictor) -> Allo
     if asked < footprint.bytes(leanest(space).widths):
         return None
     found = footprint.allocate(target, space, predictor.allocate)
-    return found if min(found.widths) >= least_width(footprint.bits) else None
+    is_whole = footprint.bits == BITS[0] or min(found.widths) >= least_width(footprint.bits)
+    return found if is_whole else None
 
 
 def _option(footprint: Footprint, found: Allocation | None, space: Space, qualities: Qualities) -> Option:

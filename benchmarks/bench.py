@@ -111,7 +111,8 @@ class Bench:
     def factors(self) -> list[torch.Tensor]:
         """Each layer's, in the order of the run's importance."""
         self.workshop.elastic.sort(self.run.order)
-        return list(factors(self.workshop.elastic.backbone, self.workshop.encode(self.run.samples.calibration)))
+        encoded = self.workshop.encode(self.run.samples.calibration)
+        return factors(self.workshop.elastic.backbone, encoded, attention=self.run.space.attention is not None)
 
     @cached_property
     def items(self) -> list[Sample]:
@@ -197,8 +198,7 @@ class Bench:
 
     def _search(self, name: str, ratio: float) -> Chosen:
         """LOP's own, by the settings of that name."""
-        end = "" if name == LOP else f"-{name}"
-        run = Run(self._config(ratio, *LOPS[name]), self._folder / f"{self.seed}-{ratio}{end}")
+        run = Run(self._config(ratio, *LOPS[name]), self.search_folder(ratio, name))
         run.folder.mkdir(parents=True, exist_ok=True)
         survey_stage(self.run, Local(), [m.name for m in METHODS.values() if m.importance == run.config.importance])
         for mine in (self.run.statistics_file, *map(self.run.survey_file, SURVEYS)):
@@ -215,6 +215,10 @@ class Bench:
         spent += sum(outcome.curve[-1][0] for outcome in outcomes) * self._tokens(run.samples.reward)[0]
         seconds = run.seconds()["search"] + sum(outcome.seconds for outcome in outcomes)
         return Chosen(name, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), seconds)
+
+    def search_folder(self, ratio: float, name: str = LOP) -> Path:
+        """Of LOP's search at a ratio, by the settings of that name."""
+        return self._folder / f"{self.seed}-{ratio}{'' if name == LOP else f'-{name}'}"
 
     def _tokens(self, samples: Sequence[Sample]) -> tuple[int, int]:
         """Tokens and samples."""

@@ -299,8 +299,8 @@ def flops(elastic: ElasticModel, allocation: Allocation, encoded: Encoded) -> fl
     The last layer's queries, output and FFN are needed at the answers alone.
     """
     backbone = elastic.backbone
-    hidden, head = backbone.norm.shape[0], backbone.head_size
-    queries, keys = backbone.heads * head, backbone.key_heads * head
+    hidden, heads = backbone.norm.shape[0], backbone.layers[0].heads
+    queries, keys = heads.columns, heads.width * heads.size
     total = 0
     for batch in encoded.batches:
         for number, width in enumerate(allocation.widths, start=1):

@@ -160,7 +160,7 @@ class Bench:
 
     def _factors(self) -> dict[str, Any]:
         started = time.perf_counter()
-        made = list(factors(self._elastic.backbone, self._calibrated))
+        made = factors(self._elastic.backbone, self._calibrated)
         synchronize(self._model)
         seconds = time.perf_counter() - started
         ffn = self._elastic.backbone.layers[0].ffn

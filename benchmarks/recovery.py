@@ -92,7 +92,7 @@ class Recoveries:
             return None
         encoded = self._bench.workshop.encode(self._bench.run.samples.calibration)
         made = refit(elastic.backbone, elastic.backbone.layers, encoded, widths, catch_up=float(recovery.split()[1]))
-        weights = [found.clone() for found in made]
+        weights = [found.down.clone() for found in made]
         elastic.restore()
         return Given(weights)
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,8 @@ def load_catalogue(settings: ServiceSettings) -> dict[str, ServedModel]:
 
 def _served(name: str, run: Run, profiles: Mapping[str, Path]) -> ServedModel:
     predictor = predictor_for(run, run.config)
+    if predictor.space.attention is not None:
+        raise LopError(f"model {name}: its run has attention open (parts), and the service offers widths of FFNs alone")
     _ = run.order  # An export needs the statistics: better missed now than then.
     return ServedModel(
         name,
@@ -149,7 +151,7 @@ def fingerprints_of(run: Run) -> dict[str, str]:
         "statistics": fingerprint_file(run.statistics_file),
         "importance": run.config.importance,
         "predictor": fingerprint_file(run.predictor_folder / "predictor.json"),
-        "space": fingerprint(asdict(run.space)),
+        "space": fingerprint(run.space.as_dict()),
         "arithmetic": run.arithmetic,  # Recovery computes with the model.
     }
 
@@ -191,7 +193,7 @@ def _searched(run: Run) -> list[Curve]:
         return []
     samples = len(run.samples.reward)
     points = {
-        run.space.ratio(found.best.budget): wilson(
+        run.space.ratio(run.space.cost(found.best.widths)): wilson(
             round(dict(found.evaluations)[found.best].accuracy * samples), samples
         )
         for found in read_search(run)

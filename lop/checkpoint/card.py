@@ -65,8 +65,6 @@ _CARD = """---
 By LOP {version} (structured pruning, arXiv 2506.12826): {made}.
 `lop.json` has the widths, what they were made from, and the SHA-256 of each file; `lop inspect` checks these.
 
-| layer | neurons of {neurons} | pruned |
-| ---: | ---: | ---: |
 {rows}
 
 ## Licence
@@ -86,7 +84,6 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         size: of all its tensors, in bytes.
     """
     origin, licence = str(manifest.get("source", source)), read_licence(source)
-    widths, neurons = manifest["widths"], manifest["neurons"]
     front = {
         **licence,
         **({"base_model": origin} if _is_hub_id(origin) else {}),
@@ -110,8 +107,7 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         loading=_loading(family, manifest),
         version=manifest.get("version", ""),
         made=", ".join(made),
-        neurons=neurons,
-        rows="\n".join(f"| {layer} | {width} | {1 - width / neurons:.1%} |" for layer, width in enumerate(widths)),
+        rows=_rows(manifest),
         licence=", ".join(licence.values()) or "its folder does not name any",
     ).encode()
 
@@ -124,12 +120,23 @@ def _removed(manifest: Mapping[str, Any]) -> str:
     return f"{1 - sum(widths) / (len(widths) * manifest['neurons']):.1%} of its FFN neurons pruned"
 
 
+def _rows(manifest: Mapping[str, Any]) -> str:
+    """The table of what each layer keeps."""
+    widths, neurons, groups = manifest["widths"], manifest["neurons"], manifest.get("groups")
+    heading = ["layer", f"neurons of {neurons}", "pruned"]
+    rows = [[f"{layer}", f"{width}", f"{1 - width / neurons:.1%}"] for layer, width in enumerate(widths)]
+    if groups:
+        heading.append(f"groups of attention heads of {manifest['dense_groups']}")
+        rows = [[*row, f"{kept}"] for row, kept in zip(rows, groups, strict=True)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heading, ["---:"] * len(heading), *rows])
+
+
 def _untouched(manifest: Mapping[str, Any]) -> str:
     """What no step has changed."""
     quantised = manifest.get("quantised")
     if not quantised:
-        has_new = "distilled" in manifest or "layers" in manifest
-        return "Vision tower, embeddings and head" if has_new else "Vision tower and attention"
+        changed = any(name in manifest for name in ("distilled", "layers", "groups"))
+        return "Vision tower, embeddings and head" if changed else "Vision tower and attention"
     return "Embeddings and head" if quantised["vision"] else "Vision tower, embeddings and head"
 
 

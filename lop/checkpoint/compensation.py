@@ -79,14 +79,14 @@ class _Compensation:
         """Quantises a layer's attention, and takes the states through it."""
         backbone, batches = self._backbone, self.batches
         gram = self.gram(lambda _, x: backbone.attention_input(layer, x))
-        weights = projections(layer, backbone.heads, backbone.key_heads)
+        weights = projections(layer.heads)
         rounded = [self.pack(name, weight, gram) for name, weight in zip(("q_proj", "k_proj", "v_proj"), weights)]
-        project_by(layer, rounded, backbone.heads)
+        project_by(layer.heads, rounded)
 
         def heads(index: int, x: Tensor) -> Tensor:
             return backbone.heads_output(layer, x, batches[index].rotation.to(self._device), batches[index].groups)
 
-        layer.out.copy_(self.pack("o_proj", layer.out, self.gram(heads)))
+        layer.heads.out.copy_(self.pack("o_proj", layer.heads.out, self.gram(heads)))
         for index, x in enumerate(self.states):
             rotation = batches[index].rotation.to(self._device)
             self.states[index] = backbone.attend(layer, x.to(self._device), rotation, batches[index].groups).cpu()
@@ -275,15 +275,15 @@ def quantised_elastic(
                 _round(layers, rounding, dtype)
         yield
     finally:
+        elastic.restore()
         for layer, weights in zip(layers, kept):
             for weight, value in zip(_weights(layer), weights):
                 weight.copy_(value)
-        elastic.restore()
 
 
 def _weights(layer: Layer) -> list[Tensor]:
     ffn = cast(ElasticFfn, layer.ffn)
-    return [layer.qkv, layer.out, ffn.gate, ffn.up, ffn.down]
+    return [layer.heads.qkv, layer.heads.out, ffn.gate, ffn.up, ffn.down]
 
 
 @torch.inference_mode()

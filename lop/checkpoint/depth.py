@@ -3,7 +3,6 @@
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lop.checkpoint.shards import Cut
 from lop.checkpoint.writing import Parts, companions, write_checkpoint
-from lop.model.backbone import Backbone, Layer
+from lop.model.backbone import Backbone, Heads, Layer
 from lop.model.dtypes import DTYPES
 from lop.model.elastic import ElasticFfn
 from lop.model.families.family import Family
@@ -73,21 +72,20 @@ def export_layers(
         return write_checkpoint(Location.parse(out), parts, source, family, scratch=scratch, progress=progress)
 
 
-def layer_tensors(layer: Layer, heads: int, key_heads: int) -> dict[str, Tensor]:
+def layer_tensors(layer: Layer) -> dict[str, Tensor]:
     """All tensors of a layer, by the names that transformers gives them within it.
 
     Args:
         layer: with an `ElasticFfn`.
-        heads, key_heads: of its attention.
     """
-    ffn = cast(ElasticFfn, layer.ffn)
-    weights = projections(layer, heads, key_heads)
-    biases = projections(replace(layer, qkv=layer.qkv_bias), heads, key_heads)
+    ffn, heads = cast(ElasticFfn, layer.ffn), layer.heads
+    weights = projections(heads)
+    biases = projections(Heads(heads.qkv_bias, heads.qkv_bias, heads.out, heads.size))
     return {
         "input_layernorm.weight": layer.attention_norm,
         **{f"self_attn.{name}_proj.weight": weight for name, weight in zip("qkv", weights)},
         **{f"self_attn.{name}_proj.bias": bias for name, bias in zip("qkv", biases)},
-        "self_attn.o_proj.weight": layer.out,
+        "self_attn.o_proj.weight": heads.out,
         "post_attention_layernorm.weight": layer.ffn_norm,
         "mlp.gate_proj.weight": ffn.gate,
         "mlp.up_proj.weight": ffn.up,
@@ -112,7 +110,7 @@ def _written(
     """Writes the tensors of changed layers to files of the folder, and says where they are, by the source's names."""
     found: dict[str, TensorInfo] = {}
     for place, layer in changed.items():
-        new = layer_tensors(layer, backbone.heads, backbone.key_heads)
+        new = layer_tensors(layer)
         named = {
             name: new[part[2]].detach().to("cpu", DTYPES[tensors[name].dtype]).contiguous()
             for name in tensors

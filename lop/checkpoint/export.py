@@ -11,7 +11,16 @@ import numpy as np
 
 from lop import __version__
 from lop.checkpoint.bits import BITS, Packing
-from lop.checkpoint.formats import FORMATS, Format, changed_tensors, check_format, cut_tensors, pruned_config
+from lop.checkpoint.formats import (
+    FORMATS,
+    Format,
+    KeptHeads,
+    changed_tensors,
+    check_format,
+    check_heads,
+    cut_tensors,
+    pruned_config,
+)
 from lop.checkpoint.writing import Parts, companions, write_checkpoint, write_gguf
 from lop.errors import LopError
 from lop.model.sources import MANIFEST, MODELING, check_checkpoint, family_of
@@ -32,6 +41,7 @@ def export(
     order: np.ndarray,
     *,
     about: Mapping[str, Any],
+    groups: np.ndarray | None = None,
     format: Format = "hf",
     recovered: Mapping[str, TensorInfo] | None = None,
     packing: Packing | None = None,
@@ -51,8 +61,9 @@ def export(
     Args:
         source: the dense checkpoint's folder, single file or sharded.
         out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
-        allocation: the width of each layer.
+        allocation: the width of each layer's FFN, and of its attention if that is pruned, too.
         order: [L, F] neurons of each layer in the dense numbering, the most important first.
+        groups: [L, K] the same for the groups of attention, where these are pruned.
         about: what the manifest should say of where the allocation comes from (target, fingerprints).
         recovered: tensors that recovery has refitted or added; see `lop.checkpoint.recovery.recover_checkpoint`.
         packing: how to quantise what is written; None leaves weights as they are.
@@ -72,16 +83,22 @@ def export(
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
     tensors, family = check_checkpoint(source, dense=True), family_of(source)
-    _check(tensors, allocation, order)
+    widths, heads = allocation.widths[: len(order)], kept_heads(allocation, groups)
+    _check(tensors, widths, order)
     recovered = recovered or {}
     bias = any(name not in tensors for name in recovered)
-    check_format(format, "bias" if bias else "none", packing.bits if packing else BITS[0])
-    cuts = cut_tensors(tensors, order, allocation.widths, format=format, recovered=recovered)
-    about = {**about, "format": format, "widths": list(allocation.widths), "neurons": order.shape[1]}
+    bits = packing.bits if packing else BITS[0]
+    check_format(format, "bias" if bias else "none", bits)
+    if heads:
+        check_heads(format, "none", bits)
+    cuts = cut_tensors(tensors, order, widths, format=format, recovered=recovered, heads=heads)
+    about = {**about, "format": format, "widths": list(widths), "neurons": order.shape[1]}
+    if heads:
+        about |= {"groups": list(heads.widths), "dense_groups": heads.groups}
     place = Location.parse(out)
     if FORMATS[format].gguf:
         return write_gguf(source, place, cuts, about, progress, cancelled)
-    config = pruned_config(read_json(source / "config.json"), allocation.widths, format=format, bias=bias)
+    config = pruned_config(read_json(source / "config.json"), widths, format=format, bias=bias, heads=heads)
     manifest = {**about, "padding_bytes": sum(cut.padding * cut.source.item_bytes for _, cut in cuts)}
     beside = companions(source)
     if not FORMATS[format].is_padded:
@@ -98,6 +115,23 @@ def export(
         on_matrix=on_matrix,
         cancelled=cancelled,
     )
+
+
+def kept_heads(allocation: Allocation, groups: np.ndarray | None) -> KeptHeads | None:
+    """What an allocation keeps of attention; None where it keeps all.
+
+    Args:
+        groups: [L, K] groups of each layer, the most important first; None if attention is not open.
+
+    Raises:
+        LopError: the allocation is of other axes.
+    """
+    if groups is None:
+        return None
+    layers, kept = len(groups), allocation.widths[len(groups) :]
+    if len(kept) != layers or max(kept) > groups.shape[1]:
+        raise LopError(f"an allocation of {len(allocation.widths)} axes does not fit {layers} layers with attention")
+    return KeptHeads(groups, kept) if min(kept) < groups.shape[1] else None
 
 
 def rewrite(
@@ -168,6 +202,8 @@ def convert(
     tensors = check_checkpoint(source)
     place = Location.parse(out)
     made: dict[str, Any] = verify(source) if (source / MANIFEST).exists() else {"source": str(source)}
+    if "groups" in made and not FORMATS[made["format"]].is_padded:
+        check_heads(format, "none")
     found = [info.shape[1] for _, info in down_projections(tensors)]
     widths = made.get("widths", found)
     cuts = cut_tensors(tensors, [np.arange(width) for width in found], widths, format=format, recovered={})
@@ -234,11 +270,12 @@ def read_manifest(folder: Path | Location) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads(Location.parse(folder).read(MANIFEST))
-        kinds = {"neurons": int, "padding_bytes": int, "target": float, "fingerprints": dict}
+        kinds = {"neurons": int, "dense_groups": int, "padding_bytes": int, "target": float, "fingerprints": dict}
         return {
             **manifest,
             **{name: kind(manifest[name]) for name, kind in kinds.items() if name in manifest},
             "widths": [int(width) for width in manifest["widths"]],
+            **({"groups": [int(kept) for kept in manifest["groups"]]} if "groups" in manifest else {}),
             "sha256": dict(manifest["sha256"]),
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -273,10 +310,10 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Any:
     return open_model(folder, device=device, dtype=dtype)
 
 
-def _check(tensors: Mapping[str, TensorInfo], allocation: Allocation, order: np.ndarray) -> None:
+def _check(tensors: Mapping[str, TensorInfo], widths: Sequence[int], order: np.ndarray) -> None:
     down = down_projections(tensors)
     shape = (len(down), max((info.shape[1] for _, info in down), default=0))
-    if order.shape != shape or len(allocation.widths) != shape[0] or max(allocation.widths) > shape[1]:
+    if order.shape != shape or len(widths) != shape[0] or max(widths) > shape[1]:
         raise LopError(f"an allocation of {order.shape[0]} layers does not fit a checkpoint of (layers, width) {shape}")
     if not (np.sort(order, axis=1) == np.arange(shape[1])).all():
         raise LopError("the order of the neurons does not name each neuron of a layer once")

@@ -11,10 +11,10 @@ from typing import Any
 from lop.checkpoint.bits import BITS, Weight
 from lop.checkpoint.edge.types import KINDS
 from lop.checkpoint.edge.weight import GgufWeight, weigh
-from lop.checkpoint.formats import FORMATS, Format, check_format
+from lop.checkpoint.formats import FORMATS, Format, check_format, check_heads
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.errors import LopError
-from lop.space.allocation import Allocation, Space, uniform
+from lop.space.allocation import Allocation, Attention, Space, dense, leanest, uniform
 from lop.space.memory import Load, Shape, working_bytes
 from lop.space.size import ModelSize, Target
 
@@ -47,9 +47,13 @@ class Footprint:
         shape: the model's; without it no memory can be asked for.
         source: the dense checkpoint's folder. Formats of other types than its own weigh by its headers.
         quantised: the model with its weights in fewer bits, if they are to be; see `lop.checkpoint.bits`.
+        attention: what its groups are, where attention is pruned.
+
+    Widths are of all axes: [L], or [2·L] where attention is pruned.
 
     Raises:
-        LopError: the format has no place for what the recovery adds, or weights of a type of its own.
+        LopError: the format has no place for what the recovery adds, or weights of a type of its own; or one of them
+            does not go with pruned attention.
     """
 
     size: ModelSize
@@ -58,9 +62,12 @@ class Footprint:
     shape: Shape | None = None
     source: Path | None = None
     quantised: Weight | None = None
+    attention: Attention | None = None
 
     def __post_init__(self) -> None:
         check_format(self.format, self.recovery, self.bits)
+        if self.attention is not None:
+            check_heads(self.format, self.recovery, self.bits)
 
     @property
     def bits(self) -> int:
@@ -68,15 +75,16 @@ class Footprint:
         return self.quantised.bits if self.quantised else BITS[0]
 
     def parameters(self, widths: Sequence[int]) -> int:
-        """Of the checkpoint whose layers keep `widths` [L] neurons."""
+        """Of the checkpoint whose axes keep `widths`."""
         stored = self._stored(widths)
         if self._gguf:
             return self._gguf.parameters + sum(map(self._gguf.ffn_parameters, stored))
         # A bias is as long as a neuron's column of `down_proj`, one of the three vectors that a neuron holds.
-        return self.size.pruned_parameters(sum(stored)) + self._biases * self.size.neuron_parameters // 3
+        lost = self._lost_heads(widths)
+        return self.size.pruned_parameters(sum(stored)) - lost + self._biases * self.size.neuron_parameters // 3
 
     def bytes(self, widths: Sequence[int]) -> int:
-        """Of the tensors of the checkpoint whose layers keep `widths` [L] neurons."""
+        """Of the tensors of the checkpoint whose axes keep `widths`."""
         if self._gguf:
             return self._gguf.bytes + sum(map(self._gguf.ffn_bytes, self._stored(widths)))
         return self._bytes(widths, self.quantised or self._plain)
@@ -91,7 +99,8 @@ class Footprint:
             LopError: the load's images do not fit its context.
         """
         assert self.shape is not None
-        return self._bytes(widths, self._plain) + working_bytes(self.shape, load, max(widths))
+        widest, lost = max(widths[: self.size.layers]), self._lost_groups(widths)
+        return self._bytes(widths, self._plain) + working_bytes(self.shape, load, widest, lost_groups=lost)
 
     def is_uniform(self, target: Target) -> bool:
         """Whether all layers keep alike, whatever a predictor says.
@@ -112,11 +121,13 @@ class Footprint:
         if target.ratio is not None:
             return iter([space.budget(target.ratio)])
         limit = self._limit(target, space)
-        least, whole = (limit.cost([width] * space.layers) for width in (space.min_width, space.neurons))
+        least, whole = (limit.cost(widths.widths) for widths in (leanest(space), dense(space)))
         if refusal := limit.refusal(least, whole):
             raise LopError(refusal)
         step = space.granularity * (space.layers if self.is_uniform(target) else 1)
-        smallest, largest = space.layers * space.min_width, space.layers * space.neurons
+        if space.attention is not None:
+            step = 1 if target.memory is None else space.parts[0].cost * space.granularity  # Parameters.
+        smallest, largest = space.least, space.whole
         most_first = range(smallest + (largest - smallest) // step * step, smallest - 1, -step)
         first = bisect_left(most_first, True, key=lambda budget: limit.bounds(budget)[0] <= limit.most)
         sure = bisect_left(most_first, True, lo=first, key=lambda budget: limit.bounds(budget)[1] <= limit.most)
@@ -147,10 +158,10 @@ class Footprint:
     def describe(self, allocation: Allocation, space: Space, target: Target) -> dict[str, Any]:
         """The answer to a target as plain JSON values; with `memory` or `latency` where these were asked for."""
         answer = {
-            "ratio": space.ratio(allocation.budget),
+            "ratio": space.ratio(space.cost(allocation.widths)),
             "ratios": list(allocation.ratios(space)),
             "widths": list(allocation.widths),
-            "kept_neurons": allocation.budget,
+            "kept_neurons": sum(allocation.widths[: space.layers]),
             "parameters": self.parameters(allocation.widths),
             "bytes": self.bytes(allocation.widths),
             "bits": self.bits,
@@ -164,6 +175,9 @@ class Footprint:
     def _limit(self, target: Target, space: Space) -> _Limit:
         if target.memory is not None:
             return self._memory_limit(target, space)
+        if space.attention is not None and (target.latency is not None or FORMATS[self.format].is_padded):
+            what = "a device profile times FFNs alone" if target.latency else f"format {self.format!r} stores all heads"
+            raise LopError(f"{what}: with attention open name a --target ratio, or parameters or bytes in format 'hf'")
         if target.latency is not None:
             return self._latency_limit(target, space)
         unit, weigh = ("bytes", self.bytes) if target.parameters is None else ("parameters", self.parameters)
@@ -172,6 +186,10 @@ class Footprint:
             self._check_linear(space)
 
         def bounds(budget: int) -> tuple[int, int]:
+            if space.attention is not None:  # Of parameters, which is never exceeded.
+                lost = space.whole - budget
+                weight = weigh(dense(space).widths) - lost * (1 if unit == "parameters" else self._item)
+                return weight, weight
             weight = weigh(uniform(space, budget).widths)  # However it is spread, or alike in all layers.
             return weight, weight
 
@@ -194,6 +212,11 @@ class Footprint:
         assert shape is not None
 
         def bounds(budget: int) -> tuple[int, int]:
+            if self.attention is not None:
+                weight = self.bytes(dense(space).widths) - (space.whole - budget) * self._item
+                none = space.layers * self.attention.groups
+                least = working_bytes(shape, load, space.min_width, lost_groups=none)
+                return weight + least, weight + working_bytes(shape, load, space.neurons)
             even = uniform(space, budget).widths
             widest = max(even) if self.is_uniform(target) else space.max_width(budget)
             return self.memory(even, load), self._bytes(even, self._plain) + working_bytes(shape, load, widest)
@@ -232,12 +255,28 @@ class Footprint:
 
     def _stored(self, widths: Sequence[int]) -> Sequence[int]:
         """[L] neurons on disk, those of zeros included."""
-        return FORMATS[self.format].stored(widths)
+        return FORMATS[self.format].stored(widths[: self.size.layers])
+
+    def _lost_groups(self, widths: Sequence[int]) -> int:
+        """The attention's groups that are not on disk."""
+        if self.attention is None or FORMATS[self.format].is_padded:
+            return 0
+        return sum(self.attention.groups - width for width in widths[self.size.layers :])
+
+    def _lost_heads(self, widths: Sequence[int]) -> int:
+        """Parameters of the attention's groups that are not on disk."""
+        return self._lost_groups(widths) * (self.attention.group_parameters if self.attention else 0)
+
+    @property
+    def _item(self) -> int:
+        """Bytes of a number of the dense model's type."""
+        return self.size.neuron_bytes // self.size.neuron_parameters
 
     def _bytes(self, widths: Sequence[int], weight: Weight) -> int:
         """In safetensors, with weights of a type; biases have always the dense model's."""
         pruned = self.size.layers * self.size.neurons - sum(self._stored(widths))
-        return weight.bytes - pruned * weight.neuron_bits // 8 + self._biases * self.size.neuron_bytes // 3
+        lost = self._lost_heads(widths) * self._item
+        return weight.bytes - pruned * weight.neuron_bits // 8 - lost + self._biases * self.size.neuron_bytes // 3
 
     @property
     def _plain(self) -> Weight:

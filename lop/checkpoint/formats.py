@@ -14,11 +14,51 @@ from lop.checkpoint.shards import Cut
 from lop.errors import LopError
 from lop.model.families.registry import FAMILIES
 from lop.model.sources import MODELING
-from lop.model.tensors import ffn_layer, ffn_part
+from lop.model.tensors import attention_tensor, ffn_layer, ffn_part
 from lop.storage.headers import TensorInfo
 
 # A key of `FORMATS`.
 Format = str
+
+
+@dataclass(frozen=True)
+class KeptHeads:
+    """What is kept of pruned attention.
+
+    Attributes:
+        order: [L, K] groups of each layer, the most important first.
+        widths: [L] groups kept.
+    """
+
+    order: np.ndarray
+    widths: Sequence[int]
+
+    @property
+    def groups(self) -> int:
+        """`K`, of a dense layer."""
+        return int(self.order.shape[1])
+
+    def cut(self, name: str, info: TensorInfo, recovered: TensorInfo | None, *, is_padded: bool) -> Cut:
+        """What to write of a tensor of the attention; padded to all heads, as loaders want so many.
+
+        Raises:
+            LopError: the recovered tensor has another shape than the one that it replaces would be cut to.
+        """
+        found = attention_tensor(name)
+        assert found
+        layer, axis = found[0], 1 if found[1:] == ("o_proj", "weight") else 0
+        block, width = info.shape[axis] // self.groups, self.widths[layer]
+
+        def shape(groups: int) -> tuple[int, ...]:
+            return (*info.shape[:axis], groups * block, *info.shape[axis + 1 :])
+
+        if recovered is not None:
+            _check_recovered(name, recovered, shape(width))
+            chosen = np.arange(width * block)
+        else:
+            chosen = (self.order[layer][:width, None] * block + np.arange(block)).ravel()
+        rows, columns = (None, chosen) if axis else (chosen, None)
+        return Cut(recovered or info, shape(self.groups if is_padded else width), rows=rows, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -77,6 +117,22 @@ def check_format(format: Format, recovery: Recovery, bits: int = BITS[0]) -> Non
         raise LopError(f"format {format!r} has no place for a bias: choose recovery {fits}, or format {others}")
 
 
+def check_heads(format: Format, recovery: Recovery, bits: int = BITS[0]) -> None:
+    """Looks before anything is done whether what is asked for goes with pruned attention.
+
+    Raises:
+        LopError: it does not.
+    """
+    if FORMATS[format].gguf:
+        raise LopError(
+            f"format {format!r} has as many heads in all layers: with attention pruned take 'hf' or 'padded'"
+        )
+    if RECOVERIES[recovery].trains:
+        raise LopError(f"recovery {recovery!r} does not train pruned attention: take 'refit'")
+    if bits != BITS[0]:
+        raise LopError(f"weights of {bits} bits do not go with pruned attention: leave out --bits")
+
+
 def cut_tensors(
     tensors: Mapping[str, TensorInfo],
     order: Sequence[np.ndarray] | np.ndarray,
@@ -84,6 +140,7 @@ def cut_tensors(
     *,
     format: Format,
     recovered: Mapping[str, TensorInfo],
+    heads: KeptHeads | None = None,
 ) -> list[tuple[str, Cut]]:
     """What to write of each tensor of a checkpoint.
 
@@ -95,12 +152,18 @@ def cut_tensors(
         recovered: tensors that take the place of those cut from the dense checkpoint, of any part, with the neurons
             kept in their order (`down_proj` weights [H, k], `gate_proj` and `up_proj` [k, H]), or that come on top
             (biases), by the checkpoint's names.
+        heads: what is kept of attention; None keeps all.
 
     Raises:
         LopError: a recovered tensor has another shape than the one that it replaces would be cut to.
     """
-    stored = FORMATS[format].stored(widths)
-    cuts = [(name, _cut(name, info, recovered.get(name), order, widths, stored)) for name, info in tensors.items()]
+    stored, is_padded = FORMATS[format].stored(widths), FORMATS[format].is_padded
+    cuts = [
+        (name, heads.cut(name, info, recovered.get(name), is_padded=is_padded))
+        if heads and attention_tensor(name)
+        else (name, _cut(name, info, recovered.get(name), order, widths, stored))
+        for name, info in tensors.items()
+    ]
     return cuts + [(name, Cut(info, info.shape)) for name, info in recovered.items() if name not in tensors]
 
 
@@ -146,8 +209,8 @@ def _cut(
         return (info.shape[0], width) if part == "down_proj" else (width, *info.shape[1:])
 
     expected = info.shape if kept is None else shape(len(kept))
-    if recovered and recovered.shape != expected:
-        raise LopError(f"recovered tensor {name} is {list(recovered.shape)}, and must be {list(expected)}")
+    if recovered is not None:
+        _check_recovered(name, recovered, expected)
     source = recovered or info
     if kept is None:
         return Cut(source, expected)
@@ -156,7 +219,19 @@ def _cut(
     return Cut(source, full, columns=chosen) if part == "down_proj" else Cut(source, full, rows=chosen)
 
 
-def pruned_config(dense: Mapping[str, Any], widths: Sequence[int], *, format: Format, bias: bool) -> dict[str, Any]:
+def _check_recovered(name: str, recovered: TensorInfo, expected: tuple[int, ...]) -> None:
+    if recovered.shape != expected:
+        raise LopError(f"recovered tensor {name} is {list(recovered.shape)}, and must be {list(expected)}")
+
+
+def pruned_config(
+    dense: Mapping[str, Any],
+    widths: Sequence[int],
+    *,
+    format: Format,
+    bias: bool,
+    heads: KeptHeads | None = None,
+) -> dict[str, Any]:
     """The config of a pruned checkpoint: the dense one's, whatever transformers wrote it, with the widths.
 
     `padded` sets `intermediate_size`. `hf` sets `text_config.per_layer_config` (transformers' schema of layers that
@@ -167,6 +242,7 @@ def pruned_config(dense: Mapping[str, Any], widths: Sequence[int], *, format: Fo
         dense: what stands in the dense checkpoint's `config.json`.
         widths: [L] neurons kept.
         bias: whether the layers' `down_proj` have one.
+        heads: what is kept of attention; None keeps all.
     """
     family = FAMILIES[dense["model_type"]]
     config = copy.deepcopy(dict(dense))
@@ -175,8 +251,16 @@ def pruned_config(dense: Mapping[str, Any], widths: Sequence[int], *, format: Fo
         return config
     config["text_config"] = family.text_config(config)
     digits = len(str(len(widths) - 1))
+    layers = [{"intermediate_size": int(width)} for width in widths]
+    if heads:
+        text = config["text_config"]
+        shared = text["num_attention_heads"] // heads.groups
+        # Rotary embeddings would compute it from the heads, of which there is no one number.
+        text.setdefault("head_dim", text["hidden_size"] // text["num_attention_heads"])
+        for layer, kept in zip(layers, heads.widths, strict=True):
+            layer |= {"num_attention_heads": int(kept) * shared, "num_key_value_heads": int(kept)}
     config["text_config"]["per_layer_config"] = {
-        str(layer).zfill(digits): {"intermediate_size": int(width)} for layer, width in enumerate(widths)
+        str(number).zfill(digits): layer for number, layer in enumerate(layers)
     }
     if bias:
         config["text_config"]["down_proj_bias"] = True

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.bar import Bar
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from lop.checkpoint.export import check_hashes, read_manifest
@@ -29,6 +29,8 @@ class Inspection:
         widths: [L] neurons that each layer keeps.
         stored: [L] neurons that each layer has on disk; more than it keeps if padded.
         neurons: of a layer of the dense model; of the widest layer if nothing tells.
+        groups: [L] groups of attention that each layer keeps; empty where all layers keep all.
+        dense_groups: of a layer of the dense model.
         bits: of the backbone's weights if they are quantised; None where they are not, or are by types of GGUF.
         parameters, bytes: of all tensors.
         manifest: what the export wrote down (source, target, recovery, fingerprints), without its hashes.
@@ -44,6 +46,8 @@ class Inspection:
     bits: int | None
     parameters: int
     bytes: int
+    groups: tuple[int, ...] = ()
+    dense_groups: int = 0
     manifest: Mapping[str, Any] = field(default_factory=dict)
     checked: int | None = None
     damage: str = ""
@@ -88,6 +92,8 @@ def inspect(folder: Path) -> Inspection:
         bits=manifest.get("quantised", {}).get("bits"),
         parameters=sum(info.parameters for info in tensors.values()),
         bytes=sum(info.bytes for info in read_tensors(folder).values()),
+        groups=tuple(manifest.get("groups", ())) or _groups(text),
+        dense_groups=manifest.get("dense_groups", text.get("num_key_value_heads", 0)),
         manifest=manifest,
         checked=len(hashes) if has_manifest else None,
         damage=damage,
@@ -105,6 +111,9 @@ def print_inspection(found: Inspection) -> None:
         "pruned": f"{found.ratio:.2%} of {len(found.widths)} layers of {found.neurons} neurons",
         "layers": "{}, which were {} of {}".format(len(found.widths), ", ".join(map(str, layers["kept"])), layers["of"])
         if (layers := manifest.get("layers"))
+        else None,
+        "attention": f"{sum(found.groups)} of {len(found.groups)} layers' {found.dense_groups} groups each"
+        if found.groups
         else None,
         "bits": _rounding(manifest.get("quantised")),
         "recovery": manifest.get("recovery"),
@@ -124,9 +133,12 @@ def print_inspection(found: Inspection) -> None:
             facts.add_row(name, value)
     chart = Table.grid(padding=(0, 2))
     for layer, width in enumerate(found.widths):
-        chart.add_row(
-            f"layer {layer}", f"{width}", Bar(found.neurons, 0, width, width=40), f"{width / found.neurons:.1%}"
-        )
+        bar = Bar(found.neurons, 0, width, width=40)
+        cells: list[RenderableType] = [f"layer {layer}", f"{width}", bar, f"{width / found.neurons:.1%}"]
+        if found.groups:
+            kept = found.groups[layer]
+            cells += ["attention", f"{kept}", Bar(found.dense_groups, 0, kept, width=12)]
+        chart.add_row(*cells)
     PlainConsole().print(Group(facts, "", chart))
 
 
@@ -160,6 +172,15 @@ def _of_gguf(folder: Path, manifest: Mapping[str, Any], files: int, damage: str)
         checked=files,
         damage=damage,
     )
+
+
+def _groups(text: Mapping[str, Any]) -> tuple[int, ...]:
+    """By a config alone, as `save_pretrained` leaves it: it names the layers that differ."""
+    layers = {int(layer): entry.get("num_key_value_heads") for layer, entry in text.get("per_layer_config", {}).items()}
+    if not any(kept is not None for kept in layers.values()):
+        return ()
+    whole = text["num_key_value_heads"]
+    return tuple(whole if (kept := layers.get(layer)) is None else kept for layer in range(text["num_hidden_layers"]))
 
 
 def _text_config(config: Any) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Cut:
         """How many of its numbers are zeros that fill it up to the shape."""
         count = int(np.prod(self.shape, dtype=np.int64))
         for axis, chosen in enumerate((self.rows, self.columns)):
-            if chosen is not None:
+            if chosen is not None and count:
                 return count // self.shape[axis] * (self.shape[axis] - len(chosen))
         return 0
 
@@ -103,6 +103,8 @@ class _Block:
 
 def _blocks(cut: Cut) -> Iterator[_Block]:
     """A tensor's blocks. Rows are chosen from anywhere, so a tensor that is cut by rows is one block."""
+    if not cut.bytes:
+        return
     if cut.rows is not None:
         yield _Block(cut, cut.shape[0], Extent(cut.source.file, cut.source.offset, cut.source.bytes))
         return

@@ -10,7 +10,7 @@ import numpy as np
 
 from lop.errors import LopError
 from lop.search.tree import TreeOptions
-from lop.space.allocation import Allocation, Space
+from lop.space.allocation import Allocation, Space, of_ffns
 
 # The settings of a run name methods, so their registry is read with no torch behind it.
 if TYPE_CHECKING:
@@ -213,6 +213,7 @@ class Method:
         root: where LOP's search gets it from, if it may start from it.
         start: the allocation that it suggests to the search; methods that prune all layers alike when used by
             themselves may tell layers apart here.
+        is_of_axes: it spreads a budget over all axes; the others know FFNs alone (`of_ffns`).
         search: how it searches, if it does.
         is_compared: it has rows in the tables; otherwise it is in the curves alone.
         in_report: it is one of the few that `report.md` compares.
@@ -229,6 +230,7 @@ class Method:
     bias: bool = False
     root: Root | None = None
     start: "Callable[[NeuronStatistics, Space, int], Allocation] | None" = None
+    is_of_axes: bool = False
     search: Search | None = None
     is_compared: bool = True
     in_report: bool = False
@@ -245,20 +247,42 @@ class Method:
         allocation, seconds = self.choose(given, budget)
         return Choice(allocation, self.importance or given.importance, self.bias, seconds)
 
+    def suggest(self, statistics: "NeuronStatistics", space: Space, budget: int) -> Allocation:
+        """What its `start` is for a budget."""
+        assert self.start
+        return _allocated(self.start, statistics, space, budget, is_of_axes=self.is_of_axes)
+
 
 def reading(
-    allocate: "Callable[[NeuronStatistics, Space, int], Allocation]",
+    allocate: "Callable[[NeuronStatistics, Space, int], Allocation]", *, is_of_axes: bool = False
 ) -> Callable[[Given, int], tuple[Allocation, float]]:
-    """How a method chooses that reads its allocation off the statistics."""
+    """How a method chooses that reads its allocation off the statistics.
+
+    Args:
+        is_of_axes: as in `Method`.
+    """
 
     def choose(given: Given, budget: int) -> tuple[Allocation, float]:
         if given.statistics is None:
             raise LopError("the statistics are missing: run `lop calibrate` first")
         start = time.perf_counter()
-        allocation = allocate(given.statistics, given.space, budget)
+        allocation = _allocated(allocate, given.statistics, given.space, budget, is_of_axes=is_of_axes)
         return allocation, time.perf_counter() - start
 
     return choose
+
+
+def _allocated(
+    allocate: "Callable[[NeuronStatistics, Space, int], Allocation]",
+    statistics: "NeuronStatistics",
+    space: Space,
+    budget: int,
+    *,
+    is_of_axes: bool,
+) -> Allocation:
+    if is_of_axes:
+        return allocate(statistics, space, budget)
+    return of_ffns(space, budget, lambda ffns, neurons: allocate(statistics, ffns, neurons))
 
 
 def look_up(given: Given, budget: int) -> tuple[Allocation, float]:

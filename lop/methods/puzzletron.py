@@ -56,7 +56,7 @@ def puzzle(space: Space, reward: Reward, budgets: Sequence[int], _: int) -> Iter
     return scanned_once(
         reward,
         budgets,
-        lambda ledger: damages_at(space, widths, reward.with_divergence(), ledger),
+        lambda ledger: damages_at(space, [widths], reward.with_divergence(), ledger)[0],
         lambda scores, budget: fitting(space, widths, scores, budget),
     )
 

@@ -17,8 +17,8 @@ def random_search(space: Space, reward: Reward, budgets: Sequence[int], seed: in
         worth: Worth = (-np.inf,)
         curve: list[tuple[float, float]] = []
         for count in range(reward.evaluations):
-            move = random.uniform(-step, step, space.layers) if count else 0.0
-            allocation = project(space.ratio(budget) + np.broadcast_to(move, space.layers), space, budget)
+            move = random.uniform(-step, step, space.axes) if count else 0.0
+            allocation = project(space.ratio(budget) + np.broadcast_to(move, space.axes), space, budget)
             best, worth = max((best, worth), (allocation, reward.worth(allocation)), key=lambda item: item[1])
             curve.append((count + 1.0, worth[0]))
         yield Discovery(budget, best, worth, tuple(curve))
@@ -30,6 +30,7 @@ METHOD = Method(
     look_up,
     needs=frozenset({Need.ACTIVATIONS, Need.EVALUATIONS}),
     root=Root.FOUND,
+    is_of_axes=True,
     search=Search(random_search),
     in_curves="random search",
 )

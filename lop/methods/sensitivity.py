@@ -54,6 +54,7 @@ METHOD = Method(
     look_up,
     needs=frozenset({Need.ACTIVATIONS, Need.EVALUATIONS}),
     root=Root.SCANNED,
+    is_of_axes=True,
     search=Search(sensitivity_programme, is_shared=True),
     has_profile=True,
     in_curves="sensitivity programme",

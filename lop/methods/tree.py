@@ -22,6 +22,7 @@ def tree_search(space: Space, reward: Reward, budgets: Sequence[int], seed: int)
             [uniform(space, budget)],
             replace(reward.options, opponent=0),  # Whoever is compared scores all samples: no races.
             seed=(seed, budget),
+            budget=budget,
             reward=reward.reward,
             tie_breaker=reward.tie_breaker,
         )
@@ -38,6 +39,7 @@ METHOD = Method(
     Side.RIVAL,
     look_up,
     needs=frozenset({Need.ACTIVATIONS, Need.EVALUATIONS}),
+    is_of_axes=True,
     search=Search(tree_search),
     is_compared=False,  # LOP itself, less its roots.
     in_curves="MCTS without roots",

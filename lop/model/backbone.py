@@ -22,6 +22,8 @@ def _varlen_attention() -> Callable[..., Tensor] | None:
 
 
 _VARLEN = _varlen_attention()
+# Is shown what a layer's heads say of N tokens, [N, Q·D].
+SeeHeads = Callable[[Tensor], None]
 # Tokens that an FFN sees at once: a photograph alone can be 15,000, each with 18,944 neurons in a 7B.
 ROWS = 4096
 
@@ -35,28 +37,88 @@ class Group:
     tail: int
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One decoder layer: `x += out(attention(norm(x)))`, then `x += ffn(norm(x))`.
+class Heads:
+    """A layer's attention heads, of which it keeps its first `width` groups: a key head with Q/K query heads.
 
     The rows of `qkv` are the queries of all heads, their keys and their values. Within each head of queries and keys
     the two halves that rotate together stand next to each other (0, D/2, 1, D/2 + 1, …), which changes no product of
     query and key, and makes the rotation one multiplication of complex numbers.
 
-    Attributes:
-        attention_norm, ffn_norm: [H].
+    Args:
         qkv: [(Q + 2·K)·D, H] for Q query heads and K key heads of size D.
         qkv_bias: [(Q + 2·K)·D].
         out: [H, Q·D].
+        size: D.
+
+    Attributes:
+        groups: K.
+        width: groups kept.
+        qkv, qkv_bias, out: of these alone; those of pruned layers are copies, but for `out`.
+        order: [K], the groups in the order in which they stand, in the dense model's numbering.
+    """
+
+    def __init__(self, qkv: Tensor, qkv_bias: Tensor, out: Tensor, size: int) -> None:
+        self.size, self.queries = size, out.shape[1] // size
+        self.groups = self.width = (len(qkv) // size - self.queries) // 2
+        self.shared = self.queries // max(self.groups, 1)  # A pruned checkpoint's layer may have none.
+        self.qkv, self.qkv_bias, self.out = qkv, qkv_bias, out
+        self._dense = qkv, qkv_bias, out
+        self.order = torch.arange(self.groups)
+
+    @property
+    def whole(self) -> Tensor:
+        """`out` of all groups, [H, Q·D]."""
+        return self._dense[2]
+
+    @property
+    def columns(self) -> int:
+        """How many of the columns of `whole` are kept."""
+        return self.width * self.shared * self.size
+
+    def sort(self, order: Tensor) -> None:
+        """Permutes the groups so that `order`, in the dense model's numbering, comes first to last; keeps all."""
+        move = torch.argsort(self.order)[order]
+        qkv, bias, out = self._dense
+        rows = self._rows(move).to(out.device)
+        # Into tensors of its own: the network's `o_proj` goes with projections that nobody permutes.
+        self._dense = qkv[rows], bias[rows], out[:, rows[: out.shape[1]]]
+        self.order = order
+        self.keep(self.groups)
+
+    def keep(self, width: int) -> None:
+        """Keeps the first groups."""
+        self.width, self.queries = width, width * self.shared
+        self.qkv, self.qkv_bias, self.out = self._dense
+        if width < self.groups:
+            rows = self._rows(torch.arange(width)).to(self.out.device)
+            self.qkv, self.qkv_bias = self.qkv[rows], self.qkv_bias[rows]
+            self.out = self.out[:, : self.columns]
+
+    def refit(self, out: Tensor) -> None:
+        """Takes other weights [H, columns] in the place of `out`."""
+        self.out = out
+
+    def _rows(self, groups: Tensor) -> Tensor:
+        """The rows of `qkv` that are of some groups."""
+        queries = torch.arange(self.groups * self.shared * self.size).view(self.groups, -1)
+        keys, values = (len(queries.flatten()) + torch.arange(2 * self.groups * self.size)).view(2, self.groups, -1)
+        return torch.cat([part[groups].flatten() for part in (queries, keys, values)])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: `x += out(attention(norm(x)))`, then `x += ffn(norm(x))`.
+
+    Attributes:
+        attention_norm, ffn_norm: [H].
+        heads: of the attention.
         ffn: [N, H] to [N, H].
         attention_turn, ffn_turn: [H, H'], what the states are multiplied by as the attention's or the FFN's output is
             added to them, which is of that width; None: by nothing. Only reshaped models have them.
     """
 
     attention_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor
-    out: Tensor
+    heads: Heads
     ffn_norm: Tensor
     ffn: nn.Module
     attention_turn: Tensor | None = None
@@ -71,7 +133,6 @@ class Backbone:
         layers: first to last.
         norm: [H], before the head.
         head: [V, H].
-        heads, key_heads: of each layer's attention, `Q` and `K`.
         epsilon: of every norm; where states are narrower than `norm` it is still a mean over H that it is added to.
         entry: [H, H'], what embeddings are multiplied by; None: by nothing.
     """
@@ -79,26 +140,26 @@ class Backbone:
     layers: tuple[Layer, ...]
     norm: Tensor
     head: Tensor
-    heads: int
-    key_heads: int
     epsilon: float
     entry: Tensor | None = None
 
-    @property
-    def head_size(self) -> int:
-        """`D`."""
-        return self.layers[0].out.shape[1] // self.heads
-
     def hidden(
-        self, x: Tensor, rotation: Tensor, groups: Sequence[Group], *, last: int | None = None
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        groups: Sequence[Group],
+        *,
+        last: int | None = None,
+        see: SeeHeads | None = None,
     ) -> Iterator[Tensor]:
         """The states [N, H] after each of the first `last` layers (all by default), as they come.
 
         Args:
             x: [N, H], the embeddings: sequences laid end to end as `groups` says.
             rotation: [N, D/2] complex, M-RoPE.
+            see: is shown what each layer's heads say.
         """
-        attention, x = _Attention(self, rotation, groups), self.entered(x)
+        attention, x = _Attention(self, rotation, groups, see), self.entered(x)
         for layer in self.layers[:last]:
             x = self._whole(layer, attention, x)
             yield x
@@ -107,20 +168,22 @@ class Backbone:
         """The states [N, H'] before the first layer, of the embeddings x [N, H]."""
         return _turned(x, self.entry)
 
-    def attend(self, layer: Layer, x: Tensor, rotation: Tensor, groups: Sequence[Group]) -> Tensor:
+    def attend(
+        self, layer: Layer, x: Tensor, rotation: Tensor, groups: Sequence[Group], see: SeeHeads | None = None
+    ) -> Tensor:
         """The states [N, H] between a layer's attention and its FFN, for the states x [N, H] before the layer.
 
         Args:
-            rotation, groups: as in `hidden`.
+            rotation, groups, see: as in `hidden`.
         """
-        return self._attend(layer, _Attention(self, rotation, groups), x)
+        return self._attend(layer, _Attention(self, rotation, groups, see), x)
 
     def attention_input(self, layer: Layer, x: Tensor) -> Tensor:
         """What the attention of a layer is given, [N, H], for the states x [N, H] before the layer."""
         return self._norm(x, layer.attention_norm)
 
     def heads_output(self, layer: Layer, x: Tensor, rotation: Tensor, groups: Sequence[Group]) -> Tensor:
-        """What the layer's heads say to the states x [N, H] before it, [N, Q·D], which `layer.out` is applied to."""
+        """What the layer's heads say to the states x [N, H] before it, [N, Q·D], which their `out` is applied to."""
         return _Attention(self, rotation, groups)(layer, self.attention_input(layer, x))
 
     def weights(self, layer: Layer, x: Tensor, rotation: Tensor) -> Tensor:
@@ -132,8 +195,8 @@ class Backbone:
         """
         attention = _Attention(self, rotation, (Group(1, len(x), 1),))
         query, key, _ = attention.project(layer, self.attention_input(layer, x))
-        key = key.repeat_interleave(self.heads // self.key_heads, dim=1)
-        products = torch.einsum("qhd,khd->hqk", query.float(), key.float()) / self.head_size**0.5
+        key = key.repeat_interleave(layer.heads.shared, dim=1)
+        products = torch.einsum("qhd,khd->hqk", query.float(), key.float()) / layer.heads.size**0.5
         hidden = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
         return products.masked_fill_(hidden, -torch.inf).softmax(-1).mean(0)
 
@@ -162,9 +225,11 @@ class Backbone:
         *before, layer = self.layers[first:]
         for earlier in before:
             x = self._whole(earlier, attention, x)
-        attended = attention.at_tails(layer, self._norm(x, layer.attention_norm), tails)
-        x = _turned(x[tails], layer.attention_turn)
-        return self.normed(self.feed_forward(layer, torch.addmm(x, attended, layer.out.T)))
+        here = _turned(x[tails], layer.attention_turn)
+        if layer.heads.width:
+            attended = attention.at_tails(layer, self._norm(x, layer.attention_norm), tails)
+            here = torch.addmm(here, attended, layer.heads.out.T)
+        return self.normed(self.feed_forward(layer, here))
 
     def normed(self, x: Tensor) -> Tensor:
         """What the head is given, [M, H], of states [M, H] after the last layer."""
@@ -181,8 +246,10 @@ class Backbone:
         return self.feed_forward(layer, self._attend(layer, attention, x))
 
     def _attend(self, layer: Layer, attention: "_Attention", x: Tensor) -> Tensor:
-        attended = attention(layer, self._norm(x, layer.attention_norm))
-        return torch.addmm(_turned(x, layer.attention_turn), attended, layer.out.T)
+        turned = _turned(x, layer.attention_turn)
+        if not layer.heads.width:
+            return turned.clone()  # What comes next works in the memory of it.
+        return torch.addmm(turned, attention(layer, self._norm(x, layer.attention_norm)), layer.heads.out.T)
 
 
 def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
@@ -192,12 +259,13 @@ def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
 class _Attention:
     """Causal attention within each of a batch's sequences; holds what is the same in all layers."""
 
-    def __init__(self, backbone: Backbone, rotation: Tensor, groups: Sequence[Group]) -> None:
-        self._heads, self._key_heads, self._size = backbone.heads, backbone.key_heads, backbone.head_size
-        self._rotation = rotation
+    def __init__(
+        self, backbone: Backbone, rotation: Tensor, groups: Sequence[Group], see: SeeHeads | None = None
+    ) -> None:
+        self._rotation, self._groups, self._see = rotation, groups, see
         # Spread over the heads once, so that each layer's rotation is one pass over contiguous memory.
-        self._spread = rotation[:, None].expand(-1, self._heads + self._key_heads, -1).contiguous()
-        self._groups = groups
+        most = max(layer.heads.groups * (layer.heads.shared + 1) for layer in backbone.layers)
+        self._spread = rotation[:, None].expand(-1, most, -1).contiguous()
         self._lengths = tuple(group.length for group in groups)
         self._tails = tuple(group.tail for group in groups)
         device, dtype = backbone.norm.device, backbone.norm.dtype
@@ -208,24 +276,29 @@ class _Attention:
 
     def __call__(self, layer: Layer, x: Tensor) -> Tensor:
         """Normed states [N, H] to heads' outputs [N, Q·D]."""
-        return self._attend(*self.project(layer, x), self._lengths)
+        said = self._attend(*self.project(layer, x), self._lengths)
+        if self._see is not None:
+            self._see(said)
+        return said
 
     def project(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed states [N, H] to queries [N, Q, D], keys and values [N, K, D], turned as their positions say."""
-        rotated = self._heads + self._key_heads
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(len(x), -1, self._size)
-        rotate(qkv[:, :rotated], self._spread)
-        query, key, value = qkv.split([self._heads, self._key_heads, self._key_heads], dim=1)
+        heads = layer.heads
+        rotated = heads.queries + heads.width
+        qkv = F.linear(x, heads.qkv, heads.qkv_bias).view(len(x), -1, heads.size)
+        rotate(qkv[:, :rotated], self._spread[:, :rotated])
+        query, key, value = qkv.split([heads.queries, heads.width, heads.width], dim=1)
         return query, key, value
 
     def at_tails(self, layer: Layer, x: Tensor, tails: Tensor) -> Tensor:
         """Normed states [N, H] to heads' outputs [M, Q·D] at the tails alone."""
-        cut = self._heads * self._size
-        query = F.linear(x[tails], layer.qkv[:cut], layer.qkv_bias[:cut]).view(len(tails), -1, self._size)
-        rotate(query, self._rotation[tails, None].expand(-1, self._heads, -1))
-        key_value = F.linear(x, layer.qkv[cut:], layer.qkv_bias[cut:]).view(len(x), -1, self._size)
-        key, value = key_value.split(self._key_heads, dim=1)
-        rotate(key, self._spread[:, self._heads :])
+        heads = layer.heads
+        cut = heads.columns
+        query = F.linear(x[tails], heads.qkv[:cut], heads.qkv_bias[:cut]).view(len(tails), -1, heads.size)
+        rotate(query, self._rotation[tails, None].expand(-1, heads.queries, -1))
+        key_value = F.linear(x, heads.qkv[cut:], heads.qkv_bias[cut:]).view(len(x), -1, heads.size)
+        key, value = key_value.split(heads.width, dim=1)
+        rotate(key, self._spread[:, : heads.width])
         return self._attend(query, key, value, self._tails)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, asked: tuple[int, ...]) -> Tensor:

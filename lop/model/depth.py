@@ -21,9 +21,9 @@ from lop.model.repair import RIDGE
 
 def layer_parameters(layer: Layer) -> int:
     """How many numbers a layer holds, its turns included."""
-    ffn = cast(ElasticFfn, layer.ffn)
-    tensors = [value for value in vars(layer).values() if isinstance(value, Tensor)]
-    return sum(tensor.numel() for tensor in (*tensors, ffn.gate, ffn.up, ffn.down))
+    ffn, heads = cast(ElasticFfn, layer.ffn), layer.heads
+    own = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() for tensor in (*own, heads.qkv, heads.qkv_bias, heads.out, ffn.gate, ffn.up, ffn.down))
 
 
 def parameters(backbone: Backbone) -> int:

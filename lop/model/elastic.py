@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lop.model.adapter import Ffn, QwenVL
+from lop.model.backbone import Heads
 from lop.space.allocation import Allocation
 
 _BACKEND = "inductor"
@@ -70,6 +71,24 @@ class ElasticFfn(nn.Module):
         self.down.copy_(self.down[:, move])
         self.order = order
 
+    @property
+    def whole(self) -> Tensor:
+        """`down` of all neurons."""
+        return self.down
+
+    @property
+    def columns(self) -> int:
+        """How many of the columns of `whole` are kept."""
+        return self.width
+
+    def keep(self, width: int) -> None:
+        """Keeps the first neurons, as they are."""
+        self.width, self.refitted, self.bias = width, None, None
+
+    def refit(self, down: Tensor) -> None:
+        """Takes other weights [H, width] in the place of `down`."""
+        self.refitted = down
+
     def weight_squares(self) -> Tensor:
         """[F] float64, the sum of squares of each neuron's weights."""
         lines = (self.gate, self.up, self.down.T)
@@ -87,10 +106,10 @@ class ElasticFfn(nn.Module):
 
 
 class Repair(Protocol):
-    """Makes up for the neurons that an FFN has just lost; see `lop.model.repair`."""
+    """Makes up for what an axis has just lost; see `lop.model.repair`."""
 
-    def __call__(self, layer: int, ffn: ElasticFfn) -> None:
-        """Sets the FFN's `bias` or `refitted`."""
+    def __call__(self, axis: int, part: ElasticFfn | Heads) -> None:
+        """Sets an FFN's bias, or refits the part."""
 
 
 class ElasticModel:
@@ -100,16 +119,22 @@ class ElasticModel:
         model: is changed in place: its FFNs are replaced by elastic ones over the same weights.
         order: [L, F] neurons of each layer, the most important first, in the dense model's numbering.
         compiled: as `compile` does it.
+        groups: [L, K] the same for the groups of attention, where these are pruned.
 
     Attributes:
         backbone: runs with the widths that the model has.
     """
 
-    def __init__(self, model: QwenVL, order: np.ndarray, *, compiled: bool = False) -> None:
+    def __init__(
+        self, model: QwenVL, order: np.ndarray, *, compiled: bool = False, groups: np.ndarray | None = None
+    ) -> None:
         for index, ffn in enumerate(model.ffns):
             model.replace_ffn(index, ElasticFfn.replacing(ffn))
         self.backbone = model.lean_backbone()
         self.sort(order)
+        if groups is not None:
+            for layer, row in zip(self.backbone.layers, torch.from_numpy(groups), strict=True):
+                layer.heads.sort(row)
         if compiled:
             self.compile()
 
@@ -137,13 +162,27 @@ class ElasticModel:
             ffn.sort(row)
 
     def prune(self, allocation: Allocation, repair: Repair | None = None) -> None:
-        """Takes the allocation's widths, and what `repair` makes of each FFN with its width."""
-        for layer, (ffn, width) in enumerate(zip(self._ffns, allocation.widths, strict=True)):
-            ffn.width = width
-            ffn.refitted = None
-            ffn.bias = None
+        """Takes the allocation's widths, and what `repair` makes of each part with its width.
+
+        Where the allocation is of FFNs alone, attention is dense.
+        """
+        layers, widths = self.backbone.layers, allocation.widths
+        for axis, (ffn, width) in enumerate(zip(self._ffns, widths)):
+            ffn.keep(width)
             if repair:
-                repair(layer, ffn)
+                repair(axis, ffn)
+        kept = widths[len(layers) :] or [layer.heads.groups for layer in layers]
+        for axis, (layer, width) in enumerate(zip(layers, kept, strict=True), start=len(layers)):
+            layer.heads.keep(width)
+            if repair and width < layer.heads.groups:
+                repair(axis, layer.heads)
+
+    def first_pruned(self, allocation: Allocation) -> int:
+        """The first layer of which an allocation prunes anything; L if there is none."""
+        layers = self.backbone.layers
+        dense = [self.neurons] * len(layers) + [layer.heads.groups for layer in layers]
+        lost = (axis % len(layers) for axis, width in enumerate(allocation.widths) if width != dense[axis])
+        return min(lost, default=len(layers))
 
     def compile(self) -> None:
         """Has the FFNs' activations compiled when they are first run; changes results by rounding."""

@@ -31,7 +31,7 @@ def layer_flops(layer: Layer, length: int) -> int:
     """Those of one layer for one sequence: `2·T·(weights) + 4·T²·Q·D`."""
     ffn = cast(ElasticFfn, layer.ffn)
     per_neuron = ffn.gate.shape[1] + ffn.up.shape[1] + ffn.down.shape[0]
-    tensors: list[Tensor | None] = [layer.qkv, layer.out, layer.attention_turn, layer.ffn_turn]
+    tensors: list[Tensor | None] = [layer.heads.qkv, layer.heads.out, layer.attention_turn, layer.ffn_turn]
     weights = sum(tensor.numel() for tensor in tensors if tensor is not None) + ffn.width * per_neuron
     weights += ffn.predictor_parameters if isinstance(ffn, ContextualFfn) else 0
-    return 2 * length * weights + 4 * length**2 * layer.out.shape[1]
+    return 2 * length * weights + 4 * length**2 * layer.heads.out.shape[1]

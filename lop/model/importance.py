@@ -95,6 +95,17 @@ def importance(name: str, statistics: "NeuronStatistics") -> np.ndarray:
     return IMPORTANCES[name](statistics)
 
 
+def of_groups(statistics: "NeuronStatistics") -> np.ndarray:
+    """[L, K], the L2 norm over calibration tokens of what a group of attention heads adds to the residual stream.
+
+    Raises:
+        LopError: the statistics are of FFNs alone.
+    """
+    if statistics.groups is None:
+        raise LopError("these statistics are of FFNs alone: run `lop calibrate` with parts [ffn, attention]")
+    return np.sqrt(statistics.groups)
+
+
 def order(scores: np.ndarray) -> np.ndarray:
-    """[L, F] neuron indices, the most important first; equal scores keep their order."""
+    """[L, F] unit indices, the most important first; equal scores keep their order."""
     return np.argsort(-scores, axis=1, kind="stable")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lop.model.backbone import Backbone, Layer
+from lop.model.backbone import Backbone, Heads, Layer
 from lop.model.depth import led
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Batch, Encoded
@@ -18,7 +18,8 @@ from lop.model.encoding import Batch, Encoded
 _STEPS = 800
 _RATE = 0.025  # Over √H.
 # A layer's own tensors that are trained, beside those of its FFN.
-_TENSORS = ("attention_norm", "qkv", "qkv_bias", "out", "ffn_norm")
+_NORMS = ("attention_norm", "ffn_norm")
+_HEADS = ("qkv", "qkv_bias", "out")
 
 
 def fitted_layer(
@@ -46,7 +47,13 @@ def fitted_layer(
     pairs = [_pair(backbone, batch, first, span) for batch in encoded.batches]
     layer = backbone.layers[first]
     ffn = cast(ElasticFfn, layer.ffn)
-    dense = {name: getattr(layer, name) for name in _TENSORS} | {"gate": ffn.gate, "up": ffn.up, "down": ffn.down}
+    dense = {
+        **{name: getattr(layer, name) for name in _NORMS},
+        **{name: getattr(layer.heads, name) for name in _HEADS},
+        "gate": ffn.gate,
+        "up": ffn.up,
+        "down": ffn.down,
+    }
     weights = {name: value.detach().float().clone().requires_grad_() for name, value in dense.items()}
     exact = replace(backbone, norm=backbone.norm.float(), layers=(layer,))
     optimiser = torch.optim.Adam(weights.values(), lr=rate / math.sqrt(len(backbone.norm)))
@@ -62,7 +69,13 @@ def fitted_layer(
         schedule.step()
     found = {name: value.detach().to(dense[name].dtype) for name, value in weights.items()}
     ffn = ElasticFfn(found["gate"], found["up"], found["down"], ffn.order)
-    return replace(layer, ffn=ffn, **{name: found[name] for name in _TENSORS})
+    return _layer(found, layer.heads.size, ffn)
+
+
+def _layer(weights: Mapping[str, Tensor], size: int, ffn: nn.Module) -> Layer:
+    """The layer of some weights, with heads of that size."""
+    heads = Heads(size=size, **{name: weights[name] for name in _HEADS})
+    return Layer(heads=heads, ffn=ffn, **{name: weights[name] for name in _NORMS})
 
 
 @torch.no_grad()
@@ -76,7 +89,7 @@ def _pair(backbone: Backbone, batch: Batch, first: int, span: int) -> tuple[Batc
 def _run(backbone: Backbone, weights: Mapping[str, Tensor], batch: Batch, x: Tensor) -> Tensor:
     """The states [N, H] after the layer, for those before it in host memory."""
     device = backbone.norm.device
-    layer = Layer(**{name: weights[name] for name in _TENSORS}, ffn=nn.Identity())
+    layer = _layer(weights, backbone.layers[0].heads.size, nn.Identity())
     x = backbone.attend(layer, x.to(device), batch.rotation.to(device), batch.groups)
     normed = backbone.ffn_input(layer, x)
     return x + F.linear(F.silu(F.linear(normed, weights["gate"])) * F.linear(normed, weights["up"]), weights["down"])

@@ -1,4 +1,4 @@
-"""Ridge least squares for the last matrix of an FFN, from sums over tokens."""
+"""Ridge least squares for the last matrix of a part, from sums over tokens."""
 
 from typing import cast
 
@@ -15,7 +15,7 @@ class NormalEquations:
     """Sums over tokens, and the weights W + Δ that follow from them; see `lop.checkpoint.recovery.refit`.
 
     Args:
-        weight: [H, F], of all neurons.
+        weight: [H, F], of all units.
         width: k, of those kept.
     """
 
@@ -33,10 +33,11 @@ class NormalEquations:
         """Adds tokens' r and o [N, H]; the layer's FFN must have all its neurons."""
         ffn = cast(ElasticFfn, layer.ffn)
         for x, wanted in zip(residual.split(ROWS), output.split(ROWS)):
-            self.add_tokens(ffn.hidden(backbone.ffn_input(layer, x)), x.float(), wanted.float(), catch_up)
+            self.add_tokens(ffn.hidden(backbone.ffn_input(layer, x)), x, wanted, catch_up)
 
     def add_tokens(self, hidden: Tensor, residual: Tensor, wanted: Tensor, catch_up: float = 1.0) -> None:
-        """Adds tokens' activations of all neurons [N, F], and r and o [N, H] in float32."""
+        """Adds tokens' inputs of all units [N, F], and r and o [N, H]."""
+        residual, wanted = residual.float(), wanted.float()
         kept, pruned = hidden.tensor_split([self._width], dim=1)
         lost = F.linear(pruned, self._weight[:, self._width :]).float()
         whole = F.linear(kept, self._weight[:, : self._width]).float() + lost

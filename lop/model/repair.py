@@ -1,20 +1,20 @@
-"""What makes up for pruned neurons at any width, at hardly any cost: what candidates are scored with.
+"""What makes up for pruned units at any width, at hardly any cost: what candidates are scored with.
 
 Both repairs see the dense model's activations; `lop.checkpoint.recovery` refits layer by layer, which takes minutes and
 is what ships.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lop.model.backbone import Backbone
+from lop.model.backbone import Backbone, Heads
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Encoded
-from lop.model.walk import Walk, next_gram
+from lop.model.walk import Walk, next_gram, next_grams
 
 # Of the mean square of a layer's activations: what `refit` pulls towards the weights that are there with.
 RIDGE = 0.01
@@ -30,17 +30,21 @@ class Biases:
     def __init__(self, means: np.ndarray) -> None:
         self._means = means
 
-    def __call__(self, layer: int, ffn: ElasticFfn) -> None:
-        """Sets the bias."""
-        expected = torch.from_numpy(self._means[layer]).to(ffn.down.device)[ffn.order][ffn.width :]
+    def __call__(self, axis: int, part: ElasticFfn | Heads) -> None:
+        """Sets an FFN's bias; attention, whose `o_proj` has none, goes without."""
+        if isinstance(part, Heads):
+            return
+        ffn = part
+        expected = torch.from_numpy(self._means[axis]).to(ffn.down.device)[ffn.order][ffn.width :]
         ffn.bias = (ffn.down[:, ffn.width :].double() @ expected).to(ffn.down.dtype)
 
 
 class Refits:
-    """Ridge refit of `down_proj` at every width from one factor a layer.
+    """Ridge refit of `down_proj`, and of `o_proj`, at every width from one factor of its inputs.
 
-    With `G + λI = C·Cᵀ`, C lower triangular and neurons in the order in which they are kept, the first k rows and
-    columns of C are the factor of those of G, so that the weights which minimise `Σ ‖V·h_k − W·h‖² + λ‖V − W_k‖²` are
+    With `G + λI = C·Cᵀ`, C lower triangular and neurons (or heads) in the order in which they are kept, the first k
+    rows and columns of C are the factor of those of G, so that the weights which minimise
+    `Σ ‖V·h_k − W·h‖² + λ‖V − W_k‖²` are
 
         V = W[:, :k] + (W[:, k:]·C[k:, :k])·C[:k, :k]⁻¹:
 
@@ -48,7 +52,8 @@ class Refits:
     kept in memory.
 
     Args:
-        factors: each layer's C, [F, F] float32, in host memory: 4·F² bytes a layer (1.4 GB in a 7B, 9 MB in `smol`).
+        factors: each axis's C, [F, F] float32, in host memory: 4·F² bytes a layer (1.4 GB in a 7B, 9 MB in `smol`);
+            axes that are always dense, as attention is by default, need none.
         cache_bytes: for the weights solved for; those unused for longest make room.
     """
 
@@ -58,16 +63,16 @@ class Refits:
         self._known: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._bytes = 0
 
-    def __call__(self, layer: int, ffn: ElasticFfn) -> None:
+    def __call__(self, axis: int, part: ElasticFfn | Heads) -> None:
         """Sets the refitted weights."""
-        if ffn.width == ffn.neurons:
+        if part.columns in (0, part.whole.shape[1]):
             return
-        key = layer, ffn.width
+        key = axis, part.columns
         if key in self._known:
             self._known.move_to_end(key)
         else:
-            self._keep(key, refitted(ffn.down, self._factors[layer], ffn.width))
-        ffn.refitted = self._known[key]
+            self._keep(key, refitted(part.whole, self._factors[axis], part.columns))
+        part.refit(self._known[key])
 
     def _keep(self, key: tuple[int, int], weights: Tensor) -> None:
         self._known[key] = weights
@@ -90,19 +95,24 @@ def refitted(down: Tensor, factor: Tensor, width: int) -> Tensor:
 
 
 @torch.inference_mode()
-def factors(backbone: Backbone, encoded: Encoded, *, ridge: float = RIDGE) -> Iterator[Tensor]:
-    """Each layer's factor C of `G + λI`, `G = Σ h·hᵀ` over the tokens, `λ = ridge · mean(diag G)`.
+def factors(backbone: Backbone, encoded: Encoded, *, ridge: float = RIDGE, attention: bool = False) -> list[Tensor]:
+    """Each axis's factor C of `G + λI`, `G = Σ h·hᵀ` over the tokens, `λ = ridge · mean(diag G)`.
+
+    Memory: one hidden state for each token, in the host's; on the device one batch, and G in float64, twice.
 
     Args:
         backbone: dense, its layers with an `ElasticFfn` each.
+        attention: makes those of the layers' heads, too, which come after those of their FFNs.
 
-    Yields:
-        [F, F] float32, lower triangular, in host memory. Memory: one hidden state for each token, in the host's; on
-        the device one batch, and G in float64, twice.
+    Returns:
+        [F, F] or [Q·D, Q·D] float32 each, lower triangular, in host memory.
     """
     walk = Walk(backbone, encoded)
+    made = []
     for _ in backbone.layers:
-        yield factor(next_gram(walk), ridge=ridge).cpu()
+        grams = next_grams(walk) if attention else (next_gram(walk),)
+        made.append([factor(gram, ridge=ridge).cpu() for gram in grams])
+    return [each for part in zip(*made) for each in part]
 
 
 def reordered(made: Tensor, move: Tensor, *, ridge: float = 0.0) -> Tensor:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from lop.model.backbone import Backbone, Layer
+from lop.model.backbone import Backbone, Heads, Layer
 from lop.model.depth import layer_parameters
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Encoded, on_device
@@ -66,9 +66,10 @@ def sliced(backbone: Backbone, axes: Sequence[tuple[Tensor, Tensor]], width: int
 
 def _sliced(layer: Layer, first: Tensor, second: Tensor, third: Tensor, hidden: int) -> Layer:
     """A layer between three places' axes [H, k], [H, k] and [H, k']."""
-    dtype, ffn = layer.qkv.dtype, cast(ElasticFfn, layer.ffn)
+    heads, ffn = layer.heads, cast(ElasticFfn, layer.ffn)
+    dtype = heads.qkv.dtype
     # `x / sqrt(Σx²/H + ε)` as a norm over k numbers gives it, the sum over k and ε·H/k.
-    norm = torch.full((first.shape[1],), (hidden / first.shape[1]) ** 0.5, dtype=dtype, device=layer.qkv.device)
+    norm = torch.full((first.shape[1],), (hidden / first.shape[1]) ** 0.5, dtype=dtype, device=heads.qkv.device)
 
     def inward(weight: Tensor, gain: Tensor, turn: Tensor) -> Tensor:
         return ((weight.double() * gain.double()) @ turn).to(dtype)
@@ -79,9 +80,12 @@ def _sliced(layer: Layer, first: Tensor, second: Tensor, third: Tensor, hidden: 
     gate, up = (inward(weight, layer.ffn_norm, second) for weight in (ffn.gate, ffn.up))
     return Layer(
         attention_norm=norm,
-        qkv=inward(layer.qkv, layer.attention_norm, first),
-        qkv_bias=layer.qkv_bias,
-        out=outward(layer.out, second),
+        heads=Heads(
+            qkv=inward(heads.qkv, layer.attention_norm, first),
+            qkv_bias=heads.qkv_bias,
+            out=outward(heads.out, second),
+            size=heads.size,
+        ),
         ffn_norm=norm,
         ffn=ElasticFfn(gate, up, outward(ffn.down, third), ffn.order),
         attention_turn=(first.T @ second).to(dtype),
@@ -97,7 +101,7 @@ def sliced_parameters(backbone: Backbone, width: int) -> int:
     for index, layer in enumerate(backbone.layers):
         ffn = cast(ElasticFfn, layer.ffn)
         is_last = index == len(backbone.layers) - 1
-        rows = len(layer.qkv) + layer.out.shape[1] + (2 if is_last else 3) * ffn.neurons + 2
+        rows = len(layer.heads.qkv) + layer.heads.out.shape[1] + (2 if is_last else 3) * ffn.neurons + 2
         turns = width * (width + (hidden if is_last else width))
         total += layer_parameters(layer) - lost * rows + turns
     return total

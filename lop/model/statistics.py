@@ -9,15 +9,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.model.adapter import QwenVL
+from lop.model.backbone import Backbone, SeeHeads
 from lop.model.encoding import Encoded, on_device
 from lop.storage.files import atomic_file, disk_errors
 from lop.storage.fingerprint import check_fingerprints
 
 _FIELDS = ("count", "mean", "moment", "down_l2", "down_l1")
+_GROUPS = "groups"
 _SECONDS = "seconds"
 _COLUMNS = 2**24  # Numbers that are summed in float64 at once.
 # Of some tokens: how many, mean and centred second moment of each neuron.
@@ -34,6 +37,8 @@ class NeuronStatistics:
         moment: [L, F], float64, the centred second moment `Σ (h − E[h])²`.
         down_l2: [L, F], float64, `‖W_down[:, j]‖₂`.
         down_l1: [L, F], float64, `mean_i |W_down[i, j]|`.
+        groups: [L, K], float64, of each group of attention heads `Σ ‖W_o·a‖²` over the tokens, of what it adds to the
+            residual stream; None where attention was not looked at.
         exponents: [L], float64, the tail exponents of the layers' spectra, for the one baseline that reads them
             (`lop.run.surveys.statistics_for`); no part of what is saved.
         surveys: by name what further passes over the samples found, for the methods that read it
@@ -45,6 +50,7 @@ class NeuronStatistics:
     moment: np.ndarray
     down_l2: np.ndarray
     down_l1: np.ndarray
+    groups: np.ndarray | None = None
     exponents: np.ndarray | None = None
     surveys: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -71,11 +77,14 @@ class NeuronStatistics:
     def merge(self, other: "NeuronStatistics") -> "NeuronStatistics":
         """The statistics of both sets of tokens together, of the same weights."""
         sums = _merge((self.count, self.mean, self.moment), (other.count, other.mean, other.moment))
-        return NeuronStatistics(*sums, self.down_l2, self.down_l1)
+        groups = None if self.groups is None or other.groups is None else self.groups + other.groups
+        return NeuronStatistics(*sums, self.down_l2, self.down_l1, groups)
 
     def save(self, path: Path, fingerprints: Mapping[str, str]) -> None:
         """Writes a safetensors file whose metadata names what the statistics were made from."""
         arrays = {name: np.asarray(getattr(self, name)) for name in _FIELDS}
+        if self.groups is not None:
+            arrays[_GROUPS] = self.groups
         _save(path, arrays, fingerprints)
 
 
@@ -87,7 +96,8 @@ def load_statistics(path: Path) -> tuple[NeuronStatistics, dict[str, str]]:
     """
     try:
         with safe_open(path, framework="np") as file:
-            arrays = {name: file.get_tensor(name) for name in _FIELDS}
+            there = file.keys()
+            arrays = {name: file.get_tensor(name) for name in (*_FIELDS, *({_GROUPS} & set(there)))}
             return NeuronStatistics(int(arrays.pop("count")), **arrays), dict(file.metadata() or {})
     except FileNotFoundError:
         raise LopError(f"{path} is missing: run `lop calibrate` first") from None
@@ -130,10 +140,13 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, s
 
 
 @torch.inference_mode()
-def calibrate(model: QwenVL, encoded: Encoded, *, progress: bool = False) -> NeuronStatistics:
+def calibrate(model: QwenVL, encoded: Encoded, *, attention: bool = False, progress: bool = False) -> NeuronStatistics:
     """Collects the statistics of the dense model in one pass, without any padding.
 
     Each batch is summed in float64 and merged exactly, so batch sizes and order change no more than rounding.
+
+    Args:
+        attention: looks at the groups of attention, too.
     """
     layers = len(model.ffns)
     norms = [_column_norms(ffn.down_proj.weight) for ffn in model.ffns]
@@ -148,17 +161,19 @@ def calibrate(model: QwenVL, encoded: Encoded, *, progress: bool = False) -> Neu
         disable=not progress,
     ):
         sums: list[_Sums] = [(0, np.empty(0), np.empty(0))] * layers
+        added: list[np.ndarray] = []
+        see = _group_collector(backbone, added) if attention else None
         hooks = [
             ffn.down_proj.register_forward_pre_hook(_collector(sums, layer)) for layer, ffn in enumerate(model.ffns)
         ]
         try:
-            for _ in backbone.hidden(batch.embeddings, batch.rotation, batch.groups):
+            for _ in backbone.hidden(batch.embeddings, batch.rotation, batch.groups, see=see):
                 pass  # The hooks see what there is to see.
         finally:
             for hook in hooks:
                 hook.remove()
         mean, moment = (np.stack([found[index] for found in sums]) for index in (1, 2))
-        part = NeuronStatistics(len(batch), mean, moment, down_l2, down_l1)
+        part = NeuronStatistics(len(batch), mean, moment, down_l2, down_l1, np.stack(added) if added else None)
         total = part if total is None else total.merge(part)
     assert total is not None
     return total
@@ -179,6 +194,17 @@ def _collector(sums: list[_Sums], layer: int) -> Callable[[nn.Module, tuple[Tens
         mean, moment = (np.concatenate([part[index] for part in parts]) for index in range(2))
         found = (len(inputs[0]), mean, moment)
         sums[layer] = _merge(sums[layer], found) if sums[layer][0] else found
+
+    return collect
+
+
+def _group_collector(backbone: Backbone, added: list[np.ndarray]) -> SeeHeads:
+    """What adds to a list, layer after layer, [K] the squares of what each group says through `o_proj`."""
+
+    def collect(said: Tensor) -> None:
+        heads = backbone.layers[len(added)].heads
+        parts = zip(said.chunk(heads.groups, dim=1), heads.out.chunk(heads.groups, dim=1))
+        added.append(np.array([float(F.linear(one, out).double().square().sum()) for one, out in parts]))
 
     return collect
 

@@ -44,8 +44,11 @@ class StreamedModel:
             for part in self._family.resident:
                 self._fill(part)
 
-    def layers(self, order: np.ndarray) -> Iterator[Layer]:
+    def layers(self, order: np.ndarray, groups: np.ndarray | None = None) -> Iterator[Layer]:
         """Each decoder layer with an `ElasticFfn` in the order [L, F]; it is not kept when the next one is asked for.
+
+        Args:
+            groups: [L, K] the order of its groups of heads; that of the checkpoint if None.
 
         Raises:
             LopError: a tensor is missing or damaged.
@@ -56,7 +59,10 @@ class StreamedModel:
             elastic = ElasticFfn.replacing(dense)
             elastic.sort(torch.from_numpy(order[index]))
             self.model.replace_ffn(index, elastic)
-            yield self.model.lean_layer(index)
+            lean = self.model.lean_layer(index)
+            if groups is not None:
+                lean.heads.sort(torch.from_numpy(groups[index]))
+            yield lean
             self.model.replace_ffn(index, cast(nn.Module, dense))
             layer.to("meta")
 

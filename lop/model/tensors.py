@@ -1,5 +1,6 @@
 """The FFN tensors of a checkpoint's language backbone, and what the whole of it comes to."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 
 from lop.errors import LopError
@@ -33,6 +34,29 @@ def model_size(tensors: dict[str, TensorInfo]) -> ModelSize:
     )
 
 
+def group_parameters(tensors: Mapping[str, TensorInfo], groups: int) -> int:
+    """What one of a layer's key/value heads holds with the query heads that share it, biases included.
+
+    Args:
+        groups: key/value heads of a layer.
+
+    Raises:
+        LopError: the layers' attention differs, or is not in so many equal groups.
+    """
+    sizes: dict[int, int] = defaultdict(int)
+    for name, info in tensors.items():
+        if found := attention_tensor(name):
+            sizes[found[0]] += info.parameters
+    if len(set(sizes.values())) != 1 or max(sizes.values()) % groups:
+        raise LopError(f"the checkpoint's attention is not the same {groups} groups in all layers")
+    return max(sizes.values()) // groups
+
+
+def attention_tensor(name: str) -> tuple[int, str, str] | None:
+    """Of a tensor of the language backbone's attention its layer, which projection it is, and `weight` or `bias`."""
+    return next((found for family in FAMILIES.values() if (found := family.attention_tensor(name))), None)
+
+
 def ffn_part(name: str) -> str | None:
     """Which FFN matrix of the language backbone a tensor is, if any; the vision tower's are not."""
     found = _ffn_tensor(name)
@@ -50,6 +74,12 @@ def down_projections(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, Tenso
         if len(info.shape) != 2:
             raise LopError(f"{info.file} is damaged: {name} is no matrix, its shape is {info.shape}")
     return sorted(down, key=lambda item: ffn_layer(item[0]))
+
+
+def out_projections(tensors: Mapping[str, TensorInfo]) -> list[tuple[str]]:
+    """The names of the layers' `o_proj` weights, first layer to last."""
+    found = {name: at for name in tensors if (at := attention_tensor(name)) and at[1:] == ("o_proj", "weight")}
+    return [(name,) for name in sorted(found, key=lambda name: found[name][0])]
 
 
 def ffn_layer(name: str) -> int:

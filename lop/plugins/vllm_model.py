@@ -31,6 +31,8 @@ class LopQwen2DecoderLayer(Qwen2DecoderLayer):
     ) -> None:
         if getattr(config, "down_proj_bias", False):
             raise ValueError("vLLM's FFN has no bias: export this checkpoint with --recovery refit or none")
+        if "num_key_value_heads" in (getattr(config, "per_layer_attributes", None) or ()):
+            raise ValueError("vLLM wants as many heads in all layers: export this checkpoint with --format padded")
         super().__init__(config.per_layer_config[extract_layer_index(prefix)], cache_config, quant_config, prefix)
 
 

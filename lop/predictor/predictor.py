@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from lop.errors import LopError
 from lop.predictor.inference import DIMENSION, ENCODER_LAYERS, HEADS, predict
-from lop.space.allocation import Allocation, Space, project
+from lop.space.allocation import Allocation, Space, parse_space, project
 from lop.space.size import ModelSize
 from lop.storage.files import atomic_folder, read_json, write_json
 from lop.storage.fingerprint import fingerprint
@@ -42,15 +42,15 @@ class Predictor:
     fingerprints: Mapping[str, str]
 
     def ratios(self, target: float) -> np.ndarray:
-        """[L] the network's pruning ratios for a target in [0, 1], before they are projected onto the budget.
+        """[axes] the network's pruning ratios for a target in [0, 1], before they are projected onto the budget.
 
         Raises:
             LopError: the weights are of another network.
         """
-        return predict(self.architecture, self.weights, self.space.layers, target).astype(np.float64)
+        return predict(self.architecture, self.weights, self.space.axes, target).astype(np.float64)
 
     def allocate(self, budget: int) -> Allocation:
-        """The allocation of exactly `budget` neurons nearest to what the network predicts.
+        """The allocation of `budget` nearest to what the network predicts.
 
         Raises:
             LopError: the budget is not one of the space's.
@@ -63,7 +63,7 @@ class Predictor:
         about = {
             "architecture": self.architecture,
             "network": _NETWORK,
-            "space": asdict(self.space),
+            "space": self.space.as_dict(),
             "size": asdict(self.size),
             "fingerprints": dict(self.fingerprints),
             "weights": hashlib.sha256(data).hexdigest(),
@@ -93,7 +93,7 @@ def load_predictor(folder: Path) -> Predictor:
         predictor = Predictor(
             architecture=about["architecture"],
             weights=load(data),
-            space=Space(**about["space"]),
+            space=parse_space(about["space"]),
             size=ModelSize(**about["size"]),
             fingerprints=about["fingerprints"],
         )

@@ -236,13 +236,13 @@ def _medians(spent: Sequence[Seconds]) -> Seconds:
 
 def comparison_fingerprints(run: Run) -> dict[str, str]:
     """What a comparison depends on."""
-    settings = run.config.search.recorded("roots", "targets", "confirm")
+    settings = run.config.search.recorded("roots", "targets", "confirm", "start")
     searching = any(METHODS[name].search for name in compared_methods(run) if name in METHODS)
     return {
         **run.evaluation_fingerprints,
         # Only where a method searches, so that comparisons from before any could keep theirs.
         **({"rivals": fingerprint([settings, run.config.seed])} if searching else {}),
-        "space": fingerprint(asdict(run.space)),
+        "space": fingerprint(run.space.as_dict()),
         "test samples": fingerprint_samples(run.samples.test),
         "search": fingerprint_file(run.search_file),
         "predictor": fingerprint_file(run.predictor_folder / "predictor.json"),

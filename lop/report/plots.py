@@ -45,19 +45,22 @@ def plot_accuracy(averages: Sequence[Average], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_allocations(found: Sequence[Found], ratios: np.ndarray, path: Path) -> None:
-    """Each target's best allocation as a row of a heat map.
+def plot_allocations(found: Sequence[Found], ratios: np.ndarray, path: Path, *, parts: int = 1) -> None:
+    """Each target's best allocation as a row of a heat map, with one map for the FFNs and one for attention.
 
     Args:
-        ratios: [targets, L] pruning ratios.
+        ratios: [targets, axes] pruning ratios.
+        parts: that are open.
     """
-    figure, axes = plt.subplots(figsize=(7.5, 0.28 * len(found) + 1.8), layout="constrained")
-    image = axes.imshow(100 * ratios, aspect="auto", cmap="viridis", vmin=0, vmax=100)
-    axes.set_yticks(range(len(found)), [f"{100 * result.target:g}" for result in found])
-    axes.set_xticks(range(ratios.shape[1]))
-    axes.set(xlabel="layer", ylabel="target (%)")
-    axes.set_title("Neurons removed from each layer: the best allocations found")
-    figure.colorbar(image, label="removed (%)")
+    size = (7.5, (0.28 * len(found) + 1.8) * parts)
+    figure, panels = plt.subplots(parts, 1, figsize=size, layout="constrained", squeeze=False)
+    for axes, mine, units in zip(panels[:, 0], np.split(ratios, parts, axis=1), ("Neurons", "Groups of heads")):
+        image = axes.imshow(100 * mine, aspect="auto", cmap="viridis", vmin=0, vmax=100)
+        axes.set_yticks(range(len(found)), [f"{100 * result.target:g}" for result in found])
+        axes.set_xticks(range(mine.shape[1]))
+        axes.set(xlabel="layer", ylabel="target (%)")
+        axes.set_title(f"{units} removed from each layer: the best allocations found")
+        figure.colorbar(image, ax=axes, label="removed (%)")
     save_figure(figure, path)
 
 

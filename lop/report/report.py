@@ -32,7 +32,7 @@ def write_report(run: Run, comparison: Comparison) -> Path:
     found = read_search(run)
     ratios = np.array([result.best.ratios(run.space) for result in found])
     plot_accuracy(comparison.averages, run.folder / "accuracy.png")
-    plot_allocations(found, ratios, run.folder / "allocations.png")
+    plot_allocations(found, ratios, run.folder / "allocations.png", parts=len(run.space.parts))
     plot_search(found, run.config.search.reward, run.folder / "search.png")
     if any(result.depths for result in found):  # Searches of earlier versions did not tell.
         plot_trees(found, run.folder / "trees.png")
@@ -64,7 +64,8 @@ def _markdown(run: Run, comparison: Comparison) -> str:
     seconds = run.seconds()
     parts = [
         f"# LOP on `{config.model}`",
-        f"{run.space.layers} layers of {run.space.neurons} FFN neurons, widths in steps of {run.space.granularity}; "
+        f"{run.space.layers} layers of {run.space.neurons} FFN neurons, widths in steps of {run.space.granularity}"
+        f"{_attention(run)}; "
         f"{len(run.samples.calibration)} calibration, {len(run.samples.reward)} reward and "
         f"{len(run.samples.test)} test samples, which share no image{_limited(run)}. The search: {len(targets)} "
         f"targets from {targets[0]:.1%} to {targets[-1]:.1%}, {search.simulations} simulations and at most "
@@ -103,6 +104,16 @@ def _markdown(run: Run, comparison: Comparison) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _attention(run: Run) -> str:
+    attention = run.space.attention
+    if attention is None:
+        return ""
+    return (
+        f", and {attention.groups} groups of attention heads, pruned like them: ratios are shares of the parameters of "
+        "both, and methods that know FFNs alone keep attention dense where the budget allows"
+    )
+
+
 def _limited(run: Run) -> str:
     most = run.config.compare.limit
     return f" ({most} questions of the last, drawn at random, are compared on)" if most else ""
@@ -119,7 +130,7 @@ def _confirmation_parts(run: Run, found: Sequence[Found]) -> list[str]:
         searched, confirmed = dict(result.evaluations), dict(result.confirmed)
         numbers = [
             "-" if allocation not in evaluations else f"{evaluations[allocation].worth(reward):.4f}"
-            for allocation in (result.best, uniform(run.space, result.best.budget))
+            for allocation in (result.best, uniform(run.space, run.space.budget(result.target)))
             for evaluations in (searched, confirmed)
         ]
         rows.append([f"{result.target:.1%}", *numbers])

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lop.checkpoint.footprint import Footprint
 from lop.errors import LopError
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.methods.lop_search import METHOD as LOP_SEARCH
@@ -128,7 +129,7 @@ def _own_models(run: Run, board: Board, full: Entry, entries: Sequence[Entry]) -
     yield Model(full.method, run.size.parameters, board.metrics([full.cell]))
     for (method, target), group in grouped(entries).items():
         if method == LOP_PREDICTOR.name:
-            parameters = run.size.pruned_parameters(sum(group[0].cell.widths))
+            parameters = Footprint(run.size, attention=run.space.attention).parameters(group[0].cell.widths)
             yield Model(f"LOP {target:.0%}", parameters, board.metrics(cells(group)))
 
 
@@ -175,7 +176,9 @@ def _scanned(run: Run) -> float:
     settings = run.config.search
     if not settings.scans:
         return 0.0
-    return len(scan(run.space, scan_widths(run.space, settings.sensitivity_levels))) / len(settings.targets.ratios)
+    space, levels = run.space, settings.sensitivity_levels
+    alone = [len(scan(space, scan_widths(space, levels, part), part)) for part in range(len(space.parts))]
+    return sum(alone) / len(settings.targets.ratios)
 
 
 def _predictors(runs: Sequence[Run]) -> Iterator[Mapping[str, Any]]:

@@ -32,12 +32,14 @@ class Materials:
         order: [L, F] neurons of each layer, the most important first.
         means: [L, F] `E[h]` in the dense model's numbering.
         calibration: the samples that weights are refitted on.
+        groups: [L, K] groups of each layer's attention, the most important first; None where they are not pruned.
     """
 
     config: Config
     order: np.ndarray
     means: np.ndarray
     calibration: tuple[Sample, ...]
+    groups: np.ndarray | None = None
 
     @classmethod
     def of(cls, run: "Run") -> "Materials":
@@ -46,7 +48,7 @@ class Materials:
         Raises:
             LopError: it has no statistics, or those of another model or other samples.
         """
-        return cls(run.settled, run.order, run.statistics.mean, tuple(run.samples.calibration))
+        return cls(run.settled, run.order, run.statistics.mean, tuple(run.samples.calibration), run.group_order)
 
 
 class Workshop:
@@ -65,7 +67,8 @@ class Workshop:
     @cached_property
     def elastic(self) -> ElasticModel:
         """The model in a form that can be pruned."""
-        return ElasticModel(self.model, self._materials.order, compiled=self._materials.config.compile)
+        given = self._materials
+        return ElasticModel(self.model, given.order, compiled=given.config.compile, groups=given.groups)
 
     def encode(self, samples: Sequence[Sample], *, rounds: Sequence[np.ndarray] | None = None) -> Encoded:
         """Samples, encoded as the config says; see `lop.model.encoding.encode`."""
@@ -81,6 +84,7 @@ class Workshop:
             means=materials.means,
             calibration=lambda: self.encode(materials.calibration),
             cache_bytes=config.refit_bytes,
+            attention=materials.groups is not None,
         )
 
     def evaluator(self, samples: Sequence[Sample], repair: Repair | None) -> Evaluator:

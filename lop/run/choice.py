@@ -5,7 +5,7 @@ from typing import Any
 
 from lop.checkpoint.bits import BITS, Packing, check_bits, least_width, packing
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import FORMATS, Format, check_format
+from lop.checkpoint.formats import FORMATS, Format, check_format, check_heads
 from lop.checkpoint.recoveries import Recovery
 from lop.model.sources import family_of
 from lop.predictor.predictor import Predictor
@@ -13,7 +13,7 @@ from lop.run.config import Config
 from lop.run.prediction import check_profile, predictor_for, shape_of, what_ships
 from lop.run.qualities import Qualities, read_qualities
 from lop.run.run import Run
-from lop.space.allocation import Allocation, Space, dense
+from lop.space.allocation import Allocation, Space, dense, leanest
 from lop.space.size import Target
 from lop.storage.headers import read_tensors
 
@@ -61,6 +61,12 @@ class Choice:
         """Of the weights."""
         return self.footprint.bits
 
+    @property
+    def ratio(self) -> float:
+        """The allocation's pruning ratio."""
+        space = self.predictor.space
+        return space.ratio(space.cost(self.allocation.widths))
+
     def describe(self) -> dict[str, Any]:
         """Plain JSON values; see `Footprint.describe`."""
         return self.footprint.describe(self.allocation, self.predictor.space, self.target)
@@ -70,11 +76,14 @@ def packing_of(run: Run, bits: int, *, vision: bool = False) -> Packing | None:
     """How a run's checkpoints of so many bits are quantised; None if they are not.
 
     Raises:
-        LopError: weights cannot have so many bits, or the granularity leaves no group that divides all rows.
+        LopError: weights cannot have so many bits, or not where attention is pruned; or the granularity leaves no group
+            that divides all rows.
     """
     check_bits(bits)
     if bits == BITS[0]:
         return None
+    if run.space.attention is not None:
+        check_heads("hf", "none", bits)
     folder = run.model_folder
     return packing(read_tensors(folder), family_of(folder), bits, granularity=run.config.granularity, vision=vision)
 
@@ -88,7 +97,7 @@ def footprint_of(run: Run, format: Format, recovery: Recovery, bits: int, *, vis
     check_format(format, recovery, bits)
     found = packing_of(run, bits, vision=vision)
     weight = None if found is None else found.weight(run.size, read_tensors(run.model_folder))
-    return Footprint(run.size, format, recovery, shape_of(run), run.model_folder, weight)
+    return Footprint(run.size, format, recovery, shape_of(run), run.model_folder, weight, run.space.attention)
 
 
 def choose(
@@ -144,16 +153,17 @@ def _fitting(footprint: Footprint, target: Target, predictor: Predictor) -> Allo
     assert asked is not None
     if asked >= footprint.bytes(dense(space).widths):
         return dense(space)
-    if asked < footprint.bytes([space.min_width] * space.layers):
+    if asked < footprint.bytes(leanest(space).widths):
         return None
     found = footprint.allocate(target, space, predictor.allocate)
-    return found if min(found.widths) >= least_width(footprint.bits) else None
+    is_whole = footprint.bits == BITS[0] or min(found.widths) >= least_width(footprint.bits)
+    return found if is_whole else None
 
 
 def _option(footprint: Footprint, found: Allocation | None, space: Space, qualities: Qualities) -> Option:
     if found is None:
         return Option(footprint.bits)
-    ratio = space.ratio(found.budget)
+    ratio = space.ratio(space.cost(found.widths))
     return Option(footprint.bits, ratio, footprint.bytes(found.widths), qualities.at(footprint.bits, ratio))
 
 

@@ -20,6 +20,7 @@ from lop.model.importance import IMPORTANCES
 from lop.predictor.inference import NETWORKS
 from lop.search.rewards import REWARDS, TIE_BREAKERS
 from lop.search.tree import TreeOptions
+from lop.space.allocation import FFN, PARTS
 from lop.storage.files import atomic_file
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -59,10 +60,19 @@ Distinct = Annotated[tuple[_Item, ...], AfterValidator(_distinct)]
 Several = Annotated[tuple[_Item, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
+def _parts(values: tuple[str, ...]) -> tuple[str, ...]:
+    if FFN not in values:
+        raise ValueError(f"it must name {FFN!r}")
+    return tuple(name for name in PARTS if name in values)
+
+
+Parts = Annotated[Several[Annotated[str, _one_of(PARTS)]], AfterValidator(_parts)]
+
+
 # Settings that no one writes by hand all together, and every run's own config has.
 _ALWAYS_SAVED = ("seed", "recovery", "device", "dtype", "threads", "evaluation_seconds", "train", "compare", "tables")
 # What a search did before these settings were there.
-_BEFORE: dict[str, Any] = {"recovery": "none", "method": "paper", "confirm": None}
+_BEFORE: dict[str, Any] = {"recovery": "none", "method": "paper", "confirm": None, "start": None}
 
 # What pydantic says in words of its own.
 _WORDS = {"too_short": "it is empty: name one at least", "extra_forbidden": "there is no such setting"}
@@ -121,6 +131,8 @@ class SearchSettings(_Settings):
     `recovery` is what allocations are scored with; if it is not set, that with which checkpoints ship, or what that one
     starts from where it trains.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
+    `start` is the folder of a finished run of the same model: each target starts from that run's largest answer that
+    its budget holds, with attention dense where it had none open, and is confirmed against it.
     """
 
     targets: Targets
@@ -140,6 +152,7 @@ class SearchSettings(_Settings):
     recovery: Untrained | None = None
     racing: RacingSettings | None = None
     confirm: ConfirmSettings | None = ConfirmSettings()
+    start: str | None = None
 
     @property
     def needs_divergence(self) -> bool:
@@ -265,6 +278,8 @@ class Config(_Settings):
     is tried on another one. Each worker may spend `cache_bytes` on the dense model's states
     (`lop.search.evaluator.Evaluator`) and `refit_bytes` on weights refitted for scoring (`lop.model.repair`).
     `compile` has the FFNs' activations fused by torch.compile.
+    `parts` are what may shrink: FFNs alone, or attention, too, in groups (a key/value head with the query heads that
+    share it); ratios are then shares of the parameters of both. `min_width: 0` lets an FFN or attention go altogether.
     """
 
     model: str
@@ -273,6 +288,8 @@ class Config(_Settings):
     granularity: Positive = 128
     max_ratio: Ratio = 0.95
     max_width_ratio: Annotated[float, Field(ge=1)] | None = None
+    parts: Parts = (FFN,)
+    min_width: Literal[0] | None = None
     importance: Importance = "activation"
     recovery: Recovery = "refit"
     device: str = "auto"

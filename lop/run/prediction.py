@@ -8,7 +8,6 @@ from lop.model.shape import read_shape
 from lop.predictor.predictor import Predictor, load_predictor
 from lop.run.config import Config
 from lop.run.run import Run, shipped_run
-from lop.space.allocation import Space
 from lop.space.latency import Profile, parse_profile
 from lop.space.memory import Shape
 from lop.storage.files import read_json
@@ -78,7 +77,7 @@ def open_predictor(run: Run, folder: Path) -> Predictor:
     check_fingerprints(str(folder), predictor.fingerprints, {"model": run.model_fingerprint})
     config, trained = run.config, predictor.space
     bound = trained.max_width_ratio if config.max_width_ratio is None else config.max_width_ratio
-    space = Space(trained.layers, trained.neurons, config.granularity, config.max_ratio, bound)
+    space = replace(trained, granularity=config.granularity, max_ratio=config.max_ratio, max_width_ratio=bound)
     return replace(predictor, space=space)
 
 

@@ -11,12 +11,12 @@ import numpy as np
 from lop.model.find import SHIPPED, assets, find_model, find_samples, fingerprint_model
 from lop.model.image_settings import ImageSettings
 from lop.model.samples import Sample, SampleSets, fingerprint_samples, load_sample_sets
-from lop.model.sources import check_checkpoint
-from lop.model.tensors import model_size
+from lop.model.sources import check_checkpoint, family_of
+from lop.model.tensors import group_parameters, model_size
 from lop.run.config import Config
 from lop.search.confirmation import kept_back
 from lop.search.rewards import REWARDS
-from lop.space.allocation import Space
+from lop.space.allocation import ATTENTION, Attention, Space
 from lop.space.size import ModelSize
 from lop.storage.destination import check_writable
 from lop.storage.files import read_as, write_json
@@ -164,8 +164,23 @@ class Run:
         Raises:
             LopError: the granularity does not divide the model's FFN.
         """
-        config = self.config
-        return Space(self.size.layers, self.size.neurons, config.granularity, config.max_ratio, config.max_width_ratio)
+        config, size = self.config, self.size
+        return Space(
+            size.layers,
+            size.neurons,
+            config.granularity,
+            config.max_ratio,
+            config.max_width_ratio,
+            self._attention if ATTENTION in config.parts else None,
+            vanishing=config.min_width == 0,
+        )
+
+    @property
+    def _attention(self) -> Attention:
+        folder = self.model_folder
+        groups = read_as(folder / "config.json", family_of(folder).text_config)["num_key_value_heads"]
+        held = group_parameters(read_tensors(folder), groups)
+        return Attention(groups, held, self.size.neuron_parameters)
 
     @cached_property
     def samples(self) -> SampleSets:
@@ -240,6 +255,17 @@ class Run:
         """[L, F] neurons of each layer by the config's importance, the most important first."""
         return self.order_by(self.config.importance)
 
+    @cached_property
+    def group_order(self) -> np.ndarray | None:
+        """[L, K] groups of each layer's attention, the most important first; None where attention is not open.
+
+        Raises:
+            LopError: the statistics are missing, or of FFNs alone.
+        """
+        from lop.model.importance import of_groups, order
+
+        return order(of_groups(self.statistics)) if self.space.attention else None
+
     @property
     def arithmetic(self) -> str:
         """What rounding depends on."""
@@ -260,6 +286,8 @@ class Run:
                 arithmetic += f", for {config.search.reward}"
         # Only where there is one, so that searches from before allocations were scored so keep their fingerprint.
         scored = {} if config.scored_recovery == "none" else {"recovery": config.scored_recovery}
+        if self.space.attention:
+            scored["parts"] = " and ".join(config.parts)
         if config.search.confirm:
             scored["kept back"] = f"{config.search.confirm.share} of the reward samples, by seed {config.seed}"
         return {
@@ -272,8 +300,8 @@ class Run:
 
     @cached_property
     def ledger_fingerprints(self) -> dict[str, str]:
-        """What a recorded evaluation depends on, and `shape`: the model's layers and neurons of each, as `LxF`."""
-        found = {**self.evaluation_fingerprints, "shape": f"{self.space.layers}x{self.space.neurons}"}
+        """What a recorded evaluation depends on, and `Space.shape`."""
+        found = {**self.evaluation_fingerprints, "shape": self.space.shape}
         if self.config.search.needs_divergence:
             found["set of measures"] = "with divergence"  # Which others lack.
         return found

@@ -31,17 +31,27 @@ def kept_back(samples: Sequence[Sample], share: float, *, seed: int) -> tuple[tu
 
 
 def confirm(
-    trees: Mapping[float, SearchTree], count: int, workers: Workers, ledger: Ledger, tick: Callable[[Workers], None]
+    trees: Mapping[float, SearchTree],
+    count: int,
+    workers: Workers,
+    ledger: Ledger,
+    tick: Callable[[Workers], None],
+    *,
+    guards: Mapping[float, Allocation] | None = None,
 ) -> dict[float, Confirmed]:
     """Scores each tree's best `count` allocations, and the uniform one, on the samples kept back.
 
     What the ledger holds is not evaluated again.
+
+    Args:
+        guards: by target an allocation that is scored, too, because the answer must not be behind it.
     """
-    finalists = {target: _finalists(tree, count) for target, tree in trees.items()}
+    finalists = {target: _finalists(tree, count, (guards or {}).get(target)) for target, tree in trees.items()}
     wanted = [Candidate(allocation, confirms=True) for each in finalists.values() for allocation in each]
     found = evaluate_recorded(wanted, workers, ledger, lambda _: tick(workers))
     return {target: {allocation: found[allocation] for allocation in each} for target, each in finalists.items()}
 
 
-def _finalists(tree: SearchTree, count: int) -> list[Allocation]:
-    return list(dict.fromkeys([*tree.ranked[:count], uniform(tree.space, tree.budget)]))
+def _finalists(tree: SearchTree, count: int, guard: Allocation | None) -> list[Allocation]:
+    others = [uniform(tree.space, tree.budget), *([guard] if guard else [])]
+    return list(dict.fromkeys([*tree.ranked[:count], *others]))

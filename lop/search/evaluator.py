@@ -84,8 +84,7 @@ class Evaluator:
 
     def _start(self, allocation: Allocation) -> int:
         """The last layer up to which the allocation is dense and before which the dense states are kept, or 0."""
-        dense = self._elastic.neurons
-        first = next((layer for layer, width in enumerate(allocation.widths) if width != dense), len(allocation.widths))
+        first = self._elastic.first_pruned(allocation)
         return max((layer for layer in self._cached_layers if layer <= first), default=0)
 
     @cached_property

@@ -18,10 +18,10 @@ _GROWTH = 1.25
 
 
 class Guide:
-    """Proposes moves, a function of what it is asked, in order."""
+    """Proposes moves to allocations of a budget, a function of what it is asked, in order."""
 
-    def __init__(self, space: Space) -> None:
-        self._space = space
+    def __init__(self, space: Space, budget: int) -> None:
+        self._space, self._budget = space, budget
         self._setting: Setting | None = None
         self._fitted = 0
 
@@ -37,15 +37,15 @@ class Guide:
         """Where to go from an allocation.
 
         Args:
-            size: the largest change of a layer's ratio, about.
+            size: the largest change of an axis's ratio, about.
             rewards: so far; more is better.
             scored: on how many samples each is known, None for all.
             asked: what is known or on its way, and not to be asked for again.
         """
         if len(rewards) < _LEAST:
-            return MOVES[len(asked) % len(MOVES)](start, self._space, random, size)
+            return MOVES[len(asked) % len(MOVES)](start, self._space, self._budget, random, size)
         kinds = [(move, size * part) for part in _SIZES for move in MOVES for _ in range(_EACH)]
-        moves = [move(start, self._space, random, length) for move, length in kinds]
+        moves = [move(start, self._space, self._budget, random, length) for move, length in kinds]
         new = [move for move in dict.fromkeys(moves) if move not in asked]
         if not new:
             return moves[0]
@@ -56,7 +56,7 @@ class Guide:
     def _surrogate(self, ratios: np.ndarray, rewards: np.ndarray, shares: np.ndarray) -> Surrogate:
         if len(rewards) >= _GROWTH * self._fitted:
             self._setting, self._fitted = None, len(rewards)
-        surrogate = Surrogate(ratios, rewards, shares, self._setting)
+        surrogate = Surrogate(ratios, rewards, shares, self._setting, parts=len(self._space.parts))
         self._setting = surrogate.setting
         return surrogate
 

@@ -195,7 +195,7 @@ def read_ledger(place: str | Path | Location) -> Iterator[tuple[Allocation, Eval
 
 
 def ledger_header(run: str | Path | Location) -> dict[str, str]:
-    """What a run's evaluations depend on, and `shape`: the model's layers and neurons of each, as `LxF`.
+    """What a run's evaluations depend on, and the `shape` of its space.
 
     Raises:
         LopError: there is no ledger, or it is damaged.

@@ -84,8 +84,8 @@ def run_search(
     Args:
         trees: by target ratio; of different budgets, so that no two ask for the same allocation.
     """
-    owners = {tree.budget: tree for tree in trees.values()}
-    most = {budget: tree.most_in_flight for budget, tree in owners.items()}
+    owners: dict[Allocation, SearchTree] = {}
+    most = {tree.budget: tree.most_in_flight for tree in trees.values()}
     total = sum(most.values())
     waiting: deque[Candidate] = deque()
     held: list[tuple[Allocation, Evaluation]] = []
@@ -98,6 +98,7 @@ def run_search(
         while asked:
             known = [(candidate, ledger.get(candidate)) for candidate in asked]
             waiting.extend(candidate for candidate, evaluation in known if evaluation is None)
+            owners.update((candidate.allocation, tree) for candidate in asked)
             for candidate, evaluation in known:
                 if evaluation is not None:
                     tree.tell(candidate.allocation, evaluation)
@@ -110,12 +111,12 @@ def run_search(
 
     def release() -> None:
         ledger.flush()
+        told = {owners[allocation].budget: owners[allocation] for allocation, _ in held}
         for allocation, evaluation in held:
-            owners[allocation.budget].tell(allocation, evaluation)
-        budgets = dict.fromkeys(allocation.budget for allocation, _ in held)
+            owners[allocation].tell(allocation, evaluation)
         held.clear()
-        for budget in budgets:
-            advance(owners[budget])
+        for tree in told.values():
+            advance(tree)
         workers.expect(total)
 
     for tree in trees.values():

@@ -1,8 +1,8 @@
 """What a tree's evaluations say of allocations not evaluated yet: a Gaussian process over their ratios.
 
 Its covariance is that of a function that is nearly linear in the ratios, with coefficients that are alike in
-neighbouring layers, plus a smooth remainder; how much there is of each is what makes the rewards seen likeliest
-(Rasmussen & Williams 2006, equation 5.8), on a grid, so that nothing is drawn by chance.
+neighbouring layers (each part's by itself), plus a smooth remainder; how much there is of each is what makes the
+rewards seen likeliest (Rasmussen & Williams 2006, equation 5.8), on a grid, so that nothing is drawn by chance.
 """
 
 import math
@@ -40,15 +40,23 @@ class Surrogate:
     """A Gaussian process through rewards.
 
     Args:
-        ratios: [n, L] of the allocations evaluated, of one budget.
+        ratios: [n, axes] of the allocations evaluated, of one budget.
         rewards: [n], of which more is better.
         shares: [n] of the samples that each was scored on: what was given up early is known the less well.
         setting: of the grid; the likeliest if None.
+        parts: how many of equally many axes there are.
     """
 
     def __init__(
-        self, ratios: np.ndarray, rewards: np.ndarray, shares: np.ndarray, setting: Setting | None = None
+        self,
+        ratios: np.ndarray,
+        rewards: np.ndarray,
+        shares: np.ndarray,
+        setting: Setting | None = None,
+        *,
+        parts: int = 1,
     ) -> None:
+        self._parts = parts
         self._mean, scale = float(rewards.mean()), float(rewards.std())
         self._scale = scale if scale > 0 else 1.0
         self._center = ratios.mean(axis=0)
@@ -59,16 +67,17 @@ class Surrogate:
         _, self.setting, self._factor, self._weights = max(fits, key=lambda fit: fit[0])
 
     def predict(self, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [m] and standard deviation [m] of the rewards of allocations [m, L], if they were known exactly."""
+        """Mean [m] and standard deviation [m] of the rewards of allocations [m, axes], if they were known exactly."""
         there = ratios - self._center
-        across = _covariance(self.setting, there, self._ratios, self._unit(self.setting))
-        own = np.array([_covariance(self.setting, row, row, self._unit(self.setting))[0, 0] for row in there[:, None]])
+        unit = self._unit(self.setting)
+        across = self._covariance(self.setting, there, self._ratios, unit)
+        own = np.array([self._covariance(self.setting, row, row, unit)[0, 0] for row in there[:, None]])
         solved = np.linalg.solve(self._factor, across.T)
         deviation = np.sqrt(np.maximum(own - (solved**2).sum(axis=0), 0))
         return self._mean + self._scale * (across @ self._weights), self._scale * deviation
 
     def improvement(self, ratios: np.ndarray, best: float) -> np.ndarray:
-        """[m] by how much each of the allocations [m, L] is expected to surpass the reward `best` (Mockus 1975)."""
+        """[m] by how much each of the allocations [m, axes] is expected to surpass the reward `best` (Mockus 1975)."""
         mean, deviation = self.predict(ratios)
         deviation = np.maximum(deviation, 1e-12)
         z = (mean - best) / deviation
@@ -77,13 +86,13 @@ class Surrogate:
 
     def _unit(self, setting: Setting) -> float:
         """What makes the mean variance of the linear part at the allocations seen one."""
-        metric = _metric(setting, self._ratios.shape[1])
+        metric = self._metric(setting)
         return float(np.einsum("nl,lm,nm->n", self._ratios, metric, self._ratios).mean()) or 1.0
 
     def _fit(
         self, setting: Setting, values: np.ndarray, shares: np.ndarray
     ) -> tuple[float, Setting, np.ndarray, np.ndarray] | None:
-        covariance = _covariance(setting, self._ratios, self._ratios, self._unit(setting))
+        covariance = self._covariance(setting, self._ratios, self._ratios, self._unit(setting))
         covariance[np.diag_indices_from(covariance)] += setting.noise / np.maximum(shares, 1e-3) + _JITTER
         try:
             factor = np.linalg.cholesky(covariance)
@@ -95,17 +104,16 @@ class Surrogate:
         likelihood = -len(values) / 2 * math.log(scale) - np.log(np.diag(factor)).sum()
         return float(likelihood), setting, factor, np.linalg.solve(factor.T, half)
 
+    def _metric(self, setting: Setting) -> np.ndarray:
+        """[axes, axes], how alike the coefficients of two axes are."""
+        depth = np.arange(self._ratios.shape[1] // self._parts)
+        near = np.exp(-(np.abs(depth[:, None] - depth) / setting.reach))
+        one = (1 - setting.shared) * np.eye(len(depth)) + setting.shared * near
+        return np.kron(np.eye(self._parts), one)
 
-def _metric(setting: Setting, layers: int) -> np.ndarray:
-    """[L, L], how alike the coefficients of two layers are."""
-    depth = np.arange(layers)
-    near = np.exp(-(np.abs(depth[:, None] - depth) / setting.reach))
-    return (1 - setting.shared) * np.eye(layers) + setting.shared * near
-
-
-def _covariance(setting: Setting, a: np.ndarray, b: np.ndarray, unit: float) -> np.ndarray:
-    """[n, m] between allocations [n, L] and [m, L]."""
-    linear = a @ _metric(setting, a.shape[1]) @ b.T / unit
-    distances = ((a[:, None] - b) ** 2).mean(axis=2)
-    smooth = np.exp(-distances / (2 * setting.length**2))
-    return (1 - setting.remainder) * linear + setting.remainder * smooth
+    def _covariance(self, setting: Setting, a: np.ndarray, b: np.ndarray, unit: float) -> np.ndarray:
+        """[n, m] between allocations [n, axes] and [m, axes]."""
+        linear = a @ self._metric(setting) @ b.T / unit
+        distances = ((a[:, None] - b) ** 2).mean(axis=2)
+        smooth = np.exp(-distances / (2 * setting.length**2))
+        return (1 - setting.remainder) * linear + setting.remainder * smooth

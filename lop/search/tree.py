@@ -22,7 +22,7 @@ class TreeOptions:
         simulations: selections from the root, known allocations included.
         evaluations: allocations evaluated at most.
         exploration: `c` of the UCB rule.
-        step: `δ_0`, the largest change of a layer's ratio at the root.
+        step: `δ_0`, the largest change of an axis's ratio at the root.
         decay: `γ`; a child at depth d changes its parent by at most `δ_0·γ^d`.
         children: children of a node before it counts as fully expanded (the root: besides the given starts).
         depth: the deepest a node may be.
@@ -82,6 +82,7 @@ class SearchTree:
 
     Args:
         starts: the root's allocation and then the allocations of its first children; all of one budget.
+        budget: theirs; what the first one costs if None, which is it wherever all units cost the same.
         reward: the number that an evaluation is worth; more is better.
         tie_breaker: tells evaluations of equal reward apart.
         seed: what the random moves are drawn from.
@@ -94,11 +95,12 @@ class SearchTree:
         options: TreeOptions,
         *,
         seed: Sequence[int],
+        budget: int | None = None,
         reward: Callable[[Evaluation], float],
         tie_breaker: Callable[[Evaluation], float] = lambda evaluation: evaluation.log_probability,
     ) -> None:
         self.space = space
-        self.budget = starts[0].budget
+        self.budget = space.cost(starts[0].widths) if budget is None else budget
         self.root = Node(starts[0], depth=0)
         self.results: dict[Allocation, Evaluation] = {}
         self.simulations = 0
@@ -111,7 +113,7 @@ class SearchTree:
         self._asked: set[Allocation] = set()
         self._arrived: dict[Allocation, Evaluation] = {}
         self._flights: deque[Node] = deque()
-        self._guide = Guide(space) if options.guided else None
+        self._guide = Guide(space, self.budget) if options.guided else None
 
     @property
     def limit(self) -> int:
@@ -254,7 +256,7 @@ class SearchTree:
     def _expand(self, node: Node) -> Node:
         size = self._options.step * self._options.decay ** (node.depth + 1)
         if self._guide is None:
-            return _adopt(node, perturb(node.allocation, self.space, self._random, size))
+            return _adopt(node, perturb(node.allocation, self.space, self.budget, self._random, size))
         rewards = {allocation: self._reward(evaluation) for allocation, evaluation in self.results.items()}
         shares = {allocation: evaluation.scored for allocation, evaluation in self.results.items()}
         return _adopt(node, self._guide.move(node.allocation, size, self._random, rewards, shares, self._asked))

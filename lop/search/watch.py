@@ -13,6 +13,7 @@ from lop.console import PlainConsole
 from lop.errors import LopError
 from lop.search.ledger import evaluations, ledger_header
 from lop.search.progress import STATUS_FILE, Progress
+from lop.space.allocation import parse_shape
 from lop.storage.location import Location
 from lop.terminal import duration
 
@@ -99,11 +100,12 @@ def print_ledger(location: Location, *, as_json: bool = False) -> None:
         for row in rows:
             print(json.dumps(row))
         return
-    layers, neurons = (int(number) for number in ledger_header(location)["shape"].split("x"))
+    dense, costs = parse_shape(ledger_header(location)["shape"])
+    whole = sum(width * cost for width, cost in zip(dense, costs))
     print(f"{'number':>6}  {'ratio':>7}  {'accuracy':>8}  {'log-prob':>9}  neurons kept by layer")
     for number, row in enumerate(rows, start=1):
-        ratio = 1 - row["kept"] / (layers * neurons)
-        bars = sparkline([width / neurons for width in row["widths"]])
+        ratio = 1 - sum(width * cost for width, cost in zip(row["widths"], costs, strict=True)) / whole
+        bars = sparkline([width / most for width, most in zip(row["widths"], dense, strict=True)])
         numbers = f"{number:>6}  {ratio:>7.2%}  {row['accuracy']:>8.4f}  {row['log_probability']:>9.4f}"
         note = f"failed: {row['error']}" if row["error"] else "" if row["complete"] else "given up: estimated"
         print(f"{numbers}  {bars}  {note}".rstrip())

@@ -82,13 +82,14 @@ class Load:
         return max(1, round(pixels / (tower.patch * tower.merge) ** 2))
 
 
-def working_bytes(shape: Shape, load: Load, width: int) -> int:
+def working_bytes(shape: Shape, load: Load, width: int, *, lost_groups: int = 0) -> int:
     """What is held beside the weights at the worst moment of a run of transformers with `sdpa` attention.
 
     The prompts are as long as the context and equally long, so that attention needs no mask; no gradients are kept.
 
     Args:
         width: neurons of the widest FFN.
+        lost_groups: key/value heads that pruning took, of all layers together: their keys and values are not kept.
 
     Raises:
         LopError: the images alone are more tokens than the context.
@@ -106,7 +107,7 @@ def working_bytes(shape: Shape, load: Load, width: int) -> int:
     seeing = tokens * shape.item * shape.hidden + patches * _patch_bytes(shape)
     # The tower's last states and what was made of them (twice) stay until the language model is through.
     seen = shape.item * (patches * shape.tower.hidden + 2 * image_tokens * shape.hidden)
-    cache = 2 * shape.item * shape.layers * tokens * shape.keys
+    cache = 2 * shape.item * tokens * (shape.layers * shape.keys - lost_groups * shape.head)
     logits = load.batch * shape.vocabulary * (shape.item + 2 * _FLOAT)
     reading = seen + cache + max(tokens * _token_bytes(shape, width), logits)
     return pixels + max(seeing if patches else 0, reading)

@@ -30,10 +30,14 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
 
 
 def _calibrate(run: Run, *, progress: bool) -> None:
+    attention = run.space.attention is not None
     if run.statistics_file.exists():
-        _ = run.statistics
-        log.info("calibrate: %s is there already", run.statistics_file)
-        return
+        # Those of before attention was open are made anew.
+        if not attention or run.statistics.groups is not None:
+            _ = run.statistics
+            log.info("calibrate: %s is there already", run.statistics_file)
+            return
+        del run.__dict__["statistics"]
     # What does not fit is told before the model is loaded.
     _, samples = run.space, run.samples.calibration
     run.check_writable()
@@ -43,7 +47,7 @@ def _calibrate(run: Run, *, progress: bool) -> None:
         log.info("calibrate: loading the model, then %d samples go through its tower", len(run.samples.calibration))
         model = load_model(run.model_folder, device=run.config.device, dtype=run.config.dtype)
         encoded = encode(model, samples, batch_tokens=run.config.batch_tokens, images=run.config.images)
-        statistics = calibrate(model, encoded, progress=progress)
+        statistics = calibrate(model, encoded, attention=attention, progress=progress)
         statistics.save(run.statistics_file, run.calibration_fingerprints)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from lop import __version__
 from lop.checkpoint.export import read_manifest, rewrite, verify
+from lop.checkpoint.formats import check_heads
 from lop.distil.student import Student, check_peft
 from lop.distil.teacher import Notes
 from lop.distil.texts import text_samples
@@ -170,6 +171,8 @@ def _checked(checkpoint: Path, config: Config) -> tuple[dict[str, Any], Path]:
             "name that one with --model"
         )
     manifest = verify(checkpoint)
+    if "groups" in manifest:
+        check_heads("hf", "distil")
     check_checkpoint(checkpoint)
     return manifest, teacher
 

@@ -87,7 +87,7 @@ def profile_stage(run: Run, out: Path, *, context: int, clock: Clock | None = No
         raise LopError(f"context {context} is not a number of tokens from 1 up")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise LopError(f"--out {out} is not a file in a folder that is there")
-    config, space = run.config, run.space
+    config, space = run.config, run.space.ffns
     torch.set_num_threads(config.threads)
     network = open_model(run.model_folder, device=config.device, dtype=config.dtype)
     on_gpu = network.device.type == "cuda"

@@ -59,7 +59,7 @@ def prune_stage(
         run or what_ships(config),
         choice.allocation,
         out,
-        target=choice.predictor.space.ratio(choice.allocation.budget),
+        target=choice.ratio,
         format=format,
         bits=choice.bits,
         vision=vision,
@@ -111,7 +111,7 @@ def export_allocation(
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
     recovery = recovery or run.config.recovery
-    order = run.order_by(importance) if importance else run.order
+    order, groups = run.order_by(importance) if importance else run.order, run.group_order
     place, footprint = Location.parse(out), footprint_of(run, format, recovery, bits, vision=vision)
     packing = packing_of(run, bits, vision=vision)
     if packing is not None:
@@ -177,13 +177,16 @@ def export_allocation(
                 **inputs,
             )
         if not (is_compensated and RECOVERIES[recovery].refits):
-            recovered = recover_checkpoint(run.model_folder, allocation, recovery, Path(folder), **inputs)
+            recovered = recover_checkpoint(
+                run.model_folder, allocation, recovery, Path(folder), groups=groups, **inputs
+            )
         return export(
             run.model_folder,
             place,
             allocation,
             order,
             about=about,
+            groups=groups,
             format=format,
             recovered=recovered,
             packing=packing,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.methods.method import Method, Reward, Search
-from lop.methods.registry import METHODS
+from lop.methods.registry import METHODS, SEARCHES
 from lop.model.elastic import Repair
 from lop.model.encoding import Encoded
 from lop.model.samples import Sample, check_answers
@@ -68,14 +68,17 @@ def rivals_stage(
         rivals, targets: those of the tables by default.
 
     Raises:
-        LopError: the statistics are missing, or a target is outside what the model's space allows.
+        LopError: the statistics are missing, a target is outside what the model's space allows, or attention is open
+            and a rival knows FFNs alone.
     """
     if run.config.search.needs_answers:
         check_answers(run.samples.reward, "the rivals' reward counts right answers in the reward samples")
     tables = run.config.tables
-    jobs = _jobs(
-        run, tables.rivals if rivals is None else rivals, tables.targets if targets is None else targets, seeds
-    )
+    asked = tables.rivals if rivals is None else rivals
+    if run.space.attention and (narrow := [name for name in asked if not METHODS[name].is_of_axes]):
+        able = ", ".join(name for name in SEARCHES if METHODS[name].is_of_axes)
+        raise LopError(f"rival {narrow[0]} knows FFNs alone: with attention open (parts) take {able}")
+    jobs = _jobs(run, asked, tables.targets if targets is None else targets, seeds)
     files = {job: run.folder / "rivals" / f"{_job_fingerprint(run, job)}.json" for job in jobs}
     waiting = [job for job in jobs if not files[job].exists()]
     if waiting:
@@ -122,10 +125,10 @@ def _jobs(run: Run, rivals: Sequence[str], targets: Sequence[float], seeds: int)
 def _job_fingerprint(run: Run, job: Job) -> str:
     config = run.config
     # A search may start from what a rival found: its roots and targets are none of the rival's.
-    search = config.search.recorded("roots", "targets", "confirm")
+    search = config.search.recorded("roots", "targets", "confirm", "start")
     # Shares of the samples are drawn by the config's seed, whatever the job's.
     drawn = [config.seed] if min(job.search.shares) < 1 else []
-    return fingerprint([run.evaluation_fingerprints, asdict(run.space), search, asdict(job), *drawn])
+    return fingerprint([run.evaluation_fingerprints, run.space.as_dict(), search, asdict(job), *drawn])
 
 
 class RivalWorker:

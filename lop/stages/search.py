@@ -5,7 +5,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -25,11 +27,11 @@ from lop.search.loop import run_search
 from lop.search.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
 from lop.search.sensitivity import best_additive, measure_damages
 from lop.search.tree import SearchTree
-from lop.space.allocation import Allocation
+from lop.space.allocation import Allocation, dense, project
 from lop.stages.rivals import rival_root
 from lop.stages.timing import timed
 from lop.storage.files import read_as, write_json
-from lop.storage.fingerprint import fingerprint
+from lop.storage.fingerprint import check_fingerprints, fingerprint
 
 log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_BARS = 0.2
@@ -39,14 +41,15 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
     """Runs the search to its end, or takes it up where it was interrupted, and writes `search.json`."""
-    fingerprints = {**run.evaluation_fingerprints, "search settings": _search_fingerprint(run)}
+    starts = started(run)
+    fingerprints = {**run.evaluation_fingerprints, "search settings": _search_fingerprint(run, starts)}
     if run.search_file.exists() and read_as(run.search_file, itemgetter("fingerprints")) == fingerprints:
         log.info("search: %s is there already", run.search_file)
         return
     if run.config.search.needs_answers:
         check_answers(run.samples.reward, "the search's reward counts right answers in the reward samples")
     run.check_writable()
-    trees = build_trees(run)
+    trees = build_trees(run, starts)
     with timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
         save_config(run.settled, run.folder / "config.yaml")
         with compute.evaluators(run) as workers, _watched(run, trees, compute.sinks(), shown=progress) as watcher:
@@ -57,7 +60,9 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
                     tree.add_start(best_additive(run.space, damages, tree.budget))
             run_search(trees, workers, ledger, watcher=watcher)
             settings = run.config.search.confirm
-            confirmed = confirm(trees, settings.candidates, workers, ledger, watcher.tick) if settings else {}
+            confirmed = (
+                confirm(trees, settings.candidates, workers, ledger, watcher.tick, guards=starts) if settings else {}
+            )
             watcher.finish(workers)
     write_json(
         run.search_file,
@@ -69,23 +74,31 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
     )
 
 
-def build_trees(run: Run) -> dict[float, SearchTree]:
+def build_trees(run: Run, starts: Mapping[float, Allocation] | None = None) -> dict[float, SearchTree]:
     """One tree for each target of the config, with its roots but for those scanned, which evaluations must come before.
+
+    Args:
+        starts: of each target; see `started`.
 
     Raises:
         LopError: a target is outside what the model's space allows, or two have the same budget.
     """
     settings = run.config.search
     budgets = {target: run.space.budget(target) for target in settings.targets.ratios}
-    if len(set(budgets.values())) < len(budgets):
+    least = run.space.parts[0].cost * run.space.granularity
+    if any(more - fewer < least for fewer, more in pairwise(sorted(budgets.values()))):
         raise LopError(f"search.targets.step {settings.targets.step} is too fine: two targets keep as many neurons")
     names = (UNIFORM.name, *(name for name in settings.roots if METHODS[name].root is not Root.SCANNED))
     return {
         target: SearchTree(
             run.space,
-            [_root(run, name, target, budget) for name in names],
+            [
+                *([starts[target]] if starts else []),
+                *(_root(run, name, target, budget) for name in names),
+            ],
             settings.tree_options(),
             seed=(run.config.seed, budget),
+            budget=budget,
             reward=lambda evaluation: evaluation.worth(settings.reward),
             tie_breaker=lambda evaluation: evaluation.worth(settings.tie_breaker),
         )
@@ -93,10 +106,45 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
     }
 
 
+def started(run: Run) -> dict[float, Allocation]:
+    """By target what the run that `search.start` names has found: its largest answer that the budget holds.
+
+    Where it had no attention open, that is dense; and what the budget has left is spent near by.
+
+    Raises:
+        LopError: there is no such search, it is of another model, or none of its answers is small enough.
+    """
+    if run.config.search.start is None:
+        return {}
+    file, space = Path(run.config.search.start) / run.search_file.name, run.space
+    if not file.exists():
+        raise LopError(f"search.start: {file} is missing: run `lop search` there first")
+    made_from, answers = read_as(file, _answers)
+    check_fingerprints(str(file), made_from, {"model": run.model_fingerprint})
+    full = dense(space).widths
+    answers = [Allocation(found.widths + full[len(found.widths) :]) for found in answers]
+    if any(len(found.widths) != space.axes for found in answers):
+        raise LopError(f"search.start: {file} has parts open that are not among {' and '.join(run.config.parts)}")
+    starts = {}
+    for target in run.config.search.targets.ratios:
+        budget = space.budget(target)
+        fits = [found for found in answers if space.cost(found.widths) <= budget]
+        if not fits:
+            raise LopError(f"search.start: {file} has no answer as small as target {target:.4g}")
+        largest = max(fits, key=lambda found: space.cost(found.widths))
+        starts[target] = project(largest.ratios(space), space, budget)
+    return starts
+
+
+def _answers(data: Any) -> tuple[dict[str, str], list[Allocation]]:
+    made_from = {"model": data["fingerprints"]["model"]}
+    return made_from, [Allocation(tuple(record["best"]["widths"])) for record in data["targets"]]
+
+
 def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
     method = METHODS[name]
     if method.start is not None:
-        return method.start(statistics_for(run, method), run.space, budget)
+        return method.suggest(statistics_for(run, method), run.space, budget)
     return rival_root(run, name, target)
 
 
@@ -134,8 +182,10 @@ def _target_record(run: Run, target: float, tree: SearchTree, confirmed: Confirm
     return record
 
 
-def _search_fingerprint(run: Run) -> str:
+def _search_fingerprint(run: Run, starts: Mapping[float, Allocation]) -> str:
     config = run.config
-    settings = [config.search.recorded(), config.seed, config.granularity, config.max_ratio]
-    # Only where it is set, so that searches from before there was such a bound keep their fingerprint.
-    return fingerprint(settings + [config.max_width_ratio] * (config.max_width_ratio is not None))
+    settings = [config.search.recorded("start"), config.seed, config.granularity, config.max_ratio]
+    # Only where they are set, so that searches from before there were such settings keep their fingerprint.
+    settings += [config.max_width_ratio] * (config.max_width_ratio is not None)
+    settings += ["vanishing"] * run.space.vanishing
+    return fingerprint(settings + [sorted(found.widths for found in starts.values())] * bool(starts))

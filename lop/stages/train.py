@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from operator import itemgetter
 
 from tqdm import tqdm
@@ -84,7 +83,7 @@ def _pairs(run: Run, found: Sequence[Found]) -> list[Pair]:
     for result in found:
         ranked = sorted((item for item in result.evaluations if item[1].is_complete), key=key, reverse=True)
         for allocation, _ in ranked[: run.config.train.best_per_target]:
-            pairs.append(Pair(run.space.ratio(allocation.budget), allocation.ratios(run.space)))
+            pairs.append(Pair(run.space.ratio(run.space.cost(allocation.widths)), allocation.ratios(run.space)))
     return pairs
 
 
@@ -115,4 +114,4 @@ def _training_fingerprint(run: Run) -> str:
     """Of what predictors depend on besides the search's pairs: of these the best by the reward are learned from."""
     config = run.config
     ranked_by = [config.search.reward, config.search.tie_breaker]
-    return fingerprint([config.train.model_dump(mode="json"), config.seed, asdict(run.space), ranked_by])
+    return fingerprint([config.train.model_dump(mode="json"), config.seed, run.space.as_dict(), ranked_by])

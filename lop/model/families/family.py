@@ -66,6 +66,10 @@ class Family(Protocol):
     def ffn_tensor(self, name: str) -> tuple[int, str] | None:
         """Of an FFN weight of the language backbone its layer and which it is: `gate_proj`, `up_proj`, `down_proj`."""
 
+    def attention_tensor(self, name: str) -> tuple[int, str, str] | None:
+        """Of an attention tensor of the language backbone its layer, which projection it is (`q_proj`, `k_proj`,
+        `v_proj`, `o_proj`), and whether its `weight` or its `bias`."""
+
     def tower_block(self, name: str) -> int | None:
         """The block of the vision tower that a tensor belongs to."""
 

@@ -6,43 +6,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lop.model.backbone import Layer
+from lop.model.backbone import Heads, Layer
 
 
-def lean_layer(layer: Any, heads: int, key_heads: int) -> Layer:
-    """A decoder layer with `heads` query heads and `key_heads` key heads."""
+def lean_layer(layer: Any) -> Layer:
+    """A decoder layer, dense or pruned."""
     attention = layer.self_attn
-    size = attention.q_proj.weight.shape[0] // heads
+    size = attention.head_dim
     pairs = _pairs(size)
-    rotated = ((attention.q_proj, heads), (attention.k_proj, key_heads))
 
     def interleaved(name: str) -> list[Tensor]:
-        return [getattr(part, name).unflatten(0, (count, size))[:, pairs].flatten(0, 1) for part, count in rotated]
+        parts = (getattr(part, name) for part in (attention.q_proj, attention.k_proj))
+        return [part.unflatten(0, (len(part) // size, size))[:, pairs].flatten(0, 1) for part in parts]
 
-    return Layer(
-        attention_norm=layer.input_layernorm.weight,
+    heads = Heads(
         qkv=torch.cat([*interleaved("weight"), attention.v_proj.weight]),
         qkv_bias=torch.cat([*interleaved("bias"), attention.v_proj.bias]),
         out=attention.o_proj.weight,
+        size=size,
+    )
+    return Layer(
+        attention_norm=layer.input_layernorm.weight,
+        heads=heads,
         ffn_norm=layer.post_attention_layernorm.weight,
         ffn=layer.mlp,
     )
 
 
-def projections(layer: Layer, heads: int, key_heads: int) -> list[Tensor]:
+def projections(heads: Heads) -> list[Tensor]:
     """The weights of queries, keys and values, each with its rows as transformers has them; copies."""
-    size = len(layer.qkv) // (heads + 2 * key_heads)
+    size, held = heads.size, heads.width * heads.size
     back = torch.argsort(_pairs(size))
-    *rotated, values = layer.qkv.split([heads * size, key_heads * size, key_heads * size])
+    *rotated, values = heads.qkv.split([heads.columns, held, held])
     return [*(part.unflatten(0, (-1, size))[:, back].flatten(0, 1) for part in rotated), values.clone()]
 
 
-def project_by(layer: Layer, weights: Sequence[Tensor], heads: int) -> None:
-    """Gives a layer other weights of queries, keys and values, as `projections` has them."""
-    size = len(weights[0]) // heads
+def project_by(heads: Heads, weights: Sequence[Tensor]) -> None:
+    """Gives heads other weights of queries, keys and values, as `projections` has them."""
+    size = heads.size
     pairs = _pairs(size)
     *rotated, values = weights
-    layer.qkv.copy_(torch.cat([*(part.unflatten(0, (-1, size))[:, pairs].flatten(0, 1) for part in rotated), values]))
+    heads.qkv.copy_(torch.cat([*(part.unflatten(0, (-1, size))[:, pairs].flatten(0, 1) for part in rotated), values]))
 
 
 def _pairs(size: int) -> Tensor:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lop.model.backbone import Backbone, Layer
 
 _FFN_WEIGHT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
+_ATTENTION = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.([qkvo]_proj)\.(weight|bias)$")
 _TOWER_BLOCK = re.compile(r"visual\.blocks\.(\d+)\.")
 # Of a config as the first checkpoints have it, flat: what is not the language backbone's, or is of the whole, too.
 _NOT_TEXT = {"architectures", "auto_map", "model_type", "transformers_version", "vision_config"}
@@ -69,6 +70,10 @@ class Qwen:
         found = _FFN_WEIGHT.search(name)
         return (int(found.group(1)), found.group(2)) if found and not self.is_tower(name) else None
 
+    def attention_tensor(self, name: str) -> tuple[int, str, str] | None:
+        found = _ATTENTION.search(name)
+        return (int(found.group(1)), found.group(2), found.group(3)) if found and not self.is_tower(name) else None
+
     def tower_block(self, name: str) -> int | None:
         found = _TOWER_BLOCK.search(name)
         return int(found.group(1)) if found else None
@@ -89,9 +94,7 @@ class Qwen:
     def lean_layer(self, network: Any, index: int) -> "Layer":
         from lop.model.families.lean import lean_layer
 
-        config = network.config.text_config
-        layer = network.get_submodule(self.backbone).layers[index]
-        return lean_layer(layer, config.num_attention_heads, config.num_key_value_heads)
+        return lean_layer(network.get_submodule(self.backbone).layers[index])
 
     def lean_backbone(self, network: Any) -> "Backbone":
         from lop.model.backbone import Backbone
@@ -101,8 +104,6 @@ class Qwen:
             layers=tuple(self.lean_layer(network, index) for index in range(len(backbone.layers))),
             norm=backbone.norm.weight,
             head=network.get_submodule(self.head).weight,
-            heads=config.num_attention_heads,
-            key_heads=config.num_key_value_heads,
             epsilon=config.rms_norm_eps,
         )
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL whose FFNs have a width of their own in each layer.
+"""Qwen2.5-VL whose FFNs and attention have a width of their own in each layer.
 
 Exported checkpoints carry a copy of this file, so it imports nothing of LOP, and it works in any transformers that
 knows Qwen2.5-VL: the widths stand in `text_config.per_layer_config`, which transformers 5 understands itself and
@@ -7,12 +7,13 @@ earlier ones keep as the plain dictionary that it is.
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 
 class LopQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
-    """The ordinary model with each FFN built as wide as its layer's config says; a dense config changes nothing."""
+    """The ordinary model with each layer built as wide as its own config says; a dense config changes nothing."""
 
     config: Qwen2_5_VLConfig
 
@@ -33,12 +34,18 @@ class LopQwen2_5_VLForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         backbone: Any = getattr(self.model, "language_model", self.model)
         if layers and backbone.config is not text:  # transformers before 5 gives the backbone a copy.
             backbone.config.per_layer_config = layers
-        widths = {int(layer): entry["intermediate_size"] for layer, entry in (layers or {}).items()}
+        entries = {int(layer): entry for layer, entry in (layers or {}).items()}
         has_bias = getattr(text, "down_proj_bias", False)
         for layer, module in enumerate(backbone.layers):
-            width = widths.get(layer, module.mlp.intermediate_size)
-            if width != module.mlp.intermediate_size or has_bias:
-                _resize(module.mlp, width, bias=has_bias)
+            ffn, attention, entry = module.mlp, module.self_attn, entries.get(layer, {})
+            width = entry.get("intermediate_size", ffn.intermediate_size)
+            if width != ffn.intermediate_size or has_bias:
+                _resize(ffn, width, bias=has_bias)
+            groups = entry.get("num_key_value_heads", attention.num_key_value_heads)
+            if groups != attention.num_key_value_heads:
+                _regroup(attention, groups)
+                if not groups:
+                    module.self_attn = _Silent(attention)
         # Start values for what is new here; all else has its own already.
         self.init_weights()
 
@@ -50,6 +57,35 @@ def _resize(ffn: Any, width: int, *, bias: bool) -> None:
     ffn.gate_proj = nn.Linear(ffn.hidden_size, width, bias=False, **like)
     ffn.up_proj = nn.Linear(ffn.hidden_size, width, bias=False, **like)
     ffn.down_proj = nn.Linear(width, ffn.hidden_size, bias=bias, **like)
+
+
+def _regroup(attention: Any, groups: int) -> None:
+    """Gives an attention new projections of some of its groups: key and value heads, with their query heads."""
+    like = {"device": attention.o_proj.weight.device, "dtype": attention.o_proj.weight.dtype}
+    hidden, queries = attention.o_proj.out_features, groups * attention.num_key_value_groups
+    attention.num_heads, attention.num_key_value_heads = queries, groups
+    attention.q_proj = nn.Linear(hidden, queries * attention.head_dim, bias=True, **like)
+    attention.k_proj = nn.Linear(hidden, groups * attention.head_dim, bias=True, **like)
+    attention.v_proj = nn.Linear(hidden, groups * attention.head_dim, bias=True, **like)
+    attention.o_proj = nn.Linear(queries * attention.head_dim, hidden, bias=False, **like)
+
+
+class _Silent(nn.Module):
+    """An attention without heads: adds nothing. Its empty projections are those of the checkpoint."""
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.head_dim, self.layer_idx = attention.head_dim, attention.layer_idx
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **given: Any) -> tuple[torch.Tensor, None]:
+        cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+        if cache is not None:
+            # The cache is asked how many tokens there are, in this layer as in any other.
+            nothing = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(nothing, nothing, self.layer_idx)
+        return torch.zeros_like(hidden_states), None
 
 
 def _unnest(config: Qwen2_5_VLConfig) -> None:

@@ -190,7 +190,11 @@ def test_compensation_keeps_the_model_near_and_gives_its_weights_back(
     evaluator = Evaluator(elastic, encoded, divergence=True)
     evaluator.remember()
     layers = elastic.backbone.layers
-    before = [weight.clone() for layer in layers for weight in (layer.qkv, layer.out, layer.ffn.gate, layer.ffn.down)]
+    before = [
+        weight.clone()
+        for layer in layers
+        for weight in (layer.heads.qkv, layer.heads.out, layer.ffn.gate, layer.ffn.down)
+    ]
     found = {}
     for bits in (None, 8, 4, 2):
         with quantised_elastic(
@@ -206,7 +210,9 @@ def test_compensation_keeps_the_model_near_and_gives_its_weights_back(
     assert abs(found[None]) < 1e-4 < found[2]
     assert found[4] < found[2] / 10
     assert found[8] < found[2] / 10
-    after = [weight for layer in layers for weight in (layer.qkv, layer.out, layer.ffn.gate, layer.ffn.down)]
+    after = [
+        weight for layer in layers for weight in (layer.heads.qkv, layer.heads.out, layer.ffn.gate, layer.ffn.down)
+    ]
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
@@ -218,7 +224,7 @@ def test_what_is_scored_is_what_is_stored(tiny: QwenVL, encoded: Encoded) -> Non
         compensated(backbone, backbone.layers, encoded, UNEVEN.widths, rounding, dtype=torch.bfloat16, stored=stored)
     )
     for layer, parts, width in zip(backbone.layers, layers, UNEVEN.widths, strict=True):
-        assert torch.equal(rounding.unpack(parts["o_proj"]).float(), layer.out.float())
+        assert torch.equal(rounding.unpack(parts["o_proj"]).float(), layer.heads.out.float())
         gate, down = rounding.unpack(parts["gate_proj"]).float(), rounding.unpack(parts["down_proj"]).float()
         assert torch.equal(gate[:width], layer.ffn.gate[:width].float())
         assert torch.equal(down[:, :width], layer.ffn.refitted.float())

@@ -34,7 +34,7 @@ def test_each_layer_is_the_least_squares_solution_over_what_the_layers_before_it
     elastic = ElasticModel(model, np.tile(np.arange(neurons), (len(model.layers), 1)))
     backbone, widths = elastic.backbone, [neurons // 3, neurons // 2, *[neurons] * (len(model.layers) - 2)]
     dense = [list(backbone.hidden(b.embeddings, b.rotation, b.groups, last=2)) for b in encoded.batches]
-    found = [weights.clone() for weights in refit(backbone, backbone.layers, encoded, widths)]
+    found = [weights.down.clone() for weights in refit(backbone, backbone.layers, encoded, widths)]
     elastic.restore()
     pruned = [batch.embeddings for batch in encoded.batches]
     for index, (layer, width) in enumerate(zip(backbone.layers[:2], widths)):

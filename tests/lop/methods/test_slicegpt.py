@@ -6,7 +6,7 @@ import torch
 from lop.errors import LopError
 from lop.methods.registry import RESHAPINGS
 from lop.model.adapter import QwenVL
-from lop.model.backbone import Backbone, Group, Layer
+from lop.model.backbone import Backbone, Group, Heads, Layer
 from lop.model.depth import parameters
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Encoded
@@ -39,13 +39,11 @@ def test_two_numbers_of_which_one_stays() -> None:
     ffn = ElasticFfn(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]]), line[:, None], torch.arange(1))
     layer = Layer(
         attention_norm=torch.tensor([1.0, 1.0]),
-        qkv=torch.zeros(6, 2),
-        qkv_bias=torch.zeros(6),
-        out=zero,
+        heads=Heads(torch.zeros(6, 2), torch.zeros(6), zero, size=2),
         ffn_norm=torch.tensor([2.0, 0.5]),
         ffn=ffn,
     )
-    backbone = Backbone((layer,), torch.ones(2), torch.eye(2), heads=1, key_heads=1, epsilon=0.0)
+    backbone = Backbone((layer,), torch.ones(2), torch.eye(2), epsilon=0.0)
     axes = [(torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64),) * 2]
     found = sliced(backbone, axes, 1)
     x = torch.outer(torch.tensor([1.0, 5.0]), line)

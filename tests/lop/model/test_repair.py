@@ -31,7 +31,7 @@ def elastic() -> ElasticModel:
 
 @pytest.fixture(scope="module")
 def made(elastic: ElasticModel, encoded: Encoded) -> list[torch.Tensor]:
-    return list(factors(elastic.backbone, encoded))
+    return factors(elastic.backbone, encoded)
 
 
 @torch.inference_mode()

@@ -21,9 +21,10 @@ OPTIONS = TreeOptions(
 @given(seed=st.integers(0, 999), target=st.floats(0.05, 0.9), size=st.floats(0.01, 0.5))
 @settings(max_examples=30, deadline=None)
 def test_moves_keep_the_budget_and_the_limits(move: Move, seed: int, target: float, size: float) -> None:
-    start = uniform(SPACE, SPACE.budget(target))
-    for current in (start, move(start, SPACE, np.random.default_rng(seed), size)):
-        found = move(current, SPACE, np.random.default_rng(seed), size)
+    budget = SPACE.budget(target)
+    start = uniform(SPACE, budget)
+    for current in (start, move(start, SPACE, budget, np.random.default_rng(seed), size)):
+        found = move(current, SPACE, budget, np.random.default_rng(seed), size)
         assert found.budget == start.budget
         assert all(SPACE.min_width <= width <= SPACE.neurons for width in found.widths)
 

@@ -1,0 +1,140 @@
+"""A run with attention open, from calibration to the checkpoint; and what it starts from, and refuses."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lop.checkpoint.inspection import inspect
+from lop.errors import LopError
+from lop.model.statistics import load_statistics
+from lop.run.choice import choose
+from lop.run.config import Config, find_config, load_config
+from lop.run.results import read_search
+from lop.run.run import Run
+from lop.search.watch import print_ledger
+from lop.space.allocation import dense
+from lop.space.size import Target
+from lop.stages.calibrate import calibrate_stage
+from lop.stages.compare import compare_stage
+from lop.stages.local import Local
+from lop.stages.prune import prune_stage
+from lop.stages.rivals import rivals_stage
+from lop.stages.search import search_stage, started
+from lop.stages.train import train_stage
+from tests.groups import GROUPS, grouped_tiny
+from tests.lop.stages.samples_few import few_samples
+
+LAYERS, NEURONS = 12, 160
+FEW = (
+    "search.targets={first: 0.2, last: 0.4, step: 0.1}", "search.simulations=8", "search.evaluations=6",
+    "search.roots=[flap, sensitivity]", "search.sensitivity_levels=1", "search.method=guided",
+    "search.recovery=refit", "search.reward=divergence", "search.confirm={}", "train.epochs=2",
+    "train.architectures=[mlp]", "compare.targets=[0.3]", "compare.recoveries=[]", "compare.limit=8",
+)  # fmt: skip
+BOTH = ("parts=[ffn, attention]", "min_width=0")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("axes")
+    grouped_tiny(folder)
+    few_samples(folder)
+    return folder
+
+
+def config(base: Path, *settings: str) -> Config:
+    places = {"model": str(base / "grouped"), "samples": str(base / "samples")}
+    return load_config(find_config("tiny"), [*FEW, *settings], **places)
+
+
+@pytest.fixture(scope="module")
+def ffns(base: Path) -> Run:
+    """A search of FFNs alone, whose answers are a little smaller than the other's targets."""
+    run = Run(config(base, "search.targets={first: 0.4, last: 0.7, step: 0.15}"), base / "ffns")
+    calibrate_stage(run, progress=False)
+    search_stage(run, Local(), progress=False)
+    return run
+
+
+@pytest.fixture(scope="module")
+def both(base: Path, ffns: Run) -> Run:
+    run = Run(config(base, *BOTH, f"search.start={ffns.folder}"), base / "both")
+    run.folder.mkdir()
+    # Statistics of before attention was open, which are made anew.
+    run.statistics_file.write_bytes(ffns.statistics_file.read_bytes())
+    calibrate_stage(run, progress=False)
+    search_stage(run, Local(), progress=False)
+    train_stage(run, Local(), progress=False)
+    return run
+
+
+def test_statistics_of_ffns_alone_are_made_anew_and_else_the_same(ffns: Run, both: Run) -> None:
+    (old, _), (new, _) = (load_statistics(run.statistics_file) for run in (ffns, both))
+    assert old.groups is None
+    assert new.groups is not None
+    np.testing.assert_array_equal(old.mean, new.mean)
+
+
+def test_every_allocation_is_within_the_budget_and_spends_it(both: Run) -> None:
+    space = both.space
+    for found in read_search(both):
+        budget = space.budget(found.target)
+        for allocation, _ in found.evaluations:
+            left = budget - space.cost(allocation.widths)
+            assert 0 <= left < space.parts[0].cost * space.granularity
+
+
+def test_the_search_starts_from_the_other_runs_answer_and_is_not_behind_it(ffns: Run, both: Run) -> None:
+    starts = started(both)
+    answers = {found.best.widths for found in read_search(ffns)}
+    for found in read_search(both):
+        start = starts[found.target]
+        assert found.evaluations[0][0] == start
+        assert start.widths[LAYERS:] == (GROUPS,) * LAYERS
+        # What the budget has left is spent near by.
+        assert any(np.abs(np.subtract(start.widths[:LAYERS], widths)).max() <= 40 for widths in answers)
+        confirmed = dict(found.confirmed)
+        assert confirmed[found.best].worth("divergence") >= confirmed[start].worth("divergence")
+
+
+def test_a_ledger_of_both_parts_can_be_shown(both: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    print_ledger(both.location)
+    first = capsys.readouterr().out.splitlines()[1]
+    assert len(first.split()[4]) == 2 * LAYERS
+
+
+def test_a_target_becomes_a_checkpoint_of_as_many_parameters(both: Run, tmp_path: Path) -> None:
+    target = Target(parameters=2_000_000)
+    choice = choose(both, both.config, target)
+    assert len(choice.allocation.widths) == 2 * LAYERS
+    prune_stage(both, both.config, target, tmp_path / "hf")
+    found = inspect(tmp_path / "hf")
+    assert found.parameters == choice.footprint.parameters(choice.allocation.widths) <= 2_000_000
+    assert found.widths == choice.allocation.widths[:LAYERS]
+    assert (found.groups or (GROUPS,) * LAYERS) == choice.allocation.widths[LAYERS:]
+
+
+def test_the_report_compares_methods_that_know_ffns_alone(both: Run) -> None:
+    compare_stage(both, Local())
+    rows = json.loads((both.folder / "results.json").read_text())["averages"]
+    widths = {row["method"]: row["widths"] for row in rows}
+    assert widths["flap"][LAYERS:] == [GROUPS] * LAYERS
+    assert widths["dense"] == list(dense(both.space).widths)
+    assert "groups of attention heads" in both.report_file.read_text()
+    assert (both.folder / "allocations.png").stat().st_size > 0
+
+
+def test_what_knows_ffns_alone_is_refused(base: Path, both: Run, ffns: Run) -> None:
+    with pytest.raises(LopError, match="evolution knows FFNs alone"):
+        rivals_stage(both, Local(), rivals=["random", "evolution"], progress=False)
+    with pytest.raises(LopError, match="8 bits do not go with pruned attention"):
+        choose(both, both.config, Target(ratio=0.3), bits=8)
+    with pytest.raises(LopError, match="parts open that are not among ffn"):
+        started(Run(config(base, f"search.start={both.folder}"), base / "other"))
+    small = config(base, *BOTH, f"search.start={ffns.folder}", "search.targets={first: 0.6, last: 0.6, step: 0.1}")
+    with pytest.raises(LopError, match=r"no answer as small as target 0\.6"):
+        started(Run(small, base / "other"))
+    with pytest.raises(LopError, match="parts: it must name 'ffn'"):
+        config(base, "parts=[attention]")

@@ -42,9 +42,10 @@ from lop.storage.fingerprint import fingerprint
 LOP = LOP_SEARCH.name
 # LOP's search by other settings: ideas of methods that it was not ahead of.
 LOPS = {
-    LOP: (),
-    "lop-taylor": ("importance=taylor",),
-    "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
+    LOP: ("search.descent=null",),
+    "lop-descent": ("search.evaluations=8", "search.simulations=16"),
+    "lop-taylor": ("importance=taylor", "search.descent=null"),
+    "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]", "search.descent=null"),
 }
 _ITEMS = 800
 _SETTINGS = (
@@ -211,6 +212,7 @@ class Bench:
         search, back = (self._tokens(part) for part in run.searched_samples)
         spent = sum(entry.get("scored", search[1]) / search[1] * search[0] for entry in found["evaluations"])
         spent += len(found["confirmed"]) * back[0]
+        spent += found.get("descent", {}).get("scored", 0) / search[1] * search[0]
         # What roots were found with was spent, too.
         spent += sum(outcome.curve[-1][0] for outcome in outcomes) * self._tokens(run.samples.reward)[0]
         seconds = run.seconds()["search"] + sum(outcome.seconds for outcome in outcomes)

@@ -162,7 +162,7 @@ def _tree_curves(runs: Sequence[Run], targets: Sequence[float]) -> Iterator[Outc
         for found in read_search(run):
             if (target := wanted.get(run.space.budget(found.target))) is None:
                 continue
-            spent, best, curve = _scanned(run), -np.inf, []
+            spent, best, curve = _scanned(run) + found.descended / samples, -np.inf, []
             for _, evaluation in found.evaluations:
                 spent += 1.0 if evaluation.scored is None else evaluation.scored / samples
                 if evaluation.is_complete and not evaluation.error:

@@ -15,9 +15,9 @@ from lop.model.encoding import Encoded, encode
 from lop.model.find import find_model
 from lop.model.samples import Sample
 from lop.run.config import Config
-from lop.search.evaluation import Confirming, Scorer
+from lop.search.evaluation import Scorer, Scorers
 from lop.search.evaluator import Evaluator
-from lop.search.racing import Racing
+from lop.search.racing import Racing, split
 
 if TYPE_CHECKING:
     from lop.run.run import Run
@@ -108,10 +108,21 @@ def build_scorer(materials: Materials, samples: Sequence[Sample], kept_back: Seq
     Args:
         kept_back: samples to confirm the search's answer on.
     """
-    workshop = Workshop(materials)
+    workshop, settings = Workshop(materials), materials.config.search
     repair = workshop.repair()
-    search = workshop.evaluator(samples, repair)
-    if not kept_back:
-        return search
-    needed = materials.config.search.needs_divergence
-    return Confirming(search, Evaluator(workshop.elastic, workshop.encode(kept_back), repair=repair, divergence=needed))
+
+    def scorer(chosen: Sequence[Sample], *, divergence: bool) -> Evaluator:
+        return Evaluator(workshop.elastic, workshop.encode(chosen), repair=repair, divergence=divergence)
+
+    few = few_samples(materials.config, samples)
+    return Scorers(
+        workshop.evaluator(samples, repair),
+        scorer(kept_back, divergence=settings.needs_divergence) if kept_back else None,
+        scorer(few, divergence=True) if few else None,
+    )
+
+
+def few_samples(config: Config, samples: Sequence[Sample]) -> list[Sample]:
+    """Those of the search's samples that a descent looks at; none if there is no descent."""
+    descent = config.search.descends
+    return [samples[index] for index in split(len(samples), descent.samples, seed=config.seed)] if descent else []

@@ -72,7 +72,7 @@ Parts = Annotated[Several[Annotated[str, _one_of(PARTS)]], AfterValidator(_parts
 # Settings that no one writes by hand all together, and every run's own config has.
 _ALWAYS_SAVED = ("seed", "recovery", "device", "dtype", "threads", "evaluation_seconds", "train", "compare", "tables")
 # What a search did before these settings were there.
-_BEFORE: dict[str, Any] = {"recovery": "none", "method": "paper", "confirm": None, "start": None}
+_BEFORE: dict[str, Any] = {"recovery": "none", "method": "paper", "confirm": None, "start": None, "descent": None}
 
 # What pydantic says in words of its own.
 _WORDS = {"too_short": "it is empty: name one at least", "extra_forbidden": "there is no such setting"}
@@ -119,6 +119,13 @@ class ConfirmSettings(_Settings):
     candidates: Positive = 4
 
 
+class DescentSettings(_Settings):
+    """Where a search starts from, beside its roots: `rounds` steps downhill, on so many reward `samples`."""
+
+    samples: Positive = 96
+    rounds: Positive = 3
+
+
 class SearchSettings(_Settings):
     """The UCB trees; see `lop.search.tree.TreeOptions` for what each number does.
 
@@ -128,6 +135,8 @@ class SearchSettings(_Settings):
     and those that search by themselves must have been run by `lop rivals` for its targets.
     `method` is where moves come from: `guided` or the `paper`'s (`lop.search.tree.TreeOptions`).
     `confirm`: part of the reward samples is kept back from the search (`lop.search.confirmation`).
+    `descent`: steps downhill are taken before the trees begin, which start from where they lead, too
+    (`lop.search.descent`); never with the method `paper`.
     `recovery` is what allocations are scored with; if it is not set, that with which checkpoints ship, or what that one
     starts from where it trains.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
@@ -152,6 +161,7 @@ class SearchSettings(_Settings):
     recovery: Untrained | None = None
     racing: RacingSettings | None = None
     confirm: ConfirmSettings | None = ConfirmSettings()
+    descent: DescentSettings | None = DescentSettings()
     start: str | None = None
 
     @property
@@ -163,6 +173,11 @@ class SearchSettings(_Settings):
     def scans(self) -> bool:
         """Whether layers are scanned one by one before the trees begin, for a root."""
         return any(METHODS[name].root is RootKind.SCANNED for name in self.roots)
+
+    @property
+    def descends(self) -> DescentSettings | None:
+        """How, if it does."""
+        return self.descent if self.method == "guided" else None
 
     @property
     def needs_answers(self) -> bool:

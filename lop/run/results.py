@@ -21,6 +21,7 @@ class Found:
         evaluations: of all allocations, in commit order.
         depths: the tree's shape.
         confirmed: finalists on the samples kept back, the best by the search first; empty if none were.
+        descended: samples scored in the descent that it started from.
     """
 
     target: float
@@ -28,6 +29,7 @@ class Found:
     evaluations: tuple[tuple[Allocation, Evaluation], ...]
     depths: tuple[Depth, ...]
     confirmed: tuple[tuple[Allocation, Evaluation], ...] = ()
+    descended: int = 0
 
 
 def read_search(run: Run) -> list[Found]:
@@ -51,6 +53,7 @@ def _parse_search(data: Any) -> tuple[dict[str, str], list[Found]]:
             _evaluations(record["evaluations"]),
             tuple(Depth(**depth) for depth in record.get("depths", [])),  # Earlier searches did not tell.
             _evaluations(record.get("confirmed", [])),
+            record.get("descent", {}).get("scored", 0),
         )
         for record in data["targets"]
     ]

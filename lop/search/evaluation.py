@@ -26,6 +26,7 @@ class Evaluation:
         opponent: the widths of the allocation that this one raced against.
         scored: the samples scored before the race was given up; None if that was all.
         confirms: whether it was on the samples kept back from the search; None if not.
+        few: whether it was on the few samples of a descent; None if not.
     """
 
     accuracy: float
@@ -38,6 +39,7 @@ class Evaluation:
     opponent: tuple[int, ...] | None = None
     scored: int | None = None
     confirms: bool | None = None
+    few: bool | None = None
 
     @classmethod
     def failed(cls, error: str, candidate: Candidate | None = None) -> "Evaluation":
@@ -52,6 +54,7 @@ class Evaluation:
             error=error,
             opponent=None if opponent is None else opponent.allocation.widths,
             confirms=(candidate is not None and candidate.confirms) or None,
+            few=(candidate is not None and candidate.few) or None,
         )
 
     @property
@@ -91,14 +94,19 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True)
-class Confirming:
-    """Evaluates what is searched on some samples, and what is to be confirmed on others."""
+class Scorers:
+    """Evaluates candidates on the samples that each is meant for."""
 
     search: Scorer
-    confirmation: Scorer
+    confirmation: Scorer | None = None
+    few: Scorer | None = None
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
-        """The result on the samples that the candidate is meant for."""
+        """The result on those samples."""
         if candidate.confirms:
+            assert self.confirmation
             return replace(self.confirmation.evaluate(candidate), confirms=True)
+        if candidate.few:
+            assert self.few
+            return replace(self.few.evaluate(candidate), few=True)
         return self.search.evaluate(candidate)

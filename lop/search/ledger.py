@@ -31,7 +31,7 @@ _MERGE = 64
 
 # An allocation that races is evaluated anew against another opponent: both one's widths tell evaluations apart, and on
 # which samples.
-_Key = tuple[Allocation, tuple[int, ...] | None, bool]
+_Key = tuple[Allocation, tuple[int, ...] | None, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Ledger:
         """The candidate's result, if it is in storage; where it races, against the same opponent."""
         opponent = candidate.opponent
         widths = None if opponent is None else opponent.allocation.widths
-        return self._known.get((candidate.allocation, widths, candidate.confirms))
+        return self._known.get((candidate.allocation, widths, candidate.confirms, candidate.few))
 
     @property
     def due(self) -> float:
@@ -208,8 +208,8 @@ def evaluations(run: str | Path | Location) -> list[dict[str, Any]]:
     """A run's evaluations as plain values: `pandas.DataFrame(lop.evaluations("runs/tiny"))`.
 
     Columns: `kept` (neurons in all layers), `accuracy`, `log_probability`, `error`, `complete`, `widths`. Where not
-    `complete`, a race was given up before all samples were scored: the accuracy is an estimate, and the other numbers
-    are of those scored.
+    `complete`, a race was given up before all samples were scored (the accuracy is an estimate, and the other numbers
+    are of those scored), or it was on the few samples of a descent.
 
     Args:
         run: the run's folder or URI; a search may be writing there.
@@ -223,7 +223,7 @@ def evaluations(run: str | Path | Location) -> list[dict[str, Any]]:
             "accuracy": evaluation.accuracy,
             "log_probability": evaluation.log_probability,
             "error": evaluation.error,
-            "complete": evaluation.is_complete,
+            "complete": evaluation.is_complete and not evaluation.few,
             "widths": list(allocation.widths),
         }
         for allocation, evaluation in read_ledger(Location.parse(run) / _FOLDER)
@@ -304,7 +304,7 @@ def _missing(segments: Sequence[_Segment]) -> str:
 
 
 def _key(allocation: Allocation, evaluation: Evaluation) -> _Key:
-    return allocation, evaluation.opponent, bool(evaluation.confirms)
+    return allocation, evaluation.opponent, bool(evaluation.confirms), bool(evaluation.few)
 
 
 def _numbers(name: str) -> tuple[int, int]:

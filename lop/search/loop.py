@@ -65,8 +65,8 @@ class Watcher(Protocol):
     def advanced(self, tree: SearchTree) -> None:
         """A tree has committed results."""
 
-    def scanned(self, done: int, planned: int) -> None:
-        """So many of the evaluations that come before the trees are done."""
+    def prepared(self, step: str, done: int, planned: int) -> None:
+        """So many of the evaluations of a step that comes before the trees are done."""
 
     def tick(self, workers: Workers) -> None:
         """A round is over; called at least every second or two, and thousands of times a second at most."""

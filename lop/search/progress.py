@@ -83,7 +83,7 @@ class SearchProgress:
         self._next = [time.monotonic() + seconds for seconds, _ in sinks]
         self._targets = {tree.budget: target for target, tree in trees.items()}
         self._parts: dict[float, TargetProgress] = {}
-        self._scanned = (0, 0)
+        self._prepared: dict[str, tuple[int, int]] = {}
         self._changed = set(trees)
         self._memory: deque[tuple[float, int]] = deque()
 
@@ -91,15 +91,15 @@ class SearchProgress:
         """A tree has committed results."""
         self._changed.add(self._targets[tree.budget])
 
-    def scanned(self, done: int, planned: int) -> None:
-        """So many of the evaluations that come before the trees are done."""
-        self._scanned = (done, planned)
+    def prepared(self, step: str, done: int, planned: int) -> None:
+        """So many of the evaluations of a step that comes before the trees are done."""
+        self._prepared[step] = (done, planned)
 
     def tick(self, workers: Workers) -> None:
         """Tells the sinks whose time has come."""
         now = time.monotonic()
         if not self._memory:  # What an earlier process did is no speed of this one.
-            self._rate(self._scanned[0] + sum(len(tree.results) for tree in self._trees.values()))
+            self._rate(self._before[0] + sum(len(tree.results) for tree in self._trees.values()))
         if now < min(self._next, default=math.inf):
             return
         progress = self.snapshot(workers)
@@ -120,11 +120,16 @@ class SearchProgress:
             self._parts[target] = self._part(target)
         self._changed.clear()
         parts = tuple(self._parts[target] for target in self._trees)
-        done, planned = self._scanned
+        done, planned = self._before
         done, planned = done + sum(part.done for part in parts), planned + sum(part.planned for part in parts)
         rate = self._rate(done)
         left = 0.0 if done >= planned else (planned - done) / rate if rate else None
         return Progress(time.time(), done, planned, rate, left, workers.alive, self._reward, parts)
+
+    @property
+    def _before(self) -> tuple[int, int]:
+        """The evaluations that come before the trees: done, and in all."""
+        return sum(done for done, _ in self._prepared.values()), sum(planned for _, planned in self._prepared.values())
 
     def _part(self, target: float) -> TargetProgress:
         tree = self._trees[target]

@@ -49,7 +49,7 @@ def damages_at(
 
     def progress(done: int) -> None:
         if watcher:
-            watcher.scanned(done, len(alone))
+            watcher.prepared("scan", done, len(alone))
             watcher.tick(workers)
 
     found = evaluate_recorded(list(map(Candidate, alone)), workers, ledger, progress)

@@ -17,13 +17,15 @@ from lop.methods.method import Root
 from lop.methods.registry import METHODS
 from lop.methods.uniform import METHOD as UNIFORM
 from lop.model.samples import check_answers
+from lop.run.building import few_samples
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.run import Run
 from lop.run.surveys import statistics_for
 from lop.search.confirmation import Confirmed, confirm
+from lop.search.descent import RecordedDamages, descend, most_evaluations
 from lop.search.ledger import Ledger
-from lop.search.loop import run_search
+from lop.search.loop import Workers, run_search
 from lop.search.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
 from lop.search.sensitivity import best_additive, measure_damages
 from lop.search.tree import SearchTree
@@ -58,6 +60,7 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
                 damages = measure_damages(run.space, levels, workers, ledger, watcher=watcher)
                 for tree in trees.values():
                     tree.add_start(best_additive(run.space, damages, tree.budget))
+            descents = _descend(run, trees, workers, ledger, watcher)
             run_search(trees, workers, ledger, watcher=watcher)
             settings = run.config.search.confirm
             confirmed = (
@@ -69,9 +72,33 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
         {
             "fingerprints": fingerprints,
             "reward": run.config.search.reward,
-            "targets": [_target_record(run, target, tree, confirmed.get(target, {})) for target, tree in trees.items()],
+            "targets": [
+                _target_record(run, target, tree, confirmed.get(target, {})) | descents.get(target, {})
+                for target, tree in trees.items()
+            ],
         },
     )
+
+
+def _descend(
+    run: Run, trees: Mapping[float, SearchTree], workers: Workers, ledger: Ledger, watcher: SearchProgress
+) -> dict[float, dict[str, Any]]:
+    """Gives each tree what a descent from the uniform allocation comes by, and returns what its record says of it."""
+    settings = run.config.search.descends
+    if settings is None:
+        return {}
+    planned = len(trees) * most_evaluations(run.space, settings.rounds)
+    damages = RecordedDamages(workers, ledger, planned, watcher=watcher)
+    found: dict[float, dict[str, Any]] = {}
+    for target, tree in trees.items():
+        before = damages.scored
+        path = descend(run.space, tree.budget, settings.rounds, damages)
+        for allocation in path:
+            tree.add_start(allocation)
+        scored = (damages.scored - before) * len(few_samples(run.config, run.searched_samples[0]))
+        found[target] = {"descent": {"scored": scored, "path": [list(allocation.widths) for allocation in path]}}
+    damages.finish()
+    return found
 
 
 def build_trees(run: Run, starts: Mapping[float, Allocation] | None = None) -> dict[float, SearchTree]:

@@ -16,7 +16,7 @@ from lop.errors import LopError
 from lop.methods.llm_streamline import most_alike
 from lop.methods.registry import RESHAPINGS
 from lop.model.adapter import QwenVL
-from lop.model.backbone import Backbone
+from lop.model.backbone import Backbone, Heads
 from lop.model.depth import layer_parameters, layers_to_remove, linear_map, similarities, turned, with_down
 from lop.model.encoding import Encoded, encode
 from lop.model.find import assets
@@ -43,7 +43,9 @@ def idle(backbone: Backbone) -> Backbone:
     layers = list(backbone.layers)
     for index in IDLE:
         silent = with_down(layers[index], torch.zeros(72, 160))
-        layers[index] = replace(silent, out=torch.zeros_like(silent.out))
+        heads = silent.heads
+        mute = Heads(heads.qkv, heads.qkv_bias, torch.zeros_like(heads.out), heads.size)
+        layers[index] = replace(silent, heads=mute)
     return replace(backbone, layers=tuple(layers))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lop.model.samples import SampleSets
 from lop.search.confirmation import confirm, kept_back
-from lop.search.evaluation import Confirming, Evaluation
+from lop.search.evaluation import Evaluation, Scorers
 from lop.search.ledger import Ledger
 from lop.search.loop import InProcess, run_search
 from lop.search.racing import Candidate
@@ -52,7 +52,7 @@ def true_reward(allocation: Allocation) -> float:
     return -float(np.var(allocation.widths)) / 100
 
 
-def searched(folder: Path, scorer: Confirming) -> Allocation:
+def searched(folder: Path, scorer: Scorers) -> Allocation:
     budget = SPACE.budget(0.5)
     tree = SearchTree(SPACE, [uniform(SPACE, budget)], OPTIONS, seed=(0,), reward=lambda e: e.worth("log_probability"))
     with Ledger(folder, {}) as ledger:
@@ -65,12 +65,12 @@ def searched(folder: Path, scorer: Confirming) -> Allocation:
 
 
 def test_luck_does_not_win(tmp_path: Path) -> None:
-    lucky = searched(tmp_path / "a", Confirming(Noisy(0, 1.0), Noisy(1, 0.01)))
+    lucky = searched(tmp_path / "a", Scorers(Noisy(0, 1.0), Noisy(1, 0.01)))
     assert lucky == uniform(SPACE, SPACE.budget(0.5))
 
 
 def test_what_was_confirmed_is_not_evaluated_again(tmp_path: Path) -> None:
-    first, again = (Confirming(Noisy(0, 1.0), Noisy(1, 0.5)) for _ in range(2))
+    first, again = (Scorers(Noisy(0, 1.0), Noisy(1, 0.5)) for _ in range(2))
     assert searched(tmp_path, first) == searched(tmp_path, again)
     assert isinstance(again.search, Noisy)
     assert isinstance(again.confirmation, Noisy)

@@ -39,12 +39,12 @@ def test_a_search_is_counted_from_its_first_to_its_last_evaluation(tmp_path: Pat
     told: list[Progress] = []
     watcher = SearchProgress(trees, SPACE, "log_probability", [(0.0, told.append)])
     workers = InProcess(Scored())
-    watcher.scanned(3, 5)
+    watcher.prepared("scan", 3, 5)
     first = watcher.snapshot(workers)
     planned = sum(tree.limit for tree in trees.values())
     assert (first.done, first.planned, first.seconds_left) == (3, 5 + planned, None)
     assert all(target.best is None for target in first.targets)
-    watcher.scanned(5, 5)
+    watcher.prepared("scan", 5, 5)
     with Ledger(tmp_path / "ledger", {}) as ledger:
         run_search(trees, workers, ledger, watcher=watcher)
     watcher.finish(workers)
@@ -64,11 +64,11 @@ def test_the_rate_is_of_this_process_and_of_the_last_minutes(monkeypatch: pytest
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
     watcher = SearchProgress(make_trees(), SPACE, "accuracy", [])
     workers = InProcess(Scored())
-    watcher.scanned(100, 1000)  # What an earlier process did.
+    watcher.prepared("scan", 100, 1000)  # What an earlier process did.
     watcher.tick(workers)
     for second in range(1, 301):
         clock[0] += 1
-        watcher.scanned(100 + (second if second <= 150 else 150 + 3 * (second - 150)), 1000)
+        watcher.prepared("scan", 100 + (second if second <= 150 else 150 + 3 * (second - 150)), 1000)
         found = watcher.snapshot(workers)
         if second == 100:
             assert found.per_second == pytest.approx(1)

@@ -57,7 +57,7 @@ def predict(
         bits: 16, 8 or 4, of the weights; None is 16, or with `bytes` the best that `lop measure` knows of.
 
     Returns:
-        `ratio`, `ratios` [L], `widths` [L], `kept_neurons`, `parameters`, `bytes`, `bits`; `memory` or `latency` if
+        `ratio`, `ratios` and `widths` of all axes, `kept_neurons`, `parameters`, `bytes`, `bits`; `memory` or `latency` if
         asked for.
 
     Raises:

@@ -8,6 +8,7 @@ from lop.model.shape import read_shape
 from lop.predictor.predictor import Predictor, load_predictor
 from lop.run.config import Config
 from lop.run.run import Run, shipped_run
+from lop.space.allocation import ATTENTION
 from lop.space.latency import Profile, parse_profile
 from lop.space.memory import Shape
 from lop.storage.files import read_json
@@ -71,11 +72,15 @@ def open_predictor(run: Run, folder: Path) -> Predictor:
     """A predictor that the run has trained, with the widths that the run's config allows now.
 
     Raises:
-        LopError: it is missing or damaged, was made with another model, or its model has no such widths.
+        LopError: it is missing or damaged, was made with another model or for other parts, or its model has no such
+            widths.
     """
     predictor = load_predictor(folder)
     check_fingerprints(str(folder), predictor.fingerprints, {"model": run.model_fingerprint})
     config, trained = run.config, predictor.space
+    if (trained.attention is None) != (ATTENTION not in config.parts):
+        parts = " and ".join(part.name for part in trained.parts)
+        raise LopError(f"{folder} predicts {parts}, and the config has parts {' and '.join(config.parts)}: train again")
     bound = trained.max_width_ratio if config.max_width_ratio is None else config.max_width_ratio
     space = replace(trained, granularity=config.granularity, max_ratio=config.max_ratio, max_width_ratio=bound)
     return replace(predictor, space=space)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import lop
-from lop.checkpoint.export import export, load
+from lop.checkpoint.export import convert, export, load
 from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.inspection import inspect, print_inspection
 from lop.checkpoint.quantise import quantise
@@ -21,9 +21,11 @@ from lop.model.backbone import Group
 from lop.model.elastic import ElasticModel
 from lop.model.encoding import encode
 from lop.model.samples import SampleSets
+from lop.model.shape import read_shape
 from lop.model.sources import family_of
 from lop.model.tensors import group_parameters, model_size
-from lop.space.allocation import Allocation, Attention, Space, dense, project
+from lop.space.allocation import Allocation, Attention, Space, dense, project, uniform
+from lop.space.memory import Load
 from lop.space.size import Target
 from lop.storage.headers import read_tensors
 from tests.groups import GROUPS, grouped_tiny
@@ -181,6 +183,26 @@ def test_what_a_checkpoint_weighs_is_known_before(source: Path, checkpoint: Path
         replace(footprint, format="padded").allocate(Target(bytes=most), space, lambda budget: dense(space))
 
 
+def test_memory_counts_the_cache_of_the_groups_that_are_kept(source: Path) -> None:
+    tensors = read_tensors(source)
+    size, load = model_size(tensors), Load(context=256, batch=4)
+    attention = Attention(GROUPS, group_parameters(tensors, GROUPS), size.neuron_parameters)
+    space = Space(LAYERS, NEURONS, 8, 0.95, None, attention, vanishing=True)
+    footprint = Footprint(size, shape=read_shape(source, 2), attention=attention)
+    whole, less = Allocation((80,) * LAYERS + (GROUPS,) * LAYERS), Allocation((80,) * LAYERS + (1,) * LAYERS)
+    lost = 2 * LAYERS
+    saved = 2 * lost * (attention.group_parameters + 2 * 24 * load.context * load.batch)
+    assert footprint.memory(whole.widths, load) - footprint.memory(less.widths, load) == saved
+    kept = []
+    for share in (0.95, 0.8, 0.7):
+        asked = int(share * footprint.memory(dense(space).widths, load))
+        chosen = footprint.allocate(Target(memory=asked, load=load), space, lambda budget: uniform(space, budget))
+        assert footprint.memory(chosen.widths, load) <= asked
+        kept.append(space.cost(chosen.widths))
+    assert kept == sorted(kept, reverse=True)
+    assert len(set(kept)) == 3
+
+
 def test_attention_that_keeps_all_is_left_as_it_is(source: Path, orders: dict[str, np.ndarray], tmp_path: Path) -> None:
     allocation = Allocation((80,) * LAYERS + (GROUPS,) * LAYERS)
     manifest = export(source, tmp_path / "hf", allocation, orders["order"], about={}, groups=orders["groups"])
@@ -202,7 +224,9 @@ def test_what_does_not_go_with_it_is_refused_before(source: Path, options: dict[
         Footprint(model_size(tensors), attention=Attention(GROUPS, 100, 200), **options)
 
 
-def test_it_is_not_quantised(checkpoint: Path, tmp_path: Path) -> None:
+def test_it_is_not_quantised_nor_converted(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(LopError, match="as many heads in all layers"):
+        convert(checkpoint, tmp_path / "out", format="gguf")
     with pytest.raises(LopError, match="do not go with pruned attention"):
         quantise(checkpoint, tmp_path / "out", 8)
     assert not (tmp_path / "out").exists()

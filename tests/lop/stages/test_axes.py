@@ -11,6 +11,7 @@ from lop.errors import LopError
 from lop.model.statistics import load_statistics
 from lop.run.choice import choose
 from lop.run.config import Config, find_config, load_config
+from lop.run.prediction import predictor_for
 from lop.run.results import read_search
 from lop.run.run import Run
 from lop.search.watch import print_ledger
@@ -136,5 +137,7 @@ def test_what_knows_ffns_alone_is_refused(base: Path, both: Run, ffns: Run) -> N
     small = config(base, *BOTH, f"search.start={ffns.folder}", "search.targets={first: 0.6, last: 0.6, step: 0.1}")
     with pytest.raises(LopError, match=r"no answer as small as target 0\.6"):
         started(Run(small, base / "other"))
+    with pytest.raises(LopError, match="predicts ffn and attention, and the config has parts ffn"):
+        predictor_for(Run(config(base), both.folder), both.config)
     with pytest.raises(LopError, match="parts: it must name 'ffn'"):
         config(base, "parts=[attention]")

@@ -38,6 +38,7 @@ class Reshaping:
         refits: whether recovery `refit` changes anything; others bring a recovery of their own, or have none.
         not_exported: why there is no checkpoint of it; None if there is.
         label: in pictures.
+        is_compared: as of any `Method`.
     """
 
     name: str
@@ -47,3 +48,4 @@ class Reshaping:
     refits: bool = False
     not_exported: str | None = None
     side: Side = Side.BASELINE
+    is_compared: bool = True

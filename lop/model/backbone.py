@@ -240,7 +240,7 @@ class Backbone:
         return F.linear(x, self.head)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.epsilon * len(self.norm) / len(weight))
+        return F.rms_norm(x, weight.shape, weight, self.epsilon * (len(self.norm) / len(weight)))
 
     def _whole(self, layer: Layer, attention: "_Attention", x: Tensor) -> Tensor:
         return self.feed_forward(layer, self._attend(layer, attention, x))

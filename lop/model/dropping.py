@@ -44,7 +44,8 @@ class _Sequence:
         places: [T], where in the batch its tokens were.
         images: [V], which of its places are of the image now.
         raters: [R], which of the batch's tokens decide.
-        whole: the image's tokens before any was dropped.
+        whole: how many of the image's tokens there were before any was dropped.
+        tail: how many of its last tokens predict answers, or stand where those of other sequences do.
     """
 
     places: Tensor

@@ -13,7 +13,7 @@ from pydantic_core import core_schema
 from lop.checkpoint.recoveries import RECOVERIES, UNTRAINED, untrained
 from lop.errors import LopError
 from lop.methods.method import Root as RootKind
-from lop.methods.registry import BASELINES, METHODS, RESHAPINGS, ROOTS, SEARCHES
+from lop.methods.registry import BASELINES, EVERY, METHODS, RESHAPINGS, ROOTS, SEARCHES
 from lop.model.find import EMBEDDED, SHIPPED, settled
 from lop.model.image_settings import ImageSettings
 from lop.model.importance import IMPORTANCES
@@ -40,8 +40,7 @@ Importance = Annotated[str, _one_of(IMPORTANCES)]
 Root = Annotated[str, _one_of(ROOTS)]
 Baseline = Annotated[str, _one_of((*BASELINES, *RESHAPINGS))]
 Rival = Annotated[str, _one_of(SEARCHES)]
-_COMPARED = tuple(name for name, method in METHODS.items() if method.is_compared)
-MethodName = Annotated[str, _one_of((*_COMPARED, *RESHAPINGS))]
+MethodName = Annotated[str, _one_of(name for name, method in EVERY.items() if method.is_compared)]
 Architecture = Annotated[str, _one_of(NETWORKS)]
 
 
@@ -248,10 +247,9 @@ class MeasureSettings(_Settings):
 class TablesSettings(_Settings):
     """What `lop compare` makes of the benchmark: the paper's tables and figures.
 
-    `baselines` are names of `lop.methods.registry`; None means all that read no more than the statistics and the
-    weights and prune FFN neurons. `rivals` search as long as LOP does; they are run
-    by `lop rivals`, and by `lop compare` where they have not been. `limit` takes only so many groups of questions of
-    each part of a task.
+    `baselines` are names of `lop.methods.registry`; None means all that prune neurons and read no more than the
+    statistics and the weights. `rivals` search as long as LOP does; they are run by `lop rivals`, and by `lop compare`
+    where they have not been. `limit` takes only so many groups of questions of each part of a task.
     """
 
     targets: Several[Ratio] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)

@@ -62,10 +62,11 @@ def at_run(options: argparse.Namespace) -> Iterator[None]:
 
 
 def calibrate(options: argparse.Namespace) -> None:
-    from lop.stages.calibrate import calibrate_stage
+    from lop.stages.calibrate import calibrate_stage, features_stage
 
     run = _run(options)
     calibrate_stage(run)
+    features_stage(run)
     print(run.location / run.statistics_file.name)
 
 

@@ -56,7 +56,7 @@ def taylor_terms(
         for layer, ffn in zip(layers, ffns)
     }
     for done, batch in enumerate(encoded.batches, start=1):
-        _add_gradients(backbone, _plain(batch, backbone.norm.device), found)
+        _add_gradients(backbone, plain(batch, backbone.norm.device), found)
         shown(done)
     each = [coupled((ffn.gate, ffn.up, ffn.down), gradients) for ffn, gradients in zip(ffns, found.values())]
     return Terms(*(np.stack([terms[form].cpu().numpy() for terms in each]) for form in range(2)))
@@ -73,7 +73,7 @@ def coupled(weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[Ten
     return lines.abs().sum((0, 1), dtype=torch.float64), lines.sum(1, dtype=torch.float64).abs().sum(0)
 
 
-def _plain(batch: Batch, device: torch.device) -> Batch:
+def plain(batch: Batch, device: torch.device) -> Batch:
     """The batch with tensors that a gradient may be computed through: it was encoded in inference mode."""
     tensors = {name: value.to(device, copy=True) for name, value in batch.tensors().items()}
     return Batch(groups=batch.groups, **tensors)
@@ -88,13 +88,13 @@ def _add_gradients(backbone: Backbone, batch: Batch, found: dict[int, list[Tenso
         layer, x = backbone.layers[index], states.pop().requires_grad_()
         ffn = cast(ElasticFfn, layer.ffn)
         weights = [w.detach().requires_grad_() for w in (ffn.gate, ffn.up, ffn.down)] if index in found else []
-        after = _run(backbone, layer, batch, x, weights or [ffn.gate, ffn.up, ffn.down])
+        after = run_layer(backbone, layer, batch, x, weights or [ffn.gate, ffn.up, ffn.down])
         gradient, *mine = torch.autograd.grad(after, [x, *weights], gradient)
         for total, part in zip(found.get(index, []), mine):
             total += part
 
 
-def _run(backbone: Backbone, layer: Layer, batch: Batch, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def run_layer(backbone: Backbone, layer: Layer, batch: Batch, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """The states [N, H] after a layer for those before it, with nothing done in place that a gradient needs."""
     gate, up, down = weights
     x = backbone.attend(layer, x, batch.rotation, batch.groups)

@@ -55,14 +55,20 @@ class Walk:
 
 
 @torch.inference_mode()
-def next_gram(walk: Walk) -> Tensor:
-    """`G = Σ h·hᵀ` over the tokens, [F, F] float64 on the device, of the layer that comes next; takes the step."""
+def next_gram(walk: Walk, see: See | None = None) -> Tensor:
+    """`G = Σ h·hᵀ` over the tokens, [F, F] float64 on the device, of the layer that comes next; takes the step.
+
+    Args:
+        see: is shown the neurons, too.
+    """
     ffn = walk.ffn
     gram = torch.zeros(ffn.neurons, ffn.neurons, dtype=torch.float64, device=ffn.down.device)
 
     def add(hidden: Tensor, batch: Batch, tokens: slice) -> None:
         hidden = hidden.float()
         gram.add_(hidden.T @ hidden)  # Products in float32, which every GPU is fast at; sums in float64.
+        if see is not None:
+            see(hidden, batch, tokens)
 
     walk.step(add)
     return gram

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from training.tiny import vision
-from training.tiny.architecture import HIDDEN, make_config, make_processor, make_tokenizer, save
+from training.tiny.architecture import TINY, BackboneShape, make_config, make_processor, make_tokenizer, save
 from training.tiny.backbone import hidden_states
 from training.tiny.corpus import Corpus, Questions, make_questions
 from training.tiny.questions import vocabulary
@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.processes)
-    model, tokenizer = _new(options.seed)
+    model, tokenizer = new_model(options.seed)
     corpus = _see(model, tokenizer, options)
     _questions(tokenizer, corpus, options)
     with TemporaryDirectory() as meeting:
@@ -52,11 +52,13 @@ def main() -> None:
     save(model.to(torch.bfloat16), make_processor(tokenizer), options.out)
 
 
-def _new(seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
+def new_model(
+    seed: int, shape: BackboneShape = TINY
+) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
     """The untrained model and its tokenizer; a word has one vector, at the start of an answer and inside a text."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(vocabulary())
-    model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer))
+    model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer, shape))
     table = model.get_input_embeddings().weight.data
     # At transformers' 0.02 the first layers' outputs would drown what is seen and said.
     table.mul_(5)
@@ -86,7 +88,7 @@ def _match(model: Qwen2_5_VLForConditionalGeneration) -> None:
     for layer in model.model.language_model.layers:
         attention = layer.self_attn
         size = attention.head_dim
-        rows = torch.linalg.qr(torch.randn(HIDDEN, size))[0].T * _MATCHING
+        rows = torch.linalg.qr(torch.randn(attention.k_proj.in_features, size))[0].T * _MATCHING
         attention.k_proj.weight[-size:] = rows
         attention.q_proj.weight[-2 * size : -size] = rows
 
@@ -95,7 +97,7 @@ def _speak(rank: int, options: argparse.Namespace, meeting: str) -> None:
     """One process of the language stage."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
-    model, tokenizer = _new(options.seed)
+    model, tokenizer = new_model(options.seed)
     corpus = _see(model, tokenizer, options)
     questions = _questions(tokenizer, corpus, options)
     train_language(

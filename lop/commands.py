@@ -97,6 +97,8 @@ def predict(options: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     bits = f", {found['bits']} bits" if found["bits"] != BITS[0] else ""
+    if choice.source is not None:
+        print(f"source: {choice.source}")
     print(f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, ratio {found['ratio']:.4f}{bits}")
     if "memory" in found:
         print(f"{found['memory']:,} bytes of memory at most while it answers")

@@ -39,8 +39,9 @@ class Features:
             (`turn`); energy of the FFN's output by the stream's (`output`); what a perturbation of the size of the
             stream does to the answers, in nats by second order (`sensitivity`), and how much less the same
             perturbation does after the layer than before the first one (`decay`); the largest neuron's energy by the
-            mean (`outlier`), how many neurons share the energy by how many there are (`spread`); the deviation of the down projection's column
-            norms by their mean (`norms`); the share of the energy that is the neurons' mean (`constant`).
+            mean (`outlier`), how many neurons share the energy by how many there are (`spread`); the deviation of the
+            down projection's column norms by their mean (`norms`); the share of the energy that is the neurons' mean
+            (`constant`).
     """
 
     curves: np.ndarray

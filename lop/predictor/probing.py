@@ -1,11 +1,12 @@
 """A few evaluations on a new model: which are worth making, and what they say of all the others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lop.predictor.curves import Curves, rising
+from lop.predictor.curves import Curves, Rule, rising
+from lop.space.allocation import Allocation, Space
 from lop.space.features import PRUNED
 
 # Shares at which layers are probed: where targets are, and far enough apart to say different things.
@@ -80,3 +81,49 @@ def _alike(layers: np.ndarray, logs: np.ndarray, others: np.ndarray, theirs: np.
     """The correlation of the errors at two lists of points, [n, m]."""
     near = _COMMON + (1 - _COMMON) * np.exp(-np.abs(layers[:, None] - others) / _REACH)
     return np.asarray(near * np.exp(-0.5 * ((logs[:, None] - theirs) / _FOLDS) ** 2))
+
+
+def alone(space: Space, layer: int, share: float) -> Allocation:
+    """The allocation that prunes one layer by the share, or as near to it as its widths come."""
+    units = round((1 - share) * space.neurons / space.granularity)
+    widths = [space.neurons] * space.layers
+    widths[layer] = min(max(units * space.granularity, space.min_width), space.neurons)
+    return Allocation(tuple(widths))
+
+
+def probe(
+    curves: Curves, space: Space, count: int, measure: Callable[[Allocation], float], made: Sequence[Probe] = ()
+) -> list[Probe]:
+    """As many further probes, each chosen by what those before it say; fewer where there are no more to make.
+
+    Args:
+        measure: the KL to the dense model of an allocation, in nats.
+        made: what is known already.
+    """
+    probes = list(made)
+    for _ in range(count):
+        place = next_probe(corrected(curves, probes), probes)
+        if place is None:
+            break
+        probes.append(Probe(*place, measure(alone(space, *place))))
+    return probes[len(made) :]
+
+
+def candidates(curves: Curves, space: Space, budget: int, rule: Rule) -> list[Allocation]:
+    """Allocations of a budget that differ in how far the curves' sums are believed; the rule's own comes first."""
+    rules = [rule, *(Rule(power, cap) for power in (1.0, 0.7, 0.5, 0.85) for cap in (0.3, 0.15, 0.5, 0.2))]
+    return list(dict.fromkeys(curves.allocate(space, budget, found) for found in rules))
+
+
+def best_of_few(
+    curves: Curves, space: Space, budget: int, rule: Rule, count: int, measure: Callable[[Allocation], float]
+) -> tuple[Allocation, list[Probe]]:
+    """The allocation that `count` evaluations come to: two thirds probe layers, the others compare candidates.
+
+    Args:
+        measure: as in `probe`.
+    """
+    compared = -(-count // 3)
+    probes = probe(curves, space, count - compared, measure)
+    found = candidates(corrected(curves, probes), space, budget, rule)
+    return min(found[: max(compared, 1)], key=measure) if count else found[0], probes

@@ -62,10 +62,11 @@ def at_run(options: argparse.Namespace) -> Iterator[None]:
 
 
 def calibrate(options: argparse.Namespace) -> None:
-    from lop.stages.calibrate import calibrate_stage
+    from lop.stages.calibrate import calibrate_stage, features_stage
 
     run = _run(options)
     calibrate_stage(run)
+    features_stage(run)
     print(run.location / run.statistics_file.name)
 
 
@@ -96,6 +97,8 @@ def predict(options: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     bits = f", {found['bits']} bits" if found["bits"] != BITS[0] else ""
+    if choice.source is not None:
+        print(f"source: {choice.source}")
     print(f"{found['parameters']:,} parameters, {found['bytes']:,} bytes, ratio {found['ratio']:.4f}{bits}")
     if "memory" in found:
         print(f"{found['memory']:,} bytes of memory at most while it answers")

@@ -5,7 +5,6 @@ which scales by itself; `pruner` exports what `api` has written down in storage.
 """
 
 import threading
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,9 +15,8 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from starlette.types import ASGIApp
 
 from lop.errors import LopError
-from lop.predictor.predictor import load_predictor
+from lop.run.prediction import predictor_for, predictor_identity
 from lop.storage.destination import check_writable
-from lop.storage.fingerprint import fingerprint_file
 from lop.storage.location import Location
 from serve.api import build_api
 from serve.batching import Batcher
@@ -49,11 +47,11 @@ class PredictorDeployment:
     def __init__(self, settings: ServiceSettings, models: dict[str, ServedModel]) -> None:
         self._predictors = {}
         for name, entry in settings.models.items():
-            folder = open_run(entry).predictor_folder
-            if fingerprint_file(folder / "predictor.json") != models[name].fingerprints["predictor"]:
-                raise LopError(f"{folder} is not the predictor that was deployed: deploy again")
+            run = open_run(entry)
+            if predictor_identity(run) != models[name].fingerprints["predictor"]:
+                raise LopError(f"{run.folder} has not the predictor that was deployed: deploy again")
             # With the widths that the run's config allows, as the catalogue and `lop prune` have it.
-            self._predictors[name] = replace(load_predictor(folder), space=models[name].space)
+            self._predictors[name] = predictor_for(run, run.config)
 
     async def allocate(self, batch: list[tuple[str, int]]) -> list[tuple[int, ...]]:
         """For each model and number of neurons to keep, the widths.

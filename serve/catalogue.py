@@ -14,7 +14,7 @@ from lop.errors import LopError
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.report.intervals import Interval, wilson
 from lop.run.config import find_config, load_config
-from lop.run.prediction import open_profile, predictor_for, shape_of
+from lop.run.prediction import open_profile, predictor_for, predictor_identity, shape_of
 from lop.run.results import read_search
 from lop.run.run import Run, shipped_run
 from lop.space.allocation import Space
@@ -143,14 +143,13 @@ def fingerprints_of(run: Run) -> dict[str, str]:
     Raises:
         LopError: a file is missing.
     """
-    for path in (run.statistics_file, run.predictor_folder / "predictor.json"):
-        if not path.is_file():
-            raise LopError(f"{path} is missing: run `lop calibrate`, `lop search` and `lop train` first")
+    if not run.statistics_file.is_file():
+        raise LopError(f"{run.statistics_file} is missing: run `lop calibrate`, `lop search` and `lop train` first")
     return {
         "model": run.model_fingerprint,
         "statistics": fingerprint_file(run.statistics_file),
         "importance": run.config.importance,
-        "predictor": fingerprint_file(run.predictor_folder / "predictor.json"),
+        "predictor": predictor_identity(run),
         "space": fingerprint(run.space.as_dict()),
         "arithmetic": run.arithmetic,  # Recovery computes with the model.
     }
@@ -171,7 +170,7 @@ def _compared(run: Run) -> list[Curve]:
     if not results.exists():
         return []
     data: dict[str, Any] = read_json(results)
-    current = fingerprint_file(run.predictor_folder / "predictor.json")
+    current = predictor_identity(run)
     if data["fingerprints"].get("predictor") != current or data["fingerprints"].get("model") != run.model_fingerprint:
         log.warning("%s was measured with another model or predictor", results)
         return []

@@ -82,13 +82,13 @@ def _add_gradients(backbone: Backbone, batch: Batch, found: dict[int, list[Tenso
         layer, x = backbone.layers[index], states.pop().requires_grad_()
         ffn = cast(ElasticFfn, layer.ffn)
         weights = [w.detach().requires_grad_() for w in (ffn.gate, ffn.up, ffn.down)] if index in found else []
-        after = _run(backbone, layer, batch, x, weights or [ffn.gate, ffn.up, ffn.down])
+        after = run_layer(backbone, layer, batch, x, weights or [ffn.gate, ffn.up, ffn.down])
         gradient, *mine = torch.autograd.grad(after, [x, *weights], gradient)
         for total, part in zip(found.get(index, []), mine):
             total += part
 
 
-def _run(backbone: Backbone, layer: Layer, batch: Batch, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def run_layer(backbone: Backbone, layer: Layer, batch: Batch, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """The states [N, H] after a layer for those before it, with nothing done in place that a gradient needs."""
     gate, up, down = weights
     x = backbone.attend(layer, x, batch.rotation, batch.groups)

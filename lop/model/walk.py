@@ -61,10 +61,20 @@ class Walk:
         self.layer += 1
 
 
-def next_gram(walk: Walk) -> Tensor:
-    """`G = Σ h·hᵀ` over the tokens, [F, F] float64 on the device, of the layer that comes next; takes the step."""
+def next_gram(walk: Walk, see: See | None = None) -> Tensor:
+    """`G = Σ h·hᵀ` over the tokens, [F, F] float64 on the device, of the layer that comes next; takes the step.
+
+    Args:
+        see: is shown the neurons, too.
+    """
     gram, add = _summed(walk.ffn.down)
-    walk.step(lambda hidden, batch, tokens: add(hidden))
+
+    def both(hidden: Tensor, batch: Batch, tokens: slice) -> None:
+        add(hidden)
+        if see is not None:
+            see(hidden, batch, tokens)
+
+    walk.step(both)
     return gram
 
 

@@ -41,6 +41,10 @@ class Predictor:
     size: ModelSize
     fingerprints: Mapping[str, str]
 
+    @property
+    def source(self) -> None:
+        """None: the model's own search is what it learned from."""
+
     def ratios(self, target: float) -> np.ndarray:
         """[axes] the network's pruning ratios for a target in [0, 1], before they are projected onto the budget.
 

@@ -8,7 +8,7 @@ from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.formats import FORMATS, Format, check_format, check_heads
 from lop.checkpoint.recoveries import Recovery
 from lop.model.sources import family_of
-from lop.predictor.predictor import Predictor
+from lop.predictor.unsearched import Answering
 from lop.run.config import Config
 from lop.run.prediction import check_profile, predictor_for, shape_of, what_ships
 from lop.run.qualities import Qualities, read_qualities
@@ -51,7 +51,7 @@ class Choice:
     """
 
     target: Target
-    predictor: Predictor
+    predictor: Answering
     footprint: Footprint
     allocation: Allocation
     options: tuple[Option, ...] = ()
@@ -69,7 +69,13 @@ class Choice:
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON values; see `Footprint.describe`."""
-        return self.footprint.describe(self.allocation, self.predictor.space, self.target)
+        found = self.footprint.describe(self.allocation, self.predictor.space, self.target)
+        return found | ({} if self.source is None else {"source": self.source})
+
+    @property
+    def source(self) -> str | None:
+        """Where the allocation comes from, if not from the model's own search."""
+        return self.predictor.source
 
 
 def packing_of(run: Run, bits: int, *, vision: bool = False) -> Packing | None:
@@ -130,7 +136,7 @@ def choose(
 
 
 def _best(
-    run: Run, predictor: Predictor, plain: Footprint, target: Target, qualities: Qualities, *, vision: bool
+    run: Run, predictor: Answering, plain: Footprint, target: Target, qualities: Qualities, *, vision: bool
 ) -> Choice:
     assert target.bytes is not None
     space = predictor.space
@@ -147,7 +153,7 @@ def _best(
     return Choice(target, predictor, footprints[bits], allocation, options)
 
 
-def _fitting(footprint: Footprint, target: Target, predictor: Predictor) -> Allocation | None:
+def _fitting(footprint: Footprint, target: Target, predictor: Answering) -> Allocation | None:
     """The largest allocation that fits, at most the dense one; None if not even the least does."""
     space, asked = predictor.space, target.bytes
     assert asked is not None

@@ -5,24 +5,63 @@ from pathlib import Path
 
 from lop.errors import LopError
 from lop.model.shape import read_shape
+from lop.predictor.general import SHIPPED, load_general
 from lop.predictor.predictor import Predictor, load_predictor
+from lop.predictor.unsearched import Answering, Unsearched
 from lop.run.config import Config
+from lop.run.features import features_file, load_features
 from lop.run.run import Run, shipped_run
 from lop.space.allocation import ATTENTION
 from lop.space.latency import Profile, parse_profile
 from lop.space.memory import Shape
 from lop.storage.files import read_json
-from lop.storage.fingerprint import check_fingerprints
+from lop.storage.fingerprint import check_fingerprints, fingerprint, fingerprint_file
 
 
-def predictor_for(run: Run | None, config: Config) -> Predictor:
-    """The run's predictor, or the one that ships for the model.
+def predictor_for(run: Run | None, config: Config) -> Answering:
+    """The run's predictor, or the one that ships for the model; where none was trained, the general one.
 
     Raises:
-        LopError: there is none, it is damaged, or it was made with another model.
+        LopError: there is none and the model was not calibrated, or something is damaged or made with another model.
     """
     owner = run or what_ships(config)
-    return open_predictor(owner, owner.predictor_folder)
+    if owner.predictor_folder.exists():
+        return open_predictor(owner, owner.predictor_folder)
+    if features_file(owner).exists():
+        return unsearched(owner)
+    raise LopError(
+        f"{owner.predictor_folder} is missing: run `lop train` first, after a search, "
+        "or `lop calibrate`, after which the predictor for all models answers"
+    )
+
+
+def unsearched(run: Run) -> Unsearched:
+    """What the general predictor expects of a calibrated run's model.
+
+    Raises:
+        LopError: the run was not calibrated, or what is there is damaged or of another model.
+    """
+    general, features = load_general(), load_features(run)
+    if features.layers != run.space.layers:
+        raise LopError(f"{features_file(run)} is damaged: it has {features.layers} layers, not {run.space.layers}")
+    return Unsearched(general.curves(features), general.rule, run.space, run.size, run.calibration_fingerprints)
+
+
+def predictor_identity(run: Run) -> str:
+    """A fingerprint of what answers for a run: its predictor's, or of all that the general one answers from.
+
+    Raises:
+        LopError: neither is there.
+    """
+    own = run.predictor_folder / "predictor.json"
+    if own.is_file():
+        return fingerprint_file(own)
+    if not features_file(run).is_file():
+        raise LopError(
+            f"{own} is missing: run `lop calibrate`, `lop search` and `lop train` first; "
+            "`lop calibrate` alone is enough for the predictor for all models"
+        )
+    return fingerprint([fingerprint_file(path) for path in (features_file(run), SHIPPED)])
 
 
 def shape_of(run: Run) -> Shape:
@@ -31,7 +70,7 @@ def shape_of(run: Run) -> Shape:
     return read_shape(run.model_folder, size.neuron_bytes // size.neuron_parameters)
 
 
-def open_profile(path: Path, predictor: Predictor) -> Profile:
+def open_profile(path: Path, predictor: Answering) -> Profile:
     """A device's profile for the predictor's model.
 
     Raises:
@@ -55,7 +94,7 @@ def read_profile(path: Path) -> Profile:
         raise LopError(f"{path}: {error}") from None
 
 
-def check_profile(profile: Profile, predictor: Predictor) -> None:
+def check_profile(profile: Profile, predictor: Answering) -> None:
     """Looks whether a profile is of the predictor's model.
 
     Raises:

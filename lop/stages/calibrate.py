@@ -6,11 +6,15 @@ import torch
 
 from lop.model.adapter import load_model
 from lop.model.encoding import encode
+from lop.model.features import measure_features
 from lop.model.find import EMBEDDED
 from lop.model.importance import SURVEY_OF
 from lop.model.statistics import calibrate
+from lop.run.building import Materials, Workshop
 from lop.run.config import Config
+from lop.run.features import features_file, load_features, save_features
 from lop.run.run import Run
+from lop.space.features import Features
 from lop.stages.local import Local
 from lop.stages.surveys import make_surveys
 from lop.stages.timing import timed
@@ -49,6 +53,21 @@ def _calibrate(run: Run, *, progress: bool) -> None:
         encoded = encode(model, samples, batch_tokens=run.config.batch_tokens, images=run.config.images)
         statistics = calibrate(model, encoded, attention=attention, progress=progress)
         statistics.save(run.statistics_file, run.calibration_fingerprints)
+
+
+def features_stage(run: Run) -> Features:
+    """The features of a calibrated run's model, which are measured unless they are there.
+
+    Raises:
+        LopError: the run has no statistics, or what is there is of another model, other samples or another importance.
+    """
+    if not features_file(run).exists():
+        run.check_writable()
+        with timed(run, "features"):
+            workshop = Workshop(Materials.of(run))
+            log.info("features: %d samples, forward and back", len(run.samples.calibration))
+            save_features(run, measure_features(workshop.elastic.backbone, workshop.encode(run.samples.calibration)))
+    return load_features(run)
 
 
 def warn_of_samples(config: Config) -> None:

@@ -1,6 +1,7 @@
 """The embedded model's shape, tokenizer and processor: a small Qwen2.5-VL in every part."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,7 +26,21 @@ SPECIAL = (
     "<|video_pad|>",
 )
 PATCH, MERGE, PIXELS = 8, 4, 64 * 64
-HIDDEN, LAYERS, NEURONS = 72, 12, 160
+HIDDEN = 72
+
+
+@dataclass(frozen=True)
+class BackboneShape:
+    """Of a language backbone; `hidden` is 24 times the heads, as M-RoPE's sections are here."""
+
+    layers: int = 12
+    hidden: int = HIDDEN
+    neurons: int = 160
+    heads: int = 3
+    key_heads: int = 1
+
+
+TINY = BackboneShape()
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -72,21 +87,17 @@ def make_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast, neurons: int = NEURONS) -> Qwen2_5_VLConfig:
-    """The architecture: 12 layers × 72, FFN 160, 3 heads on 1; a vision tower of 4 layers × 64.
-
-    Args:
-        neurons: of each FFN, in models that `tiny` pruned to their size is held against.
-    """
+def make_config(tokenizer: PreTrainedTokenizerFast, shape: BackboneShape = TINY) -> Qwen2_5_VLConfig:
+    """The architecture: 12 layers × 72, FFN 160, 3 heads on 1, if no other; a vision tower of 4 layers × 64."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
-            "hidden_size": HIDDEN,
-            "intermediate_size": neurons,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 1,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.neurons,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.key_heads,
             "max_position_embeddings": 512,
             "tie_word_embeddings": True,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 10000.0},
@@ -100,7 +111,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, neurons: int = NEURONS) -> Q
             "hidden_size": 64,
             "intermediate_size": 192,
             "num_heads": 4,
-            "out_hidden_size": HIDDEN,
+            "out_hidden_size": shape.hidden,
             "patch_size": PATCH,
             "spatial_merge_size": MERGE,
             "window_size": 64,

@@ -1,6 +1,6 @@
 """What the language model is trained on: image tokens computed once, and tokenised questions about what they show."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from training.tiny.architecture import TEMPLATE
 from training.tiny.images import Picture
 from training.tiny.questions import KINDS, ask, is_negated
 
-_SOURCE_SHARES = {"easy-vqa": 0.16, "fashion-mnist": 0.12, "flags": 0.72}
+SOURCE_SHARES = {"easy-vqa": 0.16, "fashion-mnist": 0.12, "flags": 0.72}
 _IMAGE_TOKENS = 4
 _TURNS = 4
 PER_IMAGE = 8
@@ -148,13 +148,19 @@ class Questions:
         return {int(group): (seen == group).nonzero()[0] for group in np.unique(seen)}
 
 
-def make_questions(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, count: int, seed: int) -> Questions:
-    """Random questions of all kinds and forms about random groups of images."""
+def make_questions(
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    count: int,
+    seed: int,
+    shares: Mapping[str, float] = SOURCE_SHARES,
+) -> Questions:
+    """Random questions of all kinds and forms about random groups of images, of each source its share."""
     random = np.random.default_rng([seed, 1])
     by_source = {
         source: [i for i, picture in enumerate(corpus.pictures) if picture.source == source] for source in KINDS
     }
-    sources = random.choice(list(_SOURCE_SHARES), count, p=list(_SOURCE_SHARES.values()))
+    sources = random.choice(list(shares), count, p=list(shares.values()))
     texts, answers, seen, groups, negated = [], [], [], [], []
     for source in sources:
         group = int(random.choice(by_source[source]))

@@ -8,6 +8,7 @@ Seeded; interrupted, the same command goes on from the last checkpoint in WORK.
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from training.tiny import vision
-from training.tiny.architecture import HIDDEN, NEURONS, make_config, make_processor, make_tokenizer, save
+from training.tiny.architecture import TINY, BackboneShape, make_config, make_processor, make_tokenizer, save
 from training.tiny.backbone import hidden_states
 from training.tiny.corpus import Corpus, Questions, make_questions
 from training.tiny.questions import vocabulary
@@ -37,13 +38,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("lop/assets/tiny/model"), help="the checkpoint's folder")
     parser.add_argument("--vision-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=3600, help="language steps of about 256 questions")
-    parser.add_argument("--neurons", type=int, default=NEURONS, help="of each FFN, in other models than what ships")
+    parser.add_argument(
+        "--neurons", type=int, default=TINY.neurons, help="of each FFN, in other models than what ships"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.processes)
-    model, tokenizer = _new(options.seed, options.neurons)
+    model, tokenizer = new_model(options.seed, replace(TINY, neurons=options.neurons))
     corpus = _see(model, tokenizer, options)
     _questions(tokenizer, corpus, options)
     with TemporaryDirectory() as meeting:
@@ -53,11 +56,13 @@ def main() -> None:
     save(model.to(torch.bfloat16), make_processor(tokenizer), options.out)
 
 
-def _new(seed: int, neurons: int) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
+def new_model(
+    seed: int, shape: BackboneShape = TINY
+) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
     """The untrained model and its tokenizer; a word has one vector, at the start of an answer and inside a text."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(vocabulary())
-    model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer, neurons))
+    model = Qwen2_5_VLForConditionalGeneration(make_config(tokenizer, shape))
     table = model.get_input_embeddings().weight.data
     # At transformers' 0.02 the first layers' outputs would drown what is seen and said.
     table.mul_(5)
@@ -87,7 +92,7 @@ def _match(model: Qwen2_5_VLForConditionalGeneration) -> None:
     for layer in model.model.language_model.layers:
         attention = layer.self_attn
         size = attention.head_dim
-        rows = torch.linalg.qr(torch.randn(HIDDEN, size))[0].T * _MATCHING
+        rows = torch.linalg.qr(torch.randn(attention.k_proj.in_features, size))[0].T * _MATCHING
         attention.k_proj.weight[-size:] = rows
         attention.q_proj.weight[-2 * size : -size] = rows
 
@@ -96,7 +101,7 @@ def _speak(rank: int, options: argparse.Namespace, meeting: str) -> None:
     """One process of the language stage."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.processes)
-    model, tokenizer = _new(options.seed, options.neurons)
+    model, tokenizer = new_model(options.seed, replace(TINY, neurons=options.neurons))
     corpus = _see(model, tokenizer, options)
     questions = _questions(tokenizer, corpus, options)
     train_language(

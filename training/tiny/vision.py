@@ -53,7 +53,7 @@ def patchify(pixels: Tensor) -> tuple[Tensor, Tensor]:
 def features(model: Qwen2_5_VLForConditionalGeneration, pixels: Tensor) -> Tensor:
     """[n, 4, H] image tokens."""
     tower = model.model.visual
-    return tower.merger(states(tower, pixels).flatten(0, 1)).view(len(pixels), -1, HIDDEN)
+    return tower.merger(states(tower, pixels).flatten(0, 1)).view(len(pixels), (SIDE // PATCH // MERGE) ** 2, -1)
 
 
 def states(tower: nn.Module, pixels: Tensor) -> Tensor:

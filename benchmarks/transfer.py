@@ -1,0 +1,234 @@
+"""Allocations for models that were never searched: `PYTHONPATH=. python benchmarks/transfer.py`.
+
+Each model of the zoo (`training/zoo`), `tiny` and `smol` is left out in turn, and the predictor learns from the others.
+What its allocations cost with 0, 10 and 30 evaluations on the model that was left out is held against uniform, the
+published allocations, the additive programme over all measured layers, and the model's own search of 200 evaluations a
+target (`smol`: 24 with races, `benchmarks/smol.py`). Widths alone are compared: everybody has the same order of neurons
+and the same refit (`smol`'s published methods: their own order). KL in nats on test samples.
+
+Scores are kept under `results/transfer`, one file a model; what is missing is measured, for which `--work` must hold
+the zoo's weights (`python -m training.zoo.make`). `--check N` measures N scores again, of models that are at hand.
+
+The last line is JSON: geometric means over models and targets of KL ratios (`zero_over_best_published`: to the best of
+uniform, FLAP, OWL and AlphaPruning in each case; `smol_zero_over_uniform`; `thirty_over_search`), `tau` (Kendall,
+between predicted and measured damages of models left out), `inside` (the share of measured damages in the 90%
+intervals) and `milliseconds` (an allocation at 28 layers with features at hand).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lop.errors import LopError
+from lop.model.find import EMBEDDED
+from lop.predictor.curves import PLAIN, Curves, Rule, rising
+from lop.predictor.general import load_general
+from lop.predictor.general_training import Measured, leave_one_out
+from lop.predictor.probing import best_of_few
+from lop.space.allocation import Allocation, Space, uniform
+from lop.space.features import Features
+from lop.storage.files import read_json, write_json
+from training.zoo.data import load_members
+from training.zoo.fit import KIND, RULE, agreement
+from training.zoo.make import lab
+from training.zoo.measure import PUBLISHED, TARGETS, Lab
+from training.zoo.members import MEMBERS
+
+RESULTS = Path(__file__).parent.parent / "results" / "transfer"
+COUNTS = (0, 10, 30)
+_MAX_RATIO = 0.95
+
+
+@dataclass
+class Scores:
+    """What is known of a model's allocations, and how to measure more."""
+
+    name: str
+    space: Space
+    work: Path | None
+
+    def __post_init__(self) -> None:
+        self.path = RESULTS / f"{self.name}.json"
+        self.known: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
+        self._lab: Lab | None = None
+
+    @property
+    def lab(self) -> Lab:
+        """The model itself."""
+        if self._lab is None:
+            if self.work is None and self.name != EMBEDDED:
+                raise LopError(f"a score of {self.name} is missing, and its weights are: name --work")
+            self._lab = lab(self.name, (self.work or Path("runs/zoo")).resolve())
+        return self._lab
+
+    def score(self, split: str, allocation: Allocation) -> float:
+        """The mean KL on `reward` or `test` samples."""
+        key = f"{split} " + " ".join(map(str, allocation.widths))
+        return float(self._get(key, lambda: float(f"{self.measure(split, allocation):.5g}")))
+
+    def measure(self, split: str, allocation: Allocation) -> float:
+        """The same, measured now."""
+        return float(getattr(self.lab, split)(allocation))
+
+    def reward(self, allocation: Allocation) -> float:
+        """The mean KL on the samples that searches see."""
+        return self.score("reward", allocation)
+
+    def published(self, method: str, target: float) -> Allocation:
+        """What a method reads off the model's statistics."""
+        found = self._get(f"{method} {target}", lambda: list(self.lab.published(method, target).widths))
+        return Allocation(tuple(found))
+
+    def searched(self, target: float) -> Allocation | None:
+        """What the model's own search found; None where it was not run."""
+        found = self.known.get(f"search {target}")
+        return None if found is None else Allocation(tuple(found))
+
+    def search(self, first: float, last: float) -> None:
+        """Runs the model's own search for two targets."""
+        if f"search {first}" not in self.known:
+            for target, allocation in self.lab.searched(first, last).items():
+                self._get(f"search {target}", lambda allocation=allocation: list(allocation.widths))
+
+    def _get(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self.known:
+            self.known[key] = make()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.known)
+        return self.known[key]
+
+
+def space_of(name: str) -> Space:
+    """The allocations of a member of the zoo or of `tiny`."""
+    if name == EMBEDDED:
+        return Space(12, 160, 8, _MAX_RATIO)
+    shape = MEMBERS[name].shape
+    return Space(shape.layers, shape.neurons, MEMBERS[name].granularity, _MAX_RATIO)
+
+
+def costs(scores: Scores, member: Measured, curves: Curves, rule: Rule = RULE) -> dict[str, dict[float, float]]:
+    """The KL on test samples by method and target."""
+    measured = Curves(rising(np.log(member.damages.clip(1e-6))), np.zeros_like(member.damages))
+    found: dict[str, dict[float, float]] = {}
+    for target in TARGETS:
+        budget = scores.space.budget(target)
+        chosen: dict[str, Allocation | None] = {"uniform": uniform(scores.space, budget)}
+        chosen |= {method: scores.published(method, target) for method in PUBLISHED}
+        chosen["programme"] = measured.allocate(scores.space, budget, PLAIN)
+        for count in COUNTS:
+            chosen[f"{count} probes"] = best_of_few(curves, scores.space, budget, rule, count, scores.reward)[0]
+        chosen["search"] = scores.searched(target)
+        for method, allocation in chosen.items():
+            if allocation is not None:
+                found.setdefault(method, {})[target] = scores.score("test", allocation)
+    return found
+
+
+def smol_costs() -> dict[str, dict[float, float]]:
+    """`smol`'s, of its own cells: what `benchmarks/smol.py` has, and the zero-probe allocations beside them."""
+    path = RESULTS / "smol.json"
+    return {} if not path.exists() else {m: {float(t): v for t, v in row.items()} for m, row in read_json(path).items()}
+
+
+def milliseconds() -> float:
+    """The median time of an allocation of 28 layers of 18,944 neurons, with features at hand."""
+    general, member = load_general(), load_members([EMBEDDED])[0]
+    chosen = np.arange(28) * 12 // 28
+    features = Features(member.features.curves[:, chosen], member.features.scalars[chosen])
+    space, times = Space(28, 18944, 128, _MAX_RATIO), []
+    for target in np.linspace(0.1, 0.7, 101):
+        start = time.perf_counter()
+        general.curves(features).allocate(space, space.budget(float(target)), general.rule)
+        times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times))
+
+
+def mean_ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """The geometric mean of the ratios."""
+    return float(np.exp(np.mean([np.log(a / b) for a, b in pairs]))) if pairs else None
+
+
+def summary(work: Path | None, kind: str) -> dict[str, Any]:
+    """Makes what is missing, prints it, and returns the last line."""
+    members = load_members()
+    left_out = leave_one_out(kind, members)
+    best, over_search, over_programme, agreements = [], [], [], []
+    by_probes: dict[str, list[tuple[float, float]]] = {f"{count} probes": [] for count in COUNTS}
+    for member in members:
+        agreements.append(agreement(left_out[member.name], member))
+        print(f"{member.name:<9}", " ".join(f"{key} {value:.3f}" for key, value in agreements[-1].items()))
+        if member.name == "smol":
+            continue
+        found = costs(Scores(member.name, space_of(member.name), work), member, left_out[member.name])
+        for method, row in found.items():
+            print(f"{member.name:<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()), flush=True)
+        for target in TARGETS:
+            zero, many = found["0 probes"][target], found["30 probes"][target]
+            best.append((zero, min(found[method][target] for method in ("uniform", *PUBLISHED))))
+            over_programme.append((zero, found["programme"][target]))
+            for name, pairs in by_probes.items():
+                pairs.append((found[name][target], found["uniform"][target]))
+            if target in found.get("search", {}):
+                over_search.append((many, found["search"][target]))
+    smol = smol_costs()
+    for method, row in smol.items():
+        print(f"{'smol':<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()))
+    zero = smol.get("0 probes", {})
+    best += [(kl, min(smol[m][t] for m in ("uniform", *PUBLISHED))) for t, kl in zero.items()]
+    means = {key: float(np.mean([found[key] for found in agreements])) for key in ("tau", "inside")}
+    return {
+        "benchmark": "transfer",
+        "kind": kind,
+        "models": [member.name for member in members],
+        "zero_over_best_published": mean_ratio(best),
+        "smol_zero_over_uniform": mean_ratio([(kl, smol["uniform"][t]) for t, kl in zero.items()]),
+        "thirty_over_search": mean_ratio(over_search),
+        "zero_over_programme": mean_ratio(over_programme),
+        "over_uniform": {name: mean_ratio(pairs) for name, pairs in by_probes.items()},
+        **means,
+        "milliseconds": milliseconds(),
+    }
+
+
+def check(work: Path | None, count: int) -> dict[str, Any]:
+    """Measures some of the scores again."""
+    names = [EMBEDDED, *(name for name in MEMBERS if work and (work / name / "config.json").exists())]
+    tables = [Scores(name, space_of(name), work) for name in names]
+    keys = [(scores, key) for scores in tables for key in scores.known if key.startswith(("reward", "test"))]
+    agree = 0
+    for index in np.random.default_rng().permutation(len(keys))[:count]:
+        scores, key = keys[index]
+        split, *widths = key.split()
+        again = scores.measure(split, Allocation(tuple(map(int, widths))))
+        print(f"{scores.name} {key}: {scores.known[key]}, again {again:.5g}")
+        agree += bool(np.isclose(again, scores.known[key], rtol=0.02, atol=1e-5))
+    return {"benchmark": "transfer", "checked": min(count, len(keys)), "agree": agree}
+
+
+def main() -> None:
+    """Makes what is missing, and prints."""
+    parser = argparse.ArgumentParser(description="Allocations for models that were never searched.")
+    parser.add_argument("--work", type=Path, help="the folder of the zoo's weights")
+    parser.add_argument("--kind", default=KIND, help="of predictor")
+    parser.add_argument("--search", nargs="*", metavar="MODEL", help="run the own searches of models, and end")
+    parser.add_argument("--check", type=int, default=0, metavar="N", help="measure N scores again")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.search is not None:
+        for first, last in ((0.3, 0.5), (0.2, 0.6)):
+            for name in options.search:
+                Scores(name, space_of(name), options.work).search(first, last)
+        return
+    found = check(options.work, options.check) if options.check else summary(options.work, options.kind)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

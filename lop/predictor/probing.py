@@ -1,0 +1,129 @@
+"""A few evaluations on a new model: which are worth making, and what they say of all the others."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lop.predictor.curves import Curves, Rule, rising
+from lop.space.allocation import Allocation, Space
+from lop.space.features import PRUNED
+
+# Shares at which layers are probed: where targets are, and far enough apart to say different things.
+SHARES = (0.25, 0.5, 0.75)
+# What a probe says of other layers, of layers so many places away, and of shares so many e-folds away.
+_COMMON, _REACH, _FOLDS = 0.3, 1.0, 1.5
+# Of a measured logarithm, beside what is predicted: the samples are some hundred.
+_NOISE = 0.05
+_TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A layer pruned alone.
+
+    Attributes:
+        share: of its neurons that were pruned.
+        damage: KL to the dense model, in nats.
+    """
+
+    layer: int
+    share: float
+    damage: float
+
+
+def corrected(curves: Curves, probes: Sequence[Probe]) -> Curves:
+    """The curves given what was measured: a Gaussian process on the errors of their logarithms.
+
+    The covariance of two errors is the product of the curves' deviations there, of a factor that falls with the
+    distance of the layers to what all layers have in common, and of one that falls with the ratio of the shares.
+    """
+    if not probes:
+        return curves
+    layers = np.array([probe.layer for probe in probes])
+    logs = np.log([probe.share for probe in probes])
+    grid = np.log(PRUNED)
+    mean = np.array([np.interp(log, grid, curves.mean[layer]) for layer, log in zip(layers, logs)])
+    deviation = np.array([np.interp(log, grid, curves.deviation[layer]) for layer, log in zip(layers, logs)])
+    error = np.log([max(probe.damage, _TINY) for probe in probes]) - mean
+    known = _alike(layers, logs, layers, logs) * np.outer(deviation, deviation) + _NOISE**2 * np.eye(len(error))
+    count = len(curves.mean)
+    rows, columns = np.repeat(np.arange(count), len(grid)), np.tile(grid, count)
+    across = _alike(rows, columns, layers, logs) * np.outer(curves.deviation.ravel(), deviation)
+    gain = np.linalg.solve(known, across.T).T
+    variance = curves.deviation.ravel() ** 2 - (gain * across).sum(1)
+    return Curves(
+        rising(curves.mean + (gain @ error).reshape(curves.mean.shape)),
+        np.sqrt(variance.clip(_NOISE**2)).reshape(curves.mean.shape),
+    )
+
+
+def next_probe(curves: Curves, made: Sequence[Probe]) -> tuple[int, float] | None:
+    """The layer and share whose measurement is worth most: by the deviation of what it costs, in nats.
+
+    None if all have been made.
+    """
+    taken = {(probe.layer, probe.share) for probe in made}
+    worth = {
+        (layer, share): float(np.exp(mean) * deviation)
+        for share in SHARES
+        for layer, (mean, deviation) in enumerate(zip(_at(curves.mean, share), _at(curves.deviation, share)))
+        if (layer, share) not in taken
+    }
+    return max(worth, key=worth.__getitem__) if worth else None
+
+
+def _at(values: np.ndarray, share: float) -> np.ndarray:
+    return np.array([np.interp(np.log(share), np.log(PRUNED), row) for row in values])
+
+
+def _alike(layers: np.ndarray, logs: np.ndarray, others: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """The correlation of the errors at two lists of points, [n, m]."""
+    near = _COMMON + (1 - _COMMON) * np.exp(-np.abs(layers[:, None] - others) / _REACH)
+    return np.asarray(near * np.exp(-0.5 * ((logs[:, None] - theirs) / _FOLDS) ** 2))
+
+
+def alone(space: Space, layer: int, share: float) -> Allocation:
+    """The allocation that prunes one layer by the share, or as near to it as its widths come."""
+    units = round((1 - share) * space.neurons / space.granularity)
+    widths = [space.neurons] * space.layers
+    widths[layer] = min(max(units * space.granularity, space.min_width), space.neurons)
+    return Allocation(tuple(widths))
+
+
+def probe(
+    curves: Curves, space: Space, count: int, measure: Callable[[Allocation], float], made: Sequence[Probe] = ()
+) -> list[Probe]:
+    """As many further probes, each chosen by what those before it say; fewer where there are no more to make.
+
+    Args:
+        measure: the KL to the dense model of an allocation, in nats.
+        made: what is known already.
+    """
+    probes = list(made)
+    for _ in range(count):
+        place = next_probe(corrected(curves, probes), probes)
+        if place is None:
+            break
+        probes.append(Probe(*place, measure(alone(space, *place))))
+    return probes[len(made) :]
+
+
+def candidates(curves: Curves, space: Space, budget: int, rule: Rule) -> list[Allocation]:
+    """Allocations of a budget that differ in how far the curves' sums are believed; the rule's own comes first."""
+    rules = [rule, *(Rule(power, cap) for power in (1.0, 0.7, 0.5, 0.85) for cap in (0.3, 0.15, 0.5, 0.2))]
+    return list(dict.fromkeys(curves.allocate(space, budget, found) for found in rules))
+
+
+def best_of_few(
+    curves: Curves, space: Space, budget: int, rule: Rule, count: int, measure: Callable[[Allocation], float]
+) -> tuple[Allocation, list[Probe]]:
+    """The allocation that `count` evaluations come to: two thirds probe layers, the others compare candidates.
+
+    Args:
+        measure: as in `probe`.
+    """
+    compared = -(-count // 3)
+    probes = probe(curves, space, count - compared, measure)
+    found = candidates(corrected(curves, probes), space, budget, rule)
+    return min(found[: max(compared, 1)], key=measure) if count else found[0], probes

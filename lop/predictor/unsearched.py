@@ -1,0 +1,64 @@
+"""What answers targets for a model: its own predictor, or, where it was never searched, the general one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from lop.predictor.curves import Curves, Rule
+from lop.space.allocation import Allocation, Space
+from lop.space.size import ModelSize
+
+
+class Answering(Protocol):
+    """A predictor of one model, as far as targets are concerned; see `lop.predictor.predictor.Predictor`."""
+
+    @property
+    def space(self) -> Space:
+        """The model's allocations."""
+
+    @property
+    def size(self) -> ModelSize:
+        """The dense model's numbers."""
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """What it was made from."""
+
+    @property
+    def source(self) -> str | None:
+        """Where its answers come from, if not from the model's own search."""
+
+    def allocate(self, budget: int) -> Allocation:
+        """The allocation of exactly `budget` neurons."""
+
+
+@dataclass(frozen=True)
+class Unsearched:
+    """A model that was calibrated, and at most probed.
+
+    Attributes:
+        curves: what its layers are expected to cost.
+        rule: how that becomes an allocation.
+        fingerprints: of what the features were made from.
+        probes: evaluations that the curves were corrected by.
+    """
+
+    curves: Curves
+    rule: Rule
+    space: Space
+    size: ModelSize
+    fingerprints: Mapping[str, str]
+    probes: int = 0
+
+    @property
+    def source(self) -> str:
+        """That it is the general predictor, and with how many probes."""
+        return f"general, {self.probes} probes"
+
+    def allocate(self, budget: int) -> Allocation:
+        """The allocation of exactly `budget` neurons that costs least by the curves.
+
+        Raises:
+            LopError: the budget is not one of the space's.
+        """
+        return self.curves.allocate(self.space, budget, self.rule)

@@ -44,7 +44,12 @@ KINDS = {
     "all": ("parts=[ffn, attention]", "min_width=0"),
 }
 _SEARCH = {
-    "tiny": ("search.evaluations=50", "search.simulations=100", "search.roots=[wanda, flap, sensitivity]"),
+    "tiny": (
+        "search.evaluations=50",
+        "search.simulations=100",
+        "search.roots=[wanda, flap, sensitivity]",
+        "search.confirm={share: 0.6}",
+    ),
     "smol": ("search.evaluations=32", "search.simulations=64", "search.confirm={share: 0.8, candidates: 2}"),
 }
 

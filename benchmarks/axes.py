@@ -4,8 +4,9 @@ At equal parameters, shares of what a model's layers hold in FFNs and attention 
 on top), LOP searches with equally many evaluations on `tiny` and `smol`: FFNs alone (`ffn`), groups of attention heads
 beside them (`both`), and either of them down to nothing in a layer (`all`). The two latter start from the first one's
 answer (`search.start`), which is among those that are confirmed on reward samples kept back; here these are the
-greater part, so that the search is short and its answer is judged well. `tiny` has one group a layer, which `both`
-cannot take.
+greater part, so that the search is short and its answer is judged well. What comes before the trees looks at each axis
+alone, on few samples, and so takes twice as long where there are twice as many. `tiny` has one group a layer, which
+`both` cannot take.
 
 Each search and each score is a small file under `results/axes/MODEL/KIND`, with the fingerprint of what it was made
 from; what is missing is made, and the summary is printed from the files. `--check N` makes N of the scores again.
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import targets
 import torch
-from bench import LOP, Bench, Chosen
+from bench import Bench, Chosen
 
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
@@ -37,6 +38,7 @@ from lop.stages.calibrate import calibrate_stage
 from lop.storage.files import read_json
 
 RESULTS = Path(__file__).parent.parent / "results"
+METHOD = "lop-descent"  # Of those in `bench.LOPS`.
 SIZES = (0.9, 0.8, 0.7, 0.6)
 KINDS = {
     "ffn": (),
@@ -44,8 +46,13 @@ KINDS = {
     "all": ("parts=[ffn, attention]", "min_width=0"),
 }
 _SEARCH = {
-    "tiny": ("search.evaluations=50", "search.simulations=100", "search.roots=[wanda, flap, sensitivity]"),
-    "smol": ("search.evaluations=32", "search.simulations=64", "search.confirm={share: 0.8, candidates: 2}"),
+    "tiny": (
+        "search.evaluations=50",
+        "search.simulations=100",
+        "search.roots=[wanda, flap, sensitivity]",
+        "search.confirm={share: 0.6}",
+    ),
+    "smol": ("search.evaluations=16", "search.simulations=32", "search.confirm={share: 0.8, candidates: 2}"),
 }
 
 
@@ -61,13 +68,13 @@ class Searches(Bench):
         super().__init__(model, folder / model, seed, [RESULTS / "axes" / model / kind])
 
     def _config(self, ratio: float, *more: str) -> Config:
-        settings = [*_SEARCH[self.model], *KINDS[self.kind], *more]
+        settings = [*more, *_SEARCH[self.model], *KINDS[self.kind]]
         if self._ffn is not None:
             start = self._ffn.search_folder(self._ffn.ratio(1 - ratio))
             settings.append(f"search.start={start.resolve()}")
         return super()._config(ratio, *settings)
 
-    def search_folder(self, ratio: float) -> Path:
+    def search_folder(self, ratio: float, name: str = METHOD) -> Path:
         """Of the search at a ratio."""
         return self._folder / self.kind / f"{self.seed}-{ratio}"
 
@@ -91,7 +98,7 @@ class Searches(Bench):
 
     def has(self, size: float) -> bool:
         """Whether both cells of a size are there."""
-        return (self._results[0] / f"choice-{LOP}-{self.ratio(size)}-{self.seed}.json").exists()
+        return (self._results[0] / f"choice-{METHOD}-{self.ratio(size)}-{self.seed}.json").exists()
 
     def kept_groups(self, chosen: Chosen) -> float:
         """The share of attention's groups that an answer keeps."""
@@ -115,7 +122,7 @@ def summary(model: str, found: dict[str, Searches], sizes: Sequence[float], *, t
         for kind, bench in found.items():
             if there and not bench.has(size):
                 continue
-            chosen, kl[kind], right = bench.result(LOP, bench.ratio(size))
+            chosen, kl[kind], right = bench.result(METHOD, bench.ratio(size))
             lines["kl"].setdefault(kind, {})[str(size)] = float(kl[kind].mean())
             lines["groups_kept"].setdefault(kind, {})[str(size)] = bench.kept_groups(chosen)
             kept = f"{bench.cost(chosen):,} parameters, {bench.kept_groups(chosen):.0%} of attention"
@@ -153,7 +160,7 @@ def main() -> None:
     found = {model: searches(model, options.runs, options.seed) for model in options.models}
     if options.check:
         benches = [bench for kinds in found.values() for bench in kinds.values()]
-        agree = [same for bench in benches for same in bench.check(options.check, [LOP])]
+        agree = [same for bench in benches for same in bench.check(options.check, [METHOD])]
         print(json.dumps({"benchmark": "axes", "checked": len(agree), "agree": sum(agree)}))
         return
     lines = {model: summary(model, kinds, options.sizes, there=options.there) for model, kinds in found.items()}

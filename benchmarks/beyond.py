@@ -104,7 +104,7 @@ class Beyond:
 
     def _reshape(self, method: str, ratio: float) -> dict[str, Any]:
         run, workshop, reshaping = self.bench.run, self.bench.workshop, RESHAPINGS[method]
-        asked = run.size.parameters - run.size.pruned_parameters(run.space.budget(ratio))
+        asked = run.removed_parameters(ratio)
         start = time.perf_counter()
         calibration = workshop.encode(run.samples.calibration)
         made = reshaping.reshape(workshop.elastic.backbone, calibration, asked, reshaping.refits)

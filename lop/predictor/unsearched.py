@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lop.predictor.curves import Curves, Rule
-from lop.space.allocation import Allocation, Space
+from lop.space.allocation import Allocation, Space, of_ffns
 from lop.space.size import ModelSize
 
 
@@ -29,7 +29,7 @@ class Answering(Protocol):
         """Where its answers come from, if not from the model's own search."""
 
     def allocate(self, budget: int) -> Allocation:
-        """The allocation of exactly `budget` neurons."""
+        """The allocation of `budget`."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Unsearched:
         return f"general, {self.probes} probes"
 
     def allocate(self, budget: int) -> Allocation:
-        """The allocation of exactly `budget` neurons that costs least by the curves.
+        """The allocation of `budget` that costs least by the curves, which are of FFNs alone.
 
         Raises:
             LopError: the budget is not one of the space's.
         """
-        return self.curves.allocate(self.space, budget, self.rule)
+        return of_ffns(self.space, budget, lambda space, neurons: self.curves.allocate(space, neurons, self.rule))

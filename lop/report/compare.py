@@ -193,7 +193,7 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
         elastic.restore()
     for name, target, recovery in tqdm(_reshapings(run), desc="reshape", unit="method", disable=not progress):
         start = time.perf_counter()
-        removed = run.size.parameters - run.size.pruned_parameters(run.space.budget(target))
+        removed = run.removed_parameters(target)
         made = RESHAPINGS[name].reshape(elastic.backbone, calibration, removed, RECOVERIES[recovery].refits)
         seconds = time.perf_counter() - start
         correct = Scoring(made.backbone, scoring.encoded).scores().correct

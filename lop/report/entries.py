@@ -75,7 +75,7 @@ def baseline_entries(run: Run, targets: Sequence[float], *, progress: bool) -> I
 def _reshaped_entries(run: Run, method: Reshaping, targets: Sequence[float]) -> Iterator[Entry]:
     """A method that leaves the FFNs as they are, at as many parameters."""
     for target in targets:
-        removed = run.size.parameters - run.size.pruned_parameters(run.space.budget(target))
+        removed = run.removed_parameters(target)
         cell = Cell(run.config.importance, dense(run.space).widths, reshaped=(method.name, removed))
         yield Entry(method.name, method.side, target, run.config.seed, cell, method.needs, 0.0)
 

@@ -176,6 +176,15 @@ class Run:
             vanishing=config.min_width == 0,
         )
 
+    def removed_parameters(self, target: float) -> int:
+        """How many parameters a target ratio takes from the dense model.
+
+        Raises:
+            LopError: the target is out of the space's reach.
+        """
+        lost = self.space.whole - self.space.budget(target)
+        return lost if self.space.attention else lost * self.size.neuron_parameters
+
     @property
     def _attention(self) -> Attention:
         folder = self.model_folder

@@ -25,7 +25,8 @@ def reshape_stage(
 
     Args:
         method: a key of `RESHAPINGS`.
-        target: its parameters are as many less, at least, as if this share of the FFN neurons were.
+        target: its parameters are as many less, at least, as if this share of the FFN neurons (with attention open: of
+            the parameters of both) were.
         out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
         recovery: `none` or `refit`; None takes the config's.
 
@@ -47,7 +48,7 @@ def reshape_stage(
     check_new(place)
     with TemporaryDirectory(prefix="lop-reshape-") as folder:
         run = Run(config, Path(folder))
-        asked = run.size.parameters - run.size.pruned_parameters(run.space.budget(target))
+        asked = run.removed_parameters(target)
         neurons = np.tile(np.arange(run.space.neurons), (run.space.layers, 1))
         samples = tuple(run.samples.calibration)
         workshop = Workshop(Materials(run.settled, neurons, np.zeros(neurons.shape), samples))

@@ -17,7 +17,7 @@ from lop.run.run import Run
 from lop.search.watch import print_ledger
 from lop.space.allocation import dense
 from lop.space.size import Target
-from lop.stages.calibrate import calibrate_stage
+from lop.stages.calibrate import calibrate_stage, features_stage
 from lop.stages.compare import compare_stage
 from lop.stages.local import Local
 from lop.stages.prune import prune_stage
@@ -125,6 +125,23 @@ def test_the_report_compares_methods_that_know_ffns_alone(both: Run) -> None:
     assert widths["dense"] == list(dense(both.space).widths)
     assert "groups of attention heads" in both.report_file.read_text()
     assert (both.folder / "allocations.png").stat().st_size > 0
+
+
+def test_the_predictor_for_all_models_keeps_attention_dense(base: Path, both: Run) -> None:
+    run = Run(config(base, *BOTH), base / "unsearched")
+    run.folder.mkdir()
+    run.statistics_file.write_bytes(both.statistics_file.read_bytes())
+    features_stage(run)
+    budget = run.space.budget(0.2)
+    found = predictor_for(run, run.config).allocate(budget)
+    assert found.widths[LAYERS:] == (GROUPS,) * LAYERS
+    assert 0 <= budget - run.space.cost(found.widths) < run.space.parts[0].cost * run.space.granularity
+
+
+def test_a_ratio_is_of_the_parameters_of_what_is_open(ffns: Run, both: Run) -> None:
+    size = both.size
+    assert ffns.removed_parameters(0.4) == size.parameters - size.pruned_parameters(ffns.space.budget(0.4))
+    assert both.removed_parameters(0.4) == pytest.approx(0.4 * both.space.whole, abs=1)
 
 
 def test_what_knows_ffns_alone_is_refused(base: Path, both: Run, ffns: Run) -> None:

@@ -91,7 +91,7 @@ def model_card(source: Path, family: Family, manifest: Mapping[str, Any], *, par
         "pipeline_tag": "image-text-to-text",
         "tags": ["lop", "pruned", family.model_type],
     }
-    made = [f"{key} {manifest[key]}" for key in ("format", "importance", "recovery") if key in manifest]
+    made = [f"{key} {manifest[key]}" for key in ("format", "method", "importance", "recovery") if key in manifest]
     if "target" in manifest:
         made.append(f"target {manifest['target']:.4f}")
     if "distilled" in manifest:
@@ -142,7 +142,7 @@ def _untouched(manifest: Mapping[str, Any]) -> str:
 
 def _loading(family: Family, manifest: Mapping[str, Any]) -> str:
     if "gguf" not in manifest:
-        return _LOADING[manifest["format"]].format(
+        return _LOADING["dense" if "layers" in manifest else manifest["format"]].format(
             family=family.name,
             without='`lop.load("PATH")` and vLLM need' if family.in_vllm else '`lop.load("PATH")` needs',
         )

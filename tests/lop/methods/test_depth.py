@@ -157,7 +157,10 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     out = str(tmp_path / "out")
     assert main(["reshape", "--method", "shortgpt", *few, "--recovery", "none", "--out", out]) == 0
     assert len(verify(Path(out))["widths"]) == 9
-    assert "3 of its 12 layers removed" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "3 of its 12 layers removed" in card
+    assert "method shortgpt" in card
+    assert "filled up with zeros" not in card
     assert main(["inspect", out]) == 0
     assert "9, which were" in capsys.readouterr().out
     assert main(["reshape", "--method", "shortgpt", *few, "--out", out]) == 2

@@ -119,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bits(prune)
     prune.add_argument("--vision", action="store_true", help="with --bits, quantise the vision tower, too")
     _add_out(prune)
+    probe = add(
+        "probe", "measure a few layers of a calibrated model, for `lop predict` without a search", commands.probe
+    )
+    _add_workers(probe)
+    probe.add_argument("--budget", type=int, default=30, metavar="N", help="evaluations in all (30)")
+    probe.add_argument("--target", type=float, metavar="RATIO", help="compare allocations of this target, too")
     measure = add("measure", "measure pruned and quantised models, for --bytes to choose by", commands.measure)
     _add_workers(measure)
     quantise = add("quantise", "write a checkpoint again with weights of fewer bits", commands.quantise, common=False)

@@ -45,6 +45,7 @@ METHODS: dict[str, Method] = {
         tree.METHOD,
         lop_search.METHOD,
         lop_predictor.METHOD,
+        lop_predictor.GENERAL,
     )
 }
 BASELINES = tuple(name for name, method in METHODS.items() if method.side is Side.BASELINE)

@@ -17,6 +17,7 @@ from lop.methods.uniform import METHOD as UNIFORM
 from lop.model.samples import check_answers
 from lop.run.compute import Compute
 from lop.run.config import save_config
+from lop.run.prediction import general_identity, unsearched
 from lop.run.run import Run
 from lop.run.surveys import statistics_for
 from lop.search.confirmation import Confirmed, confirm
@@ -40,6 +41,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
     """Runs the search to its end, or takes it up where it was interrupted, and writes `search.json`."""
     fingerprints = {**run.evaluation_fingerprints, "search settings": _search_fingerprint(run)}
+    if any(METHODS[name].root is Root.PREDICTED for name in run.config.search.roots):
+        fingerprints["general predictor"] = general_identity(run)
     if run.search_file.exists() and read_as(run.search_file, itemgetter("fingerprints")) == fingerprints:
         log.info("search: %s is there already", run.search_file)
         return
@@ -95,6 +98,8 @@ def build_trees(run: Run) -> dict[float, SearchTree]:
 
 def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
     method = METHODS[name]
+    if method.root is Root.PREDICTED:
+        return unsearched(run).allocate(budget)
     if method.start is not None:
         return method.start(statistics_for(run, method), run.space, budget)
     return rival_root(run, name, target)

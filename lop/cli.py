@@ -128,6 +128,12 @@ def build_parser() -> argparse.ArgumentParser:
     reshape.add_argument("--target", type=float, required=True, metavar="RATIO", help=help)
     reshape.add_argument("--recovery", choices=RECOVERIES, help="none or refit (default: refit)")
     _add_out(reshape)
+    probe = add(
+        "probe", "measure a few layers of a calibrated model, for `lop predict` without a search", commands.probe
+    )
+    _add_workers(probe)
+    probe.add_argument("--budget", type=int, default=30, metavar="N", help="evaluations in all (30)")
+    probe.add_argument("--target", type=float, metavar="RATIO", help="compare allocations of this target, too")
     measure = add("measure", "measure pruned and quantised models, for --bytes to choose by", commands.measure)
     _add_workers(measure)
     quantise = add("quantise", "write a checkpoint again with weights of fewer bits", commands.quantise, common=False)

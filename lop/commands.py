@@ -139,6 +139,15 @@ def reshape(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def probe(options: argparse.Namespace) -> None:
+    from lop.run.probes import probes_file
+    from lop.stages.probe import probe_stage
+
+    run = _run(options)
+    probe_stage(run, _compute(run.config), options.budget, options.target)
+    print(run.location / probes_file(run).name)
+
+
 def measure(options: argparse.Namespace) -> None:
     from lop.console import PlainConsole
     from lop.report.qualities import plot_qualities, qualities_table

@@ -3,7 +3,7 @@
 import time
 
 from lop.errors import LopError
-from lop.methods.method import Given, Method, Need, Side
+from lop.methods.method import Given, Method, Need, Root, Side
 from lop.space.allocation import Allocation
 
 
@@ -30,3 +30,5 @@ METHOD = Method(
     has_profile=True,
     label="LOP predictor",
 )
+# Where LOP's search may start on a model that was calibrated, and at most probed.
+GENERAL = Method("general", Side.LOP, predicted, needs=METHOD.needs, root=Root.PREDICTED, is_compared=False)

@@ -198,6 +198,7 @@ class Root(StrEnum):
 
     READ = "read"  # From the statistics, by `Method.start`.
     SCANNED = "scanned"  # By the search itself, from a scan.
+    PREDICTED = "predicted"  # From the predictor for all models (`lop.run.prediction.unsearched`).
     FOUND = "found"  # By the method's own search, which must have been run for the target.
 
 

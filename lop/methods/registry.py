@@ -53,6 +53,7 @@ METHODS: dict[str, Method] = {
         tree.METHOD,
         lop_search.METHOD,
         lop_predictor.METHOD,
+        lop_predictor.GENERAL,
     )
 }
 # Those that leave the FFNs as they are.

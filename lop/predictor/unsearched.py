@@ -1,7 +1,7 @@
 """What answers targets for a model: its own predictor, or, where it was never searched, the general one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from lop.predictor.curves import Curves, Rule
@@ -40,7 +40,8 @@ class Unsearched:
         curves: what its layers are expected to cost.
         rule: how that becomes an allocation.
         fingerprints: of what the features were made from.
-        probes: evaluations that the curves were corrected by.
+        probes: evaluations that were spent on it.
+        best: by budget, the best of a few allocations that were compared.
     """
 
     curves: Curves
@@ -49,6 +50,7 @@ class Unsearched:
     size: ModelSize
     fingerprints: Mapping[str, str]
     probes: int = 0
+    best: Mapping[int, Allocation] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -56,9 +58,12 @@ class Unsearched:
         return f"general, {self.probes} probes"
 
     def allocate(self, budget: int) -> Allocation:
-        """The allocation of `budget` that costs least by the curves, which are of FFNs alone.
+        """The allocation of `budget` that costs least by the curves, of FFNs alone, or did where some were compared.
 
         Raises:
             LopError: the budget is not one of the space's.
         """
+        known = self.best.get(budget)
+        if known is not None and max(known.widths) <= self.space.max_width(budget):
+            return known
         return of_ffns(self.space, budget, lambda space, neurons: self.curves.allocate(space, neurons, self.rule))

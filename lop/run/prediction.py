@@ -7,9 +7,11 @@ from lop.errors import LopError
 from lop.model.shape import read_shape
 from lop.predictor.general import SHIPPED, load_general
 from lop.predictor.predictor import Predictor, load_predictor
+from lop.predictor.probing import corrected
 from lop.predictor.unsearched import Answering, Unsearched
 from lop.run.config import Config
 from lop.run.features import features_file, load_features
+from lop.run.probes import load_probes, probes_file
 from lop.run.run import Run, shipped_run
 from lop.space.allocation import ATTENTION
 from lop.space.latency import Profile, parse_profile
@@ -36,7 +38,7 @@ def predictor_for(run: Run | None, config: Config) -> Answering:
 
 
 def unsearched(run: Run) -> Unsearched:
-    """What the general predictor expects of a calibrated run's model.
+    """What the general predictor expects of a calibrated run's model, given the probes that were made.
 
     Raises:
         LopError: the run was not calibrated, or what is there is damaged or of another model.
@@ -44,7 +46,16 @@ def unsearched(run: Run) -> Unsearched:
     general, features = load_general(), load_features(run)
     if features.layers != run.space.layers:
         raise LopError(f"{features_file(run)} is damaged: it has {features.layers} layers, not {run.space.layers}")
-    return Unsearched(general.curves(features), general.rule, run.space, run.size, run.calibration_fingerprints)
+    known = load_probes(run)
+    return Unsearched(
+        corrected(general.curves(features), known.probes),
+        general.rule,
+        run.space,
+        run.size,
+        run.calibration_fingerprints,
+        known.evaluations,
+        known.best,
+    )
 
 
 def predictor_identity(run: Run) -> str:
@@ -61,7 +72,13 @@ def predictor_identity(run: Run) -> str:
             f"{own} is missing: run `lop calibrate`, `lop search` and `lop train` first; "
             "`lop calibrate` alone is enough for the predictor for all models"
         )
-    return fingerprint([fingerprint_file(path) for path in (features_file(run), SHIPPED)])
+    return general_identity(run)
+
+
+def general_identity(run: Run) -> str:
+    """A fingerprint of all that the general predictor answers from for a run that was calibrated."""
+    paths = (features_file(run), probes_file(run), SHIPPED)
+    return fingerprint([fingerprint_file(path) for path in paths if path.is_file()])
 
 
 def shape_of(run: Run) -> Shape:

@@ -33,7 +33,7 @@ SEEDS = "seeds"
 # What stages write, folders with a slash behind.
 _MADE = (
     "config.yaml", "statistics.safetensors", "search.json", "seconds.json", "status.json", "predictors.json",
-    "features.safetensors", "results.json", "report.md", "tables.json", "tables.md", "ledger/",
+    "features.safetensors", "probes.json", "results.json", "report.md", "tables.json", "tables.md", "ledger/",
     "predictors/", "predictor/", "rivals/", "cells/", "seeds/", "checkpoints/", "tune/", "surveys/",
     "qualities.json", "qualities.png",
 )  # fmt: skip

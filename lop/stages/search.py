@@ -20,6 +20,7 @@ from lop.model.samples import check_answers
 from lop.run.building import few_samples
 from lop.run.compute import Compute
 from lop.run.config import save_config
+from lop.run.prediction import general_identity, unsearched
 from lop.run.run import Run
 from lop.run.surveys import statistics_for
 from lop.search.confirmation import Confirmed, confirm
@@ -45,6 +46,8 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
     """Runs the search to its end, or takes it up where it was interrupted, and writes `search.json`."""
     starts = started(run)
     fingerprints = {**run.evaluation_fingerprints, "search settings": _search_fingerprint(run, starts)}
+    if any(METHODS[name].root is Root.PREDICTED for name in run.config.search.roots):
+        fingerprints["general predictor"] = general_identity(run)
     if run.search_file.exists() and read_as(run.search_file, itemgetter("fingerprints")) == fingerprints:
         log.info("search: %s is there already", run.search_file)
         return
@@ -170,6 +173,8 @@ def _answers(data: Any) -> tuple[dict[str, str], list[Allocation]]:
 
 def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
     method = METHODS[name]
+    if method.root is Root.PREDICTED:
+        return unsearched(run).allocate(budget)
     if method.start is not None:
         return method.suggest(statistics_for(run, method), run.space, budget)
     return rival_root(run, name, target)

@@ -1,0 +1,127 @@
+"""A calibrated model that was never searched: predicted at once, probed, and searched from there."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lop.errors import LopError
+from lop.model.find import assets
+from lop.run.choice import answer
+from lop.run.config import load_config
+from lop.run.features import features_file, save_features
+from lop.run.prediction import predictor_for, predictor_identity
+from lop.run.probes import probes_file
+from lop.run.run import Run
+from lop.search.evaluation import Evaluation
+from lop.search.loop import InProcess, Workers
+from lop.search.racing import Candidate
+from lop.space.allocation import Allocation
+from lop.space.features import PRUNED, SCALARS, Features
+from lop.space.size import Target
+from lop.stages.local import Local
+from lop.stages.probe import probe_stage
+from lop.stages.search import build_trees
+
+LAYERS = 12
+
+
+@dataclass
+class MadeUp(Local):
+    """Evaluates by a formula: one layer, which features say nothing of, costs more than all others."""
+
+    seen: list[Allocation] = field(default_factory=list)
+
+    @contextmanager
+    def evaluators(self, run: Run) -> Iterator[Workers]:
+        yield InProcess(self)
+
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        self.seen.append(candidate.allocation)
+        shares = 1 - np.array(candidate.allocation.widths) / 160
+        costs = np.where(np.arange(LAYERS) == 7, 50.0, 0.01)
+        return Evaluation(0.5, -1.0, divergence=float((costs * shares**2).sum()))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """The embedded model, calibrated."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(assets() / "run" / "statistics.safetensors", folder)
+    settings = ["search.reward=divergence", "search.roots=[general]", "search.confirm={}"]
+    found = Run(load_config(assets() / "run" / "config.yaml", settings), folder)
+    curve = np.tile(np.log(0.01) + 2 * np.log(PRUNED), (LAYERS, 1))
+    scalars = np.zeros((LAYERS, len(SCALARS)))
+    save_features(found, Features(np.stack([curve / 2, curve / 2, curve]), scalars))
+    return found
+
+
+def test_a_calibrated_model_is_answered_for_and_it_is_said_by_what(run: Run) -> None:
+    found = answer(run, run.config, Target(ratio=0.3), "hf")
+    assert found["source"] == "general, 0 probes"
+    assert sum(found["widths"]) == run.space.budget(0.3)
+
+
+def test_probes_find_what_no_feature_tells(run: Run) -> None:
+    before, compute = predictor_for(run, run.config).allocate(run.space.budget(0.3)), MadeUp()
+    identity = predictor_identity(run)
+    assert len(probe_stage(run, compute, 20, progress=False).probes) == len(compute.seen) == 20
+    after = predictor_for(run, run.config)
+    assert after.source == "general, 20 probes"
+    assert after.allocate(run.space.budget(0.3)).widths[7] > before.widths[7]
+    assert predictor_identity(run) != identity
+
+
+def test_no_probe_is_made_twice_and_more_of_them_go_on(run: Run) -> None:
+    first, second = MadeUp(), MadeUp()
+    probe_stage(run, first, 6, progress=False)
+    probe_stage(run, second, 9, progress=False)
+    assert len(second.seen) == 3
+    assert not set(first.seen) & set(second.seen)
+
+
+def test_for_a_target_allocations_are_compared_and_the_best_answers(run: Run) -> None:
+    compute, budget = MadeUp(), run.space.budget(0.5)
+    probe_stage(run, compute, 12, 0.5, progress=False)
+    compared = [allocation for allocation in compute.seen if allocation.budget == budget]
+    assert len(compute.seen) <= 12
+    assert compared
+    best = max(compared, key=lambda allocation: allocation.widths[7])
+    assert predictor_for(run, run.config).allocate(budget).widths[7] == best.widths[7]
+
+
+def test_a_search_starts_from_it(run: Run) -> None:
+    trees = build_trees(run)
+    for target, tree in trees.items():
+        asked: list[Allocation] = []
+        for _ in range(3):
+            for candidate in tree.advance():
+                asked.append(candidate.allocation)
+                tree.tell(candidate.allocation, Evaluation(0.5, -1.0, divergence=1.0))
+        assert predictor_for(run, run.config).allocate(run.space.budget(target)) in asked[:2]
+
+
+def test_what_is_wrong_is_told_in_one_line(run: Run) -> None:
+    with pytest.raises(LopError, match="at least 1 evaluation"):
+        probe_stage(run, MadeUp(), 0)
+    without = run.config.search.model_copy(update={"reward": "accuracy"})
+    other = Run(run.config.model_copy(update={"search": without}), run.folder)
+    with pytest.raises(LopError, match="search does not measure"):
+        probe_stage(other, MadeUp(), 3)
+    probes_file(run).write_text('{"probes": 3}')
+    with pytest.raises(LopError, match="is damaged"):
+        predictor_for(run, run.config)
+    features_file(run).unlink()
+    with pytest.raises(LopError, match="run `lop train` first, after a search, or `lop calibrate`"):
+        predictor_for(run, run.config)
+
+
+def test_features_of_another_order_are_refused(run: Run) -> None:
+    other = Run(run.config.model_copy(update={"importance": "magnitude"}), run.folder)
+    with pytest.raises(LopError, match="made with another importance"):
+        predictor_for(other, other.config)

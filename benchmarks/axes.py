@@ -6,7 +6,7 @@ beside them (`both`), and either of them down to nothing in a layer (`all`). The
 answer (`search.start`), which is among those that are confirmed on reward samples kept back; here these are the
 greater part, so that the search is short and its answer is judged well. What comes before the trees looks at each axis
 alone, on few samples, and so takes twice as long where there are twice as many. `tiny` has one group a layer, which
-`both` cannot take.
+`both` cannot take: it has no such cells.
 
 Each search and each score is a small file under `results/axes/MODEL/KIND`, with the fingerprint of what it was made
 from; what is missing is made, and the summary is printed from the files. `--check N` makes N of the scores again.
@@ -111,7 +111,8 @@ def searches(model: str, runs: Path, seed: int) -> dict[str, Searches]:
     both = Run(load_config(find_config(model), KINDS["both"]), runs / model / "calibration")
     calibrate_stage(both)
     ffn = Searches(model, "ffn", runs, seed)
-    return {"ffn": ffn, **{kind: Searches(model, kind, runs, seed, ffn) for kind in ("both", "all")}}
+    others = {kind: Searches(model, kind, runs, seed, ffn) for kind in KINDS if kind != "ffn"}
+    return {"ffn": ffn, **{kind: bench for kind, bench in others.items() if len(bench.run.space.parts[1].widths) > 1}}
 
 
 def summary(model: str, found: dict[str, Searches], sizes: Sequence[float], *, there: bool) -> dict[str, Any]:

@@ -150,9 +150,9 @@ def test_the_names_that_configs_hold_are_the_registrys() -> None:
     for name, method in METHODS.items():
         assert (name in ROOTS) == (method.root is not None)
         assert (name in SEARCHES) == (Need.EVALUATIONS in method.needs)
-        # What a search may start from is read off the statistics, or comes from a search.
+        # What a search may start from is read off the statistics, is predicted, or comes from a search.
         assert method.root is not Root.READ or method.start is not None
-        assert method.root in (None, Root.READ) or method.search is not None
+        assert method.root in (None, Root.READ, Root.PREDICTED) or method.search is not None
         assert method.side is not Side.BASELINE or method.start is not None
         assert SURVEY_OF.get(method.importance or "activation") in (None, *surveys_of(method.needs))
 

@@ -1,0 +1,48 @@
+"""The zoo that the general predictor learns from: who is in it, and what is kept of them."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("easy_vqa")
+
+from lop.space.features import PRUNED, SCALARS
+from training.zoo.data import load_members
+from training.zoo.fit import kendall
+from training.zoo.members import MEMBERS, Member
+
+
+@pytest.mark.parametrize("member", MEMBERS.values(), ids=lambda member: member.name)
+def test_every_member_is_a_model_that_tinys_scripts_can_train(member: Member) -> None:
+    shape = member.shape
+    assert shape.hidden == 24 * shape.heads  # The sections of M-RoPE come to half of that.
+    assert shape.heads >= 2 * shape.key_heads  # Two heads of a group start out looking for their own kind.
+    assert shape.neurons % 16 == 0
+    assert sum(member.shares.values()) == pytest.approx(1)
+
+
+def test_members_differ_in_depth_width_heads_and_seed() -> None:
+    for what in (
+        [member.shape.layers for member in MEMBERS.values()],
+        [member.seed for member in MEMBERS.values()],
+    ):
+        assert len(set(what)) == len(MEMBERS) >= 8
+    assert len({(member.shape.hidden, member.shape.heads, member.shape.key_heads) for member in MEMBERS.values()}) >= 4
+
+
+def test_what_is_kept_of_them_is_whole_and_they_had_learned_something() -> None:
+    for member in load_members():
+        layers = member.features.layers
+        assert member.features.curves.shape == (3, layers, len(PRUNED))
+        assert member.features.scalars.shape == (layers, len(SCALARS))
+        assert member.damages.shape == (layers, len(PRUNED))
+        assert np.isfinite(member.features.curves).all()
+        # Pruned by half alone, a layer costs something, and by most of it more.
+        assert (member.damages[:, PRUNED.index(0.5)] > 0).all()
+        assert (member.damages[:, -1] > member.damages[:, PRUNED.index(0.25)]).mean() > 0.9
+
+
+def test_tau_counts_the_pairs_that_are_ordered_alike() -> None:
+    first = np.array([1.0, 2.0, 3.0])
+    assert kendall(first, first) == 1
+    assert kendall(first, -first) == -1
+    assert kendall(first, np.array([1.0, 3.0, 2.0])) == pytest.approx(1 / 3)

@@ -3,18 +3,19 @@
 At equal parameters, shares of what a model's layers hold in FFNs and attention (embeddings, head and vision tower come
 on top), LOP searches with equally many evaluations on `tiny` and `smol`: FFNs alone (`ffn`), groups of attention heads
 beside them (`both`), and either of them down to nothing in a layer (`all`). The two latter start from the first one's
-answer (`search.start`), which is among those that are confirmed on reward samples kept back; here these are the
-greater part, so that the search is short and its answer is judged well. What comes before the trees looks at each axis
-alone, on few samples, and so takes twice as long where there are twice as many. `tiny` has one group a layer, which
-`both` cannot take: it has no such cells.
+answer (`search.start`), and so does a second search of FFNs alone (`again`), without which what comes of searching
+twice would count as what attention is worth. The start is confirmed, too, on reward samples kept back; here these are
+the greater part, so that the search is short and its answer is judged well. What comes before the trees looks at each
+axis alone, on few samples, and so takes twice as long where there are twice as many. `tiny` has one group a layer,
+which `both` cannot take: it has no such cells.
 
 Each search and each score is a small file under `results/axes/MODEL/KIND`, with the fingerprint of what it was made
 from; what is missing is made, and the summary is printed from the files. `--check N` makes N of the scores again.
 `--there` prints what there is, and makes nothing.
 
 The last line is JSON: by model, kind and size `kl` (nats, of the dense model's distributions from the pruned one's,
-mean over the test items), `joint_over_ffn` (by how much `both` and `all` are below `ffn`, as a share of it, with its
-95% interval: paired bootstrap over images and texts), what was kept of attention, and `memory_error` and
+mean over the test items), `joint_over_ffn` (by how much the others are below `ffn`, as a share of it, with its 95%
+interval: paired bootstrap over images and texts), what was kept of attention, and `memory_error` and
 `latency_error` from the cells of `benchmarks/targets.py`.
 """
 
@@ -42,6 +43,7 @@ METHOD = "lop-descent"  # Of those in `bench.LOPS`.
 SIZES = (0.9, 0.8, 0.7, 0.6)
 KINDS = {
     "ffn": (),
+    "again": (),
     "both": ("parts=[ffn, attention]",),
     "all": ("parts=[ffn, attention]", "min_width=0"),
 }
@@ -70,7 +72,7 @@ class Searches(Bench):
     def _config(self, ratio: float, *more: str) -> Config:
         settings = [*more, *_SEARCH[self.model], *KINDS[self.kind]]
         if self._ffn is not None:
-            start = self._ffn.search_folder(self._ffn.ratio(1 - ratio))
+            start = self._ffn.search_folder(self._ffn.ratio(1 - ratio) if self._is_joint else ratio)
             settings.append(f"search.start={start.resolve()}")
         return super()._config(ratio, *settings)
 
@@ -78,9 +80,13 @@ class Searches(Bench):
         """Of the search at a ratio."""
         return self._folder / self.kind / f"{self.seed}-{ratio}"
 
+    @property
+    def _is_joint(self) -> bool:
+        return bool(KINDS[self.kind])
+
     def ratio(self, size: float) -> float:
         """What a search that keeps this share of FFNs and attention together is asked for."""
-        if self._ffn is not None:
+        if self._is_joint:
             return round(1 - size, 6)
         widths = of_ffns(self._whole, self._whole.budget(round(1 - size, 6)), uniform).widths
         pruned = 1 - sum(widths[: self._whole.layers]) / (self._whole.layers * self._whole.neurons)
@@ -112,7 +118,8 @@ def searches(model: str, runs: Path, seed: int) -> dict[str, Searches]:
     calibrate_stage(both)
     ffn = Searches(model, "ffn", runs, seed)
     others = {kind: Searches(model, kind, runs, seed, ffn) for kind in KINDS if kind != "ffn"}
-    return {"ffn": ffn, **{kind: bench for kind, bench in others.items() if len(bench.run.space.parts[1].widths) > 1}}
+    able = {kind: bench for kind, bench in others.items() if len(bench.run.space.parts[-1].widths) > 1}
+    return {"ffn": ffn, **able}
 
 
 def summary(model: str, found: dict[str, Searches], sizes: Sequence[float], *, there: bool) -> dict[str, Any]:

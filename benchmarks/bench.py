@@ -45,6 +45,7 @@ LOPS = {
     LOP: ("search.descent=null",),
     "lop-descent": ("search.evaluations=8", "search.simulations=16"),
     "lop-taylor": ("importance=taylor", "search.descent=null"),
+    "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16"),
     "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]", "search.descent=null"),
 }
 _ITEMS = 800

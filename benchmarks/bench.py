@@ -42,10 +42,11 @@ from lop.storage.fingerprint import fingerprint
 LOP = LOP_SEARCH.name
 # LOP's search by other settings: ideas of methods that it was not ahead of.
 LOPS = {
-    LOP: (),
-    "lop-descent": ("search.evaluations=8", "search.simulations=16", "search.descent={}"),
-    "lop-taylor": ("importance=taylor",),
-    "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
+    LOP: ("search.descent=null",),
+    "lop-descent": ("search.evaluations=8", "search.simulations=16"),
+    "lop-taylor": ("importance=taylor", "search.descent=null"),
+    "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16"),
+    "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]", "search.descent=null"),
 }
 _ITEMS = 800
 _SETTINGS = (

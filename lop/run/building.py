@@ -124,5 +124,5 @@ def build_scorer(materials: Materials, samples: Sequence[Sample], kept_back: Seq
 
 def few_samples(config: Config, samples: Sequence[Sample]) -> list[Sample]:
     """Those of the search's samples that a descent looks at; none if there is no descent."""
-    descent = config.search.descent
+    descent = config.search.descends
     return [samples[index] for index in split(len(samples), descent.samples, seed=config.seed)] if descent else []

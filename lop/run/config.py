@@ -134,8 +134,8 @@ class SearchSettings(_Settings):
     and those that search by themselves must have been run by `lop rivals` for its targets.
     `method` is where moves come from: `guided` or the `paper`'s (`lop.search.tree.TreeOptions`).
     `confirm`: part of the reward samples is kept back from the search (`lop.search.confirmation`).
-    `descent`: whether and how steps downhill are taken before the trees begin, which start from where they lead, too
-    (`lop.search.descent`).
+    `descent`: steps downhill are taken before the trees begin, which start from where they lead, too
+    (`lop.search.descent`); not with method `paper`.
     `recovery` is what allocations are scored with; if it is not set, that with which checkpoints ship, or what that one
     starts from where it trains.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
@@ -160,7 +160,7 @@ class SearchSettings(_Settings):
     recovery: Untrained | None = None
     racing: RacingSettings | None = None
     confirm: ConfirmSettings | None = ConfirmSettings()
-    descent: DescentSettings | None = None
+    descent: DescentSettings | None = DescentSettings()
     start: str | None = None
 
     @property
@@ -172,6 +172,11 @@ class SearchSettings(_Settings):
     def scans(self) -> bool:
         """Whether layers are scanned one by one before the trees begin, for a root."""
         return any(METHODS[name].root is RootKind.SCANNED for name in self.roots)
+
+    @property
+    def descends(self) -> DescentSettings | None:
+        """How, if it does."""
+        return self.descent if self.method == "guided" else None
 
     @property
     def needs_answers(self) -> bool:

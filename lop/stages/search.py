@@ -87,7 +87,7 @@ def _descend(
     run: Run, trees: Mapping[float, SearchTree], workers: Workers, ledger: Ledger, watcher: SearchProgress
 ) -> dict[float, dict[str, Any]]:
     """Gives each tree what a descent from the uniform allocation comes by, and returns what its record says of it."""
-    settings = run.config.search.descent
+    settings = run.config.search.descends
     if settings is None:
         return {}
     planned = len(trees) * most_evaluations(run.space, settings.rounds)

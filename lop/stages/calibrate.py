@@ -11,7 +11,7 @@ from lop.model.find import EMBEDDED
 from lop.model.importance import SURVEY_OF
 from lop.model.statistics import calibrate
 from lop.run.building import Materials, Workshop
-from lop.run.config import Config
+from lop.run.config import Config, save_config
 from lop.run.features import features_file, load_features, save_features
 from lop.run.run import Run
 from lop.space.features import Features
@@ -67,6 +67,8 @@ def features_stage(run: Run) -> Features:
             workshop = Workshop(Materials.of(run))
             log.info("features: %d samples, forward and back", len(run.samples.calibration))
             save_features(run, measure_features(workshop.elastic.backbone, workshop.encode(run.samples.calibration)))
+    if not (own := run.folder / "config.yaml").exists():  # By it the run is answered for from now on.
+        save_config(run.settled, own)
     return load_features(run)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lop.cli import main
 from lop.errors import LopError
 from lop.model.find import assets
 from lop.run.choice import answer
@@ -26,6 +27,7 @@ from lop.space.size import Target
 from lop.stages.local import Local
 from lop.stages.probe import probe_stage
 from lop.stages.search import build_trees
+from tests.lop.stages.samples_few import few_samples
 
 LAYERS = 12
 
@@ -125,3 +127,14 @@ def test_features_of_another_order_are_refused(run: Run) -> None:
     other = Run(run.config.model_copy(update={"importance": "magnitude"}), run.folder)
     with pytest.raises(LopError, match="made with another importance"):
         predictor_for(other, other.config)
+
+
+def test_from_a_new_model_to_a_probed_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ("--run", str(tmp_path / "run"))
+    settings = ("--config", "tiny", "--set", f"samples={few_samples(tmp_path)}", "--set", "workers=0")
+    assert main(["calibrate", *run, *settings]) == 0
+    assert main(["calibrate", *run]) == 0  # The run has its settings now, and everything is there.
+    assert main(["probe", *run, "--budget", "2"]) == 0
+    capsys.readouterr()
+    assert main(["predict", *run, "--target", "0.3"]) == 0
+    assert capsys.readouterr().out.startswith("source: general, 2 probes\n")

@@ -15,7 +15,7 @@ projected onto the budget: a step of mirror descent with the entropy (Beck & Teb
 best is kept if it is better than before, and the next round begins there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -39,18 +39,23 @@ def descend(space: Space, budget: int, rounds: int, damage: Damage) -> list[Allo
     Args:
         damage: of allocations, on few samples; those of a round are asked for together.
     """
+    known: dict[Allocation, float] = {}
+
+    def look(allocations: Iterable[Allocation]) -> None:
+        new = [allocation for allocation in dict.fromkeys(allocations) if allocation not in known]
+        known.update(zip(new, damage(new), strict=True))
+
     now = uniform(space, budget)
     path: list[Allocation] = []
     for _ in range(rounds):
         moves = [_narrowed(space, now, axis) for axis in range(space.axes)]
-        asked = list(dict.fromkeys([now, *moves]))
-        known = dict(zip(asked, damage(asked), strict=True))
+        look([now, *moves])
         saved = [space.cost(now.widths) - space.cost(move.widths) for move in moves]
         worth = [(known[move] - known[now]) / (less or 1) for move, less in zip(moves, saved, strict=True)]
         steps = _steps(space, budget, now, np.array(worth))
-        found = dict(zip(steps, damage(steps), strict=True))
-        best = min(found, key=found.__getitem__, default=now)
-        if best == now or found[best] >= known[now]:
+        look(steps)
+        best = min([now, *steps], key=known.__getitem__)
+        if best == now:
             break
         now = best
         path.append(now)

@@ -15,6 +15,7 @@ from lop.model.encoding import Encoded, encode
 from lop.model.find import find_model
 from lop.model.samples import Sample
 from lop.run.config import Config
+from lop.search.descent import Few
 from lop.search.evaluation import Scorer, Scorers
 from lop.search.evaluator import Evaluator
 from lop.search.racing import Racing, split
@@ -114,15 +115,18 @@ def build_scorer(materials: Materials, samples: Sequence[Sample], kept_back: Seq
     def scorer(chosen: Sequence[Sample], *, divergence: bool) -> Evaluator:
         return Evaluator(workshop.elastic, workshop.encode(chosen), repair=repair, divergence=divergence)
 
-    few = few_samples(materials.config, samples)
     return Scorers(
         workshop.evaluator(samples, repair),
         scorer(kept_back, divergence=settings.needs_divergence) if kept_back else None,
-        scorer(few, divergence=True) if few else None,
+        {few: scorer(chosen, divergence=True) for few, chosen in few_samples(materials.config, samples).items()},
     )
 
 
-def few_samples(config: Config, samples: Sequence[Sample]) -> list[Sample]:
-    """Those of the search's samples that a descent looks at; none if there is no descent."""
+def few_samples(config: Config, samples: Sequence[Sample]) -> dict[Few, list[Sample]]:
+    """Those of the search's samples that a descent looks at, equally many of each; none if there is no descent."""
     descent = config.search.descends
-    return [samples[index] for index in split(len(samples), descent.samples, seed=config.seed)] if descent else []
+    if descent is None:
+        return {}
+    count = min(descent.samples, len(samples) // len(Few))
+    drawn = [samples[index] for index in split(len(samples), count * len(Few), seed=config.seed)]
+    return dict(zip(Few, (drawn[:count], drawn[count:]), strict=True))

@@ -119,7 +119,10 @@ class ConfirmSettings(_Settings):
 
 
 class DescentSettings(_Settings):
-    """Where a search starts from, beside its roots: `rounds` steps downhill, on so many reward `samples`."""
+    """Where a search starts from, beside its roots: `rounds` steps downhill.
+
+    They are measured on so many reward `samples`, and judged on as many others.
+    """
 
     samples: Positive = 96
     rounds: Positive = 3

@@ -11,11 +11,13 @@ In the best allocation of a budget all m_a are equal. If damage falls off expone
 
     p_a − η·(log m_a − mean of log m),
 
-projected onto the budget: a step of mirror descent with the entropy (Beck & Teboulle 2003). Several η are tried, the
-best is kept if it is better than before, and the next round begins there.
+projected onto the budget: a step of mirror descent with the entropy (Beck & Teboulle 2003). Few samples are noisy, and
+neighbouring layers are alike, so the logarithms are taken as they are, and smoothed over depth; either with several η.
+Which of these steps is best, and whether it is better than where it began, is judged on as many other samples.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from enum import IntEnum
 
 import numpy as np
 
@@ -27,34 +29,44 @@ from lop.space.allocation import Allocation, Space, project, uniform
 # Of an axis, which is narrowed by so much, in whole steps.
 _PART = 1 / 12
 _RATES = (0.2, 0.08, 0.03)
+# Of the logarithms of a layer and its neighbours, before a step.
+_KERNELS = (np.ones(1), np.array([1, 2, 3, 2, 1]) / 9)
 # What hardly hurts on so few samples, or seems to help, counts as this quantile of all.
 _FLOOR = 0.1
 
-Damage = Callable[[Sequence[Allocation]], list[float]]
+
+class Few(IntEnum):
+    """Which of a descent's samples, as ledgers have it."""
+
+    MEASURE = 1
+    JUDGE = 2
+
+
+Damage = Callable[[Sequence[Allocation], Few], list[float]]
 
 
 def descend(space: Space, budget: int, rounds: int, damage: Damage) -> list[Allocation]:
     """The allocations of `budget` that each round ended at, where it found a better one than the one before.
 
     Args:
-        damage: of allocations, on few samples; those of a round are asked for together.
+        damage: of allocations; those that do not depend on each other are asked for together.
     """
-    known: dict[Allocation, float] = {}
+    known: dict[tuple[Allocation, Few], float] = {}
 
-    def look(allocations: Iterable[Allocation]) -> None:
-        new = [allocation for allocation in dict.fromkeys(allocations) if allocation not in known]
-        known.update(zip(new, damage(new), strict=True))
+    def look(allocations: Iterable[Allocation], few: Few) -> list[float]:
+        asked = list(allocations)
+        new = [allocation for allocation in dict.fromkeys(asked) if (allocation, few) not in known]
+        known.update(zip(((allocation, few) for allocation in new), damage(new, few), strict=True))
+        return [known[allocation, few] for allocation in asked]
 
     now = uniform(space, budget)
     path: list[Allocation] = []
     for _ in range(rounds):
         moves = [_narrowed(space, now, axis) for axis in range(space.axes)]
-        look([now, *moves])
+        base, *worse = look([now, *moves], Few.MEASURE)
         saved = [space.cost(now.widths) - space.cost(move.widths) for move in moves]
-        worth = [(known[move] - known[now]) / (less or 1) for move, less in zip(moves, saved, strict=True)]
-        steps = _steps(space, budget, now, np.array(worth))
-        look(steps)
-        best = min([now, *steps], key=known.__getitem__)
+        steps = [now, *_steps(space, budget, now, (np.array(worse) - base) / [less or 1 for less in saved])]
+        best = steps[int(np.argmin(look(steps, Few.JUDGE)))]
         if best == now:
             break
         now = best
@@ -76,8 +88,8 @@ class RecordedDamages:
         self._workers, self._ledger, self._planned, self._watcher = workers, ledger, planned, watcher
         self.scored = 0
 
-    def __call__(self, allocations: Sequence[Allocation]) -> list[float]:
-        candidates = [Candidate(allocation, few=True) for allocation in allocations]
+    def __call__(self, allocations: Sequence[Allocation], few: Few) -> list[float]:
+        candidates = [Candidate(allocation, few=few) for allocation in allocations]
         found = evaluate_recorded(candidates, self._workers, self._ledger, self._tell)
         self.scored += len(allocations)
         return [-found[allocation].worth("divergence") for allocation in allocations]
@@ -95,7 +107,7 @@ class RecordedDamages:
 
 def most_evaluations(space: Space, rounds: int) -> int:
     """The most damages that a descent asks for."""
-    return rounds * (1 + space.axes + len(_RATES))
+    return rounds * (2 + space.axes + len(_RATES) * len(_KERNELS))
 
 
 def _narrowed(space: Space, now: Allocation, axis: int) -> Allocation:
@@ -107,8 +119,17 @@ def _narrowed(space: Space, now: Allocation, axis: int) -> Allocation:
 
 
 def _steps(space: Space, budget: int, now: Allocation, worth: np.ndarray) -> list[Allocation]:
-    """Where steps of each length lead, without `now` itself."""
-    logs = np.log(np.maximum(worth, max(float(np.quantile(np.abs(worth), _FLOOR)), np.finfo(float).tiny)))
+    """Where steps of each kind and length lead.
+
+    Args:
+        worth: [axes], m.
+    """
+    least = max(float(np.quantile(np.abs(worth), _FLOOR)), np.finfo(float).tiny)
+    logs = np.log(np.maximum(worth, least)).reshape(len(space.parts), space.layers)
     ratios = np.array(now.ratios(space))
-    found = [project(ratios - rate * (logs - logs.mean()), space, budget) for rate in _RATES]
-    return [allocation for allocation in dict.fromkeys(found) if allocation != now]
+    steps = []
+    for kernel in _KERNELS:
+        around = np.pad(logs, ((0, 0), (len(kernel) // 2,) * 2), mode="edge")
+        smooth = np.concatenate([np.convolve(part, kernel, mode="valid") for part in around])
+        steps += [project(ratios - rate * (smooth - smooth.mean()), space, budget) for rate in _RATES]
+    return list(dict.fromkeys(steps))

@@ -1,6 +1,7 @@
 """What scoring an allocation comes to: the value that trees learn from and ledgers keep."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lop.search.racing import Candidate
@@ -26,7 +27,7 @@ class Evaluation:
         opponent: the widths of the allocation that this one raced against.
         scored: the samples scored before the race was given up; None if that was all.
         confirms: whether it was on the samples kept back from the search; None if not.
-        few: whether it was on the few samples of a descent; None if not.
+        few: on which of the few samples of a descent it was; None if on none.
     """
 
     accuracy: float
@@ -39,7 +40,7 @@ class Evaluation:
     opponent: tuple[int, ...] | None = None
     scored: int | None = None
     confirms: bool | None = None
-    few: bool | None = None
+    few: int | None = None
 
     @classmethod
     def failed(cls, error: str, candidate: Candidate | None = None) -> "Evaluation":
@@ -54,7 +55,7 @@ class Evaluation:
             error=error,
             opponent=None if opponent is None else opponent.allocation.widths,
             confirms=(candidate is not None and candidate.confirms) or None,
-            few=(candidate is not None and candidate.few) or None,
+            few=candidate.few or None if candidate else None,
         )
 
     @property
@@ -99,7 +100,7 @@ class Scorers:
 
     search: Scorer
     confirmation: Scorer | None = None
-    few: Scorer | None = None
+    few: Mapping[int, Scorer] = field(default_factory=dict)
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
         """The result on those samples."""
@@ -107,6 +108,5 @@ class Scorers:
             assert self.confirmation
             return replace(self.confirmation.evaluate(candidate), confirms=True)
         if candidate.few:
-            assert self.few
-            return replace(self.few.evaluate(candidate), few=True)
+            return replace(self.few[candidate.few].evaluate(candidate), few=candidate.few)
         return self.search.evaluate(candidate)

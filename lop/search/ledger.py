@@ -31,7 +31,7 @@ _MERGE = 64
 
 # An allocation that races is evaluated anew against another opponent: both one's widths tell evaluations apart, and on
 # which samples.
-_Key = tuple[Allocation, tuple[int, ...] | None, bool, bool]
+_Key = tuple[Allocation, tuple[int, ...] | None, bool, int]
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ def _missing(segments: Sequence[_Segment]) -> str:
 
 
 def _key(allocation: Allocation, evaluation: Evaluation) -> _Key:
-    return allocation, evaluation.opponent, bool(evaluation.confirms), bool(evaluation.few)
+    return allocation, evaluation.opponent, bool(evaluation.confirms), evaluation.few or 0
 
 
 def _numbers(name: str) -> tuple[int, int]:

@@ -68,13 +68,13 @@ class Candidate:
 
     Attributes:
         confirms: on the samples that are kept back from the search.
-        few: on the few samples of a descent (`lop.search.descent`).
+        few: on which of the few samples of a descent (`lop.search.descent.Few`); 0 if on none.
     """
 
     allocation: Allocation
     opponent: Opponent | None = None
     confirms: bool = False
-    few: bool = False
+    few: int = 0
 
 
 def sample_rounds(samples: int, rounds: int, *, seed: int) -> list[np.ndarray]:

@@ -24,7 +24,7 @@ from lop.run.prediction import general_identity, unsearched
 from lop.run.run import Run
 from lop.run.surveys import statistics_for
 from lop.search.confirmation import Confirmed, confirm
-from lop.search.descent import RecordedDamages, descend, most_evaluations
+from lop.search.descent import Few, RecordedDamages, descend, most_evaluations
 from lop.search.ledger import Ledger
 from lop.search.loop import Workers, run_search
 from lop.search.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
@@ -92,14 +92,15 @@ def _descend(
         return {}
     planned = len(trees) * most_evaluations(run.space, settings.rounds)
     damages = RecordedDamages(workers, ledger, planned, watcher=watcher)
+    each = len(few_samples(run.config, run.searched_samples[0])[Few.MEASURE])
     found: dict[float, dict[str, Any]] = {}
     for target, tree in trees.items():
         before = damages.scored
         path = descend(run.space, tree.budget, settings.rounds, damages)
         for allocation in path:
             tree.add_start(allocation)
-        scored = (damages.scored - before) * len(few_samples(run.config, run.searched_samples[0]))
-        found[target] = {"descent": {"scored": scored, "path": [list(allocation.widths) for allocation in path]}}
+        record = {"scored": (damages.scored - before) * each, "path": [list(allocation.widths) for allocation in path]}
+        found[target] = {"descent": record}
     damages.finish()
     return found
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lop.search.descent import RecordedDamages, descend, most_evaluations
+from lop.search.descent import Few, RecordedDamages, descend, most_evaluations
 from lop.search.evaluation import Evaluation, Scorers
 from lop.search.ledger import Ledger
 from lop.search.loop import InProcess
@@ -30,7 +30,7 @@ class Exponential:
         alone = float((self.weights * np.expm1(3 * np.array(allocation.ratios(self.space)))).sum())
         return alone + alone**2
 
-    def __call__(self, allocations: Sequence[Allocation]) -> list[float]:
+    def __call__(self, allocations: Sequence[Allocation], few: Few = Few.JUDGE) -> list[float]:
         self.asked += allocations
         return [self.of(allocation) for allocation in allocations]
 
@@ -82,7 +82,7 @@ def test_what_the_ledger_holds_is_not_scored_again(tmp_path: Path) -> None:
     for _ in range(2):
         scorer = Exponential(weights, SPACE)
         with Ledger(tmp_path, {}) as ledger:
-            damages = RecordedDamages(InProcess(Scorers(scorer, few=scorer)), ledger, 100)
+            damages = RecordedDamages(InProcess(Scorers(scorer, few=dict.fromkeys(Few, scorer))), ledger, 100)
             paths.append(descend(SPACE, budget, 2, damages))
             assert ledger.get(Candidate(paths[-1][0])) is None
         asked.append(len(scorer.asked))

@@ -22,14 +22,14 @@ from tests.lop.stages.samples_few import few_samples
 SETTINGS = (
     "search.targets={first: 0.3, last: 0.5, step: 0.2}", "search.simulations=12", "search.evaluations=6",
     "search.roots=[flap]", "search.method=guided", "search.recovery=refit", "search.reward=divergence",
-    "search.confirm={}", "search.descent={samples: 6, rounds: 2}",
+    "search.confirm={}", "search.descent={samples: 12, rounds: 2}",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("descent")
-    few_samples(folder)
+    few_samples(folder, 48)
     return folder
 
 
@@ -48,23 +48,25 @@ def searched(base: Path) -> Run:
 
 
 def test_the_trees_start_where_the_descent_led(searched: Run) -> None:
-    assert len(descended_on(searched.config, searched.searched_samples[0])) == 6
+    measured, judged = descended_on(searched.config, searched.searched_samples[0]).values()
+    assert len(measured) == len(judged) == 12
+    assert not {id(sample) for sample in measured} & {id(sample) for sample in judged}
     records = read_json(searched.search_file)["targets"]
+    assert any(record["descent"]["path"] for record in records)
     for found, record in zip(read_search(searched), records, strict=True):
         budget = searched.space.budget(found.target)
         path = [Allocation(tuple(widths)) for widths in record["descent"]["path"]]
         scored = [allocation for allocation, _ in found.evaluations]
         assert scored[0] == uniform(searched.space, budget)
-        assert path
         assert set(path) <= set(scored)
         assert all(allocation.budget == budget for allocation in path)
-        assert found.descended == record["descent"]["scored"] >= 6 * (1 + searched.space.layers)
+        assert found.descended == record["descent"]["scored"] >= 12 * (1 + searched.space.layers)
 
 
 def test_few_samples_are_no_evaluations_of_the_search(searched: Run) -> None:
     ledger = list(read_ledger(searched.ledger))
     few = [evaluation for _, evaluation in ledger if evaluation.few]
-    assert len(few) * 6 == sum(found.descended for found in read_search(searched))
+    assert len(few) * 12 == sum(found.descended for found in read_search(searched))
     shown = evaluations(searched.location)
     assert sum(not entry["complete"] for entry in shown) == len(few)
     assert not any(evaluation.few for found in read_search(searched) for _, evaluation in found.evaluations)

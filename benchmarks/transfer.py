@@ -25,16 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import LOP, Bench, Chosen
 
 from lop.errors import LopError
 from lop.model.find import EMBEDDED
 from lop.predictor.curves import PLAIN, Curves, Rule, rising
 from lop.predictor.general import load_general
-from lop.predictor.general_training import Measured, leave_one_out
+from lop.predictor.general_training import Measured, fit_general, leave_one_out
 from lop.predictor.probing import best_of_few
+from lop.search.racing import unpack_values
 from lop.space.allocation import Allocation, Space, uniform
 from lop.space.features import Features
 from lop.storage.files import read_json, write_json
+from lop.storage.fingerprint import fingerprint
 from training.zoo.data import load_members
 from training.zoo.fit import KIND, RULE, agreement
 from training.zoo.make import lab
@@ -44,6 +47,8 @@ from training.zoo.members import MEMBERS
 RESULTS = Path(__file__).parent.parent / "results" / "transfer"
 COUNTS = (0, 10, 30)
 _MAX_RATIO = 0.95
+SMOL = RESULTS.parent / "smol"
+SMOL_SPACE = Space(30, 1536, 32, _MAX_RATIO)
 
 
 @dataclass
@@ -131,10 +136,36 @@ def costs(scores: Scores, member: Measured, curves: Curves, rule: Rule = RULE) -
     return found
 
 
-def smol_costs() -> dict[str, dict[float, float]]:
-    """`smol`'s, of its own cells: what `benchmarks/smol.py` has, and the zero-probe allocations beside them."""
-    path = RESULTS / "smol.json"
-    return {} if not path.exists() else {m: {float(t): v for t, v in row.items()} for m, row in read_json(path).items()}
+def smol_costs(runs: Path | None, kind: str) -> dict[str, dict[float, float]]:
+    """`smol`'s, from what `benchmarks/smol.py` has scored, and the zero-probe allocations on the same items.
+
+    Args:
+        runs: its statistics; what is missing is not measured without.
+    """
+    (member,) = load_members(["smol"])
+    others = [other for other in load_members() if other.name != member.name]
+    curves = fit_general(kind, others).curves(member.features)
+    bench = None if runs is None else Bench("smol", runs, 0, [RESULTS, SMOL])
+    found: dict[str, dict[float, float]] = {}
+    for target in TARGETS:
+        budget = SMOL_SPACE.budget(target)
+        chosen = {"0 probes": curves.allocate(SMOL_SPACE, budget, RULE).widths, "uniform": None}
+        for method in (*chosen, *PUBLISHED, LOP):
+            widths, importance = chosen.get(method), "activation"
+            if widths is None:
+                path = SMOL / f"choice-{method}-{target}-0.json"
+                if not path.exists():
+                    continue
+                choice = read_json(path)
+                widths, importance = tuple(choice["widths"]), choice["importance"]
+            elif bench is not None:
+                bench.scored(Chosen(method, target, widths, importance, 0, 0.0))
+            name = f"score-{fingerprint([importance, widths])}.json"
+            there = [folder / name for folder in (RESULTS, SMOL) if (folder / name).exists()]
+            if there:
+                kl = float(unpack_values(read_json(there[0])["divergence"]).mean())
+                found.setdefault("search" if method == LOP else method, {})[target] = kl
+    return found
 
 
 def milliseconds() -> float:
@@ -155,7 +186,7 @@ def mean_ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(np.exp(np.mean([np.log(a / b) for a, b in pairs]))) if pairs else None
 
 
-def summary(work: Path | None, kind: str) -> dict[str, Any]:
+def summary(work: Path | None, smol_runs: Path | None, kind: str) -> dict[str, Any]:
     """Makes what is missing, prints it, and returns the last line."""
     members = load_members()
     left_out = leave_one_out(kind, members)
@@ -164,8 +195,6 @@ def summary(work: Path | None, kind: str) -> dict[str, Any]:
     for member in members:
         agreements.append(agreement(left_out[member.name], member))
         print(f"{member.name:<9}", " ".join(f"{key} {value:.3f}" for key, value in agreements[-1].items()))
-        if member.name == "smol":
-            continue
         found = costs(Scores(member.name, space_of(member.name), work), member, left_out[member.name])
         for method, row in found.items():
             print(f"{member.name:<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()), flush=True)
@@ -177,11 +206,11 @@ def summary(work: Path | None, kind: str) -> dict[str, Any]:
                 pairs.append((found[name][target], found["uniform"][target]))
             if target in found.get("search", {}):
                 over_search.append((many, found["search"][target]))
-    smol = smol_costs()
+    smol = smol_costs(smol_runs, kind)
     for method, row in smol.items():
         print(f"{'smol':<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()))
-    zero = smol.get("0 probes", {})
-    best += [(kl, min(smol[m][t] for m in ("uniform", *PUBLISHED))) for t, kl in zero.items()]
+    zero = {t: kl for t, kl in smol.get("0 probes", {}).items() if t in smol.get("uniform", {})}
+    best += [(kl, min(smol[m][t] for m in ("uniform", *PUBLISHED) if t in smol[m])) for t, kl in zero.items()]
     means = {key: float(np.mean([found[key] for found in agreements])) for key in ("tau", "inside")}
     return {
         "benchmark": "transfer",
@@ -216,6 +245,7 @@ def main() -> None:
     """Makes what is missing, and prints."""
     parser = argparse.ArgumentParser(description="Allocations for models that were never searched.")
     parser.add_argument("--work", type=Path, help="the folder of the zoo's weights")
+    parser.add_argument("--smol-runs", type=Path, help="the folder of smol's statistics, to score what is missing")
     parser.add_argument("--kind", default=KIND, help="of predictor")
     parser.add_argument("--search", nargs="*", metavar="MODEL", help="run the own searches of models, and end")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="measure N scores again")
@@ -226,7 +256,9 @@ def main() -> None:
             for name in options.search:
                 Scores(name, space_of(name), options.work).search(first, last)
         return
-    found = check(options.work, options.check) if options.check else summary(options.work, options.kind)
+    found = (
+        check(options.work, options.check) if options.check else summary(options.work, options.smol_runs, options.kind)
+    )
     print(json.dumps(found))
 
 

@@ -13,9 +13,10 @@ FOLDER = Path(__file__).parent / "data"
 
 
 def load_members(names: Sequence[str] | None = None) -> list[Measured]:
-    """The members by name; by default all that are there, in alphabetical order."""
+    """The members by name; by default all whose damages were measured, in alphabetical order."""
     paths = sorted(FOLDER.glob("*.json")) if names is None else [FOLDER / f"{name}.json" for name in names]
-    return [_measured(path) for path in paths]
+    found = [_measured(path) for path in paths]
+    return [member for member in found if names is not None or np.isfinite(member.damages).any()]
 
 
 def _measured(path: Path) -> Measured:

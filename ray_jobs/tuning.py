@@ -13,7 +13,7 @@ from ray import tune
 from tqdm import tqdm
 
 from lop.predictor.training import Fit, Pair, fit
-from lop.run.config import TrainSettings
+from lop.run.settings import TrainSettings
 from lop.storage.location import Location
 from ray_jobs.cluster import connected
 from ray_jobs.needs import ONE_CPU, Wait

@@ -12,7 +12,7 @@ from lop.errors import LopError
 from lop.model.adapter import Ffn, QwenVL, load_model, open_model
 from lop.model.dtypes import DTYPES
 from lop.model.sources import family_of
-from lop.run.config import DistilSettings
+from lop.run.settings import DistilSettings
 from lop.storage.headers import TensorInfo, read_tensors
 
 _ADAPTER = "default"

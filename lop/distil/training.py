@@ -20,7 +20,7 @@ from lop.distil.teacher import Note
 from lop.errors import CancelledError, LopError
 from lop.model.adapter import QwenVL
 from lop.model.encoding import Encoded, EncodedSample
-from lop.run.config import DistilSettings
+from lop.run.settings import DistilSettings
 from lop.search.scoring import Scoring, Tally
 from lop.storage.files import atomic_file
 

@@ -18,8 +18,9 @@ from lop.errors import LopError
 from lop.model.find import assets
 from lop.run.building import Materials
 from lop.run.compute import on_worker
-from lop.run.config import Config, TrainSettings, find_config, load_config
+from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
+from lop.run.settings import TrainSettings
 from ray_jobs import needs
 from ray_jobs.compute import OnRay
 from ray_jobs.evaluators import evaluator_fleet

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lop.predictor.training import Pair, fit, split_pairs
-from lop.run.config import TrainSettings
+from lop.run.settings import TrainSettings
 from ray_jobs.tuning import tune_fits
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

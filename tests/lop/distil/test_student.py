@@ -17,7 +17,7 @@ from lop.model.encoding import Encoded, EncodedSample, encode, encode_each
 from lop.model.find import assets
 from lop.model.image_settings import ImageSettings
 from lop.model.samples import SampleSets
-from lop.run.config import DistilSettings
+from lop.run.settings import DistilSettings
 from lop.search.scoring import Scoring
 from lop.stages.distil import _stored
 from lop.storage.headers import TensorInfo

@@ -4,7 +4,8 @@ import pytest
 
 from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
-from lop.run.config import Config, Targets, find_config, load_config, save_config
+from lop.run.config import Config, find_config, load_config, save_config
+from lop.run.settings import Targets
 
 CONFIGS = sorted(find_config("tiny").parent.glob("*.yaml"))
 

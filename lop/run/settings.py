@@ -180,6 +180,8 @@ class SearchSettings(Settings):
         So searches made before there were such settings keep theirs.
         """
         values = self.model_dump(mode="json", exclude=set(left_out))
+        if self.descends is None:
+            values["descent"] = None
         return {name: value for name, value in values.items() if name not in BEFORE or value != BEFORE[name]}
 
     def tree_options(self) -> TreeOptions:

@@ -21,6 +21,7 @@ def test_a_run_of_before_is_read_as_it_was_searched(before: Path) -> None:
     assert not {"method", "recovery", "confirm"} & yaml.safe_load(before.read_text())["search"].keys()
     run = Run(load_config(before), before.parent)
     assert (run.config.search.method, run.config.scored_recovery, run.config.search.confirm) == ("paper", "none", None)
+    assert run.config.search.descends is None
     assert read_search(run)  # Its fingerprints are those that it was made with.
 
 
@@ -34,3 +35,10 @@ def test_a_new_config_has_all_three() -> None:
     assert search.method == "guided"
     assert search.confirm is not None
     assert load_config(find_config("smol")).scored_recovery == "refit"
+
+
+def test_what_the_papers_search_does_not_do_is_not_in_its_fingerprint() -> None:
+    search = load_config(find_config("tiny")).search
+    assert search.method == "paper"
+    assert "descent" not in search.recorded()
+    assert "descent" in load_config(find_config("tiny"), ["search.method=guided"]).search.recorded()

@@ -40,13 +40,14 @@ from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint
 
 LOP = LOP_SEARCH.name
+_DESCENT = "search.descent={rounds: 3}"
 # LOP's search by other settings: ideas of methods that it was not ahead of.
 LOPS = {
-    LOP: ("search.descent=null",),
-    "lop-descent": ("search.evaluations=8", "search.simulations=16"),
-    "lop-taylor": ("importance=taylor", "search.descent=null"),
-    "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16"),
-    "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]", "search.descent=null"),
+    LOP: (),
+    "lop-descent": ("search.evaluations=8", "search.simulations=16", _DESCENT),
+    "lop-taylor": ("importance=taylor",),
+    "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16", _DESCENT),
+    "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
 }
 _ITEMS = 800
 _SETTINGS = (

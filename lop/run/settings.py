@@ -113,7 +113,7 @@ class DescentSettings(Settings):
     """
 
     samples: Positive = 96
-    rounds: Positive = 3
+    rounds: Positive = 2
 
 
 class SearchSettings(Settings):
@@ -125,7 +125,7 @@ class SearchSettings(Settings):
     and those that search by themselves must have been run by `lop rivals` for its targets.
     `method` is where moves come from: `guided` or the `paper`'s (`lop.search.tree.TreeOptions`).
     `confirm`: part of the reward samples is kept back from the search (`lop.search.confirmation`).
-    `descent`: steps downhill are taken before the trees begin, which start from where they lead, too
+    `descent`: whether steps downhill are taken before the trees begin, which start from where they lead, too
     (`lop.search.descent`); not with method `paper`.
     `recovery` is what allocations are scored with; if it is not set, that with which checkpoints ship, or what that one
     starts from where it trains.
@@ -151,7 +151,7 @@ class SearchSettings(Settings):
     recovery: Untrained | None = None
     racing: RacingSettings | None = None
     confirm: ConfirmSettings | None = ConfirmSettings()
-    descent: DescentSettings | None = DescentSettings()
+    descent: DescentSettings | None = None
     start: str | None = None
 
     @property

@@ -41,4 +41,6 @@ def test_what_the_papers_search_does_not_do_is_not_in_its_fingerprint() -> None:
     search = load_config(find_config("tiny")).search
     assert search.method == "paper"
     assert "descent" not in search.recorded()
-    assert "descent" in load_config(find_config("tiny"), ["search.method=guided"]).search.recorded()
+    descends = ["search.descent={}"]
+    assert "descent" not in load_config(find_config("tiny"), descends).search.recorded()
+    assert "descent" in load_config(find_config("tiny"), [*descends, "search.method=guided"]).search.recorded()

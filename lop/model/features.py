@@ -16,12 +16,10 @@ from lop.model.backbone import Backbone
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Batch, Encoded
 from lop.model.repair import factor
-from lop.model.taylor import run_layer
+from lop.model.taylor import answers_gradient, run_layer
 from lop.model.walk import Walk, next_gram
 from lop.space.features import PRUNED, Features
 
-# Tokens whose logits are in memory together.
-_LOGITS = 1024
 _TINY = 1e-30
 
 
@@ -144,15 +142,11 @@ def _of_drawn(backbone: Backbone, batch: Batch, x: Tensor, prose: Tensor, genera
     As in what is compared (`lop.search.scoring.Tally`), the tokens of prose count on average, not in sum; gradients
     enter squared, so that each counts the root.
     """
-    places = batch.tails[batch.places]
-    x = x.detach().requires_grad_()
-    gradient = torch.zeros_like(x)
     lengths = torch.bincount(batch.samples, minlength=len(prose)).clamp(min=1)
     weights = torch.where(prose, lengths.float().rsqrt(), 1.0)[batch.samples]
-    for start in range(0, len(places), _LOGITS):
-        part = slice(start, start + _LOGITS)
-        logits = backbone.logits(backbone.normed(x[places[part]])).float()
+
+    def loss(logits: Tensor, part: slice) -> Tensor:
         drawn = torch.multinomial(logits.detach().softmax(1), 1, generator=generator)[:, 0]
-        loss = (F.cross_entropy(logits, drawn, reduction="none") * weights[part]).sum()
-        gradient += torch.autograd.grad(loss, x)[0]
-    return gradient
+        return (F.cross_entropy(logits, drawn, reduction="none") * weights[part]).sum()
+
+    return answers_gradient(backbone, batch, x, loss)

@@ -98,12 +98,24 @@ def run_layer(backbone: Backbone, layer: Layer, batch: Batch, x: Tensor, weights
 
 def _of_loss(backbone: Backbone, batch: Batch, x: Tensor) -> Tensor:
     """The gradient [N, H] of the loss with respect to the states x [N, H] after the last layer."""
+
+    def loss(logits: Tensor, part: slice) -> Tensor:
+        return F.cross_entropy(logits, batch.tokens[part], reduction="sum")
+
+    return answers_gradient(backbone, batch, x, loss)
+
+
+def answers_gradient(backbone: Backbone, batch: Batch, x: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """The gradient [N, H] of a sum over answers' tokens with respect to the states x [N, H] after the last layer.
+
+    Args:
+        loss: of some tokens' logits [n, V], and which of the batch's tokens they are.
+    """
     places = batch.tails[batch.places]
     x = x.detach().requires_grad_()
     gradient = torch.zeros_like(x)
     for start in range(0, len(places), _LOGITS):
         part = slice(start, start + _LOGITS)
         logits = backbone.logits(backbone.normed(x[places[part]])).float()
-        loss = F.cross_entropy(logits, batch.tokens[part], reduction="sum")
-        gradient += torch.autograd.grad(loss, x)[0]
+        gradient += torch.autograd.grad(loss(logits, part), x)[0]
     return gradient

@@ -7,6 +7,7 @@ rewards seen likeliest (Rasmussen & Williams 2006, equation 5.8), on a grid, so 
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import numpy as np
@@ -105,11 +106,7 @@ class Surrogate:
         return float(likelihood), setting, factor, np.linalg.solve(factor.T, half)
 
     def _metric(self, setting: Setting) -> np.ndarray:
-        """[axes, axes], how alike the coefficients of two axes are."""
-        depth = np.arange(self._ratios.shape[1] // self._parts)
-        near = np.exp(-(np.abs(depth[:, None] - depth) / setting.reach))
-        one = (1 - setting.shared) * np.eye(len(depth)) + setting.shared * near
-        return np.kron(np.eye(self._parts), one)
+        return _metric(setting, self._ratios.shape[1] // self._parts, self._parts)
 
     def _covariance(self, setting: Setting, a: np.ndarray, b: np.ndarray, unit: float) -> np.ndarray:
         """[n, m] between allocations [n, axes] and [m, axes]."""
@@ -117,3 +114,12 @@ class Surrogate:
         distances = ((a[:, None] - b) ** 2).mean(axis=2)
         smooth = np.exp(-distances / (2 * setting.length**2))
         return (1 - setting.remainder) * linear + setting.remainder * smooth
+
+
+@cache  # A move is predicted with the same one dozens of times.
+def _metric(setting: Setting, layers: int, parts: int) -> np.ndarray:
+    """[axes, axes], how alike the coefficients of two axes are; not to be written to."""
+    depth = np.arange(layers)
+    near = np.exp(-(np.abs(depth[:, None] - depth) / setting.reach))
+    one = (1 - setting.shared) * np.eye(layers) + setting.shared * near
+    return np.kron(np.eye(parts), one)

@@ -8,7 +8,7 @@ import numpy as np
 
 from lop import __version__
 from lop.checkpoint.depth import export_layers
-from lop.checkpoint.recoveries import RECOVERIES, Recovery
+from lop.checkpoint.recoveries import RECOVERIES
 from lop.errors import LopError
 from lop.methods.registry import RESHAPINGS
 from lop.run.building import Materials, Workshop
@@ -18,9 +18,7 @@ from lop.storage.destination import check_new
 from lop.storage.location import Location
 
 
-def reshape_stage(
-    config: Config, method: str, target: float, out: str | Path | Location, *, recovery: Recovery | None = None
-) -> dict[str, Any]:
+def reshape_stage(config: Config, method: str, target: float, out: str | Path | Location) -> dict[str, Any]:
     """Writes what a method makes of the config's model; it appears whole or not at all.
 
     Args:
@@ -28,17 +26,16 @@ def reshape_stage(
         target: its parameters are as many less, at least, as if this share of the FFN neurons (with attention open: of
             the parameters of both) were.
         out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
-        recovery: `none` or `refit`; None takes the config's.
 
     Returns:
         The checkpoint's manifest.
 
     Raises:
-        LopError: the method's models have no checkpoint, or no such recovery; the target is out of its reach; or `out`
-            is there already.
+        LopError: the method's models have no checkpoint, or not the config's recovery; the target is out of its reach;
+            or `out` is there already.
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
-    reshaping, recovery, place = RESHAPINGS[method], recovery or config.recovery, Location.parse(out)
+    reshaping, recovery, place = RESHAPINGS[method], config.recovery, Location.parse(out)
     if reshaping.not_exported:
         others = ", ".join(name for name, each in RESHAPINGS.items() if not each.not_exported)
         raise LopError(f"{method} has no checkpoint: {reshaping.not_exported}; {others} have one")

@@ -16,15 +16,19 @@ import numpy as np
 import torch
 from cells import cell
 
+from lop.checkpoint.recoveries import RECOVERIES, Recovery
+from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.methods.lop_search import METHOD as LOP_SEARCH
 from lop.methods.method import Given, Reward, Root
 from lop.methods.puzzletron import library
 from lop.methods.registry import METHODS
-from lop.model.repair import Refits, factors, reordered
+from lop.model.elastic import Repair
+from lop.model.repair import Biases, Refits, factors, reordered
 from lop.model.samples import Sample, fingerprint_samples
 from lop.report.intervals import Interval, paired_bootstrap
 from lop.run.building import Materials, Workshop
 from lop.run.config import Config, find_config, load_config
+from lop.run.prediction import open_predictor
 from lop.run.run import Run
 from lop.run.surveys import SURVEYS, statistics_for
 from lop.search.evaluator import Evaluator
@@ -36,10 +40,13 @@ from lop.stages.local import Local
 from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage
 from lop.stages.surveys import survey_stage
-from lop.storage.files import read_json
+from lop.stages.train import train_stage
+from lop.storage.files import read_json, write_json
 from lop.storage.fingerprint import fingerprint
 
-LOP = LOP_SEARCH.name
+LOP, PREDICTOR, REFIT = LOP_SEARCH.name, LOP_PREDICTOR.name, "refit"
+# What LOP's predictor learns from: its searches at these ratios.
+LEARNT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _DESCENT = "search.descent={rounds: 3}"
 # LOP's search by other settings: ideas of methods that it was not ahead of.
 LOPS = {
@@ -93,9 +100,10 @@ class Bench:
         self.run = Run(self._config(0.5), folder / "calibration")
         calibrate_stage(self.run)
 
-    def _config(self, ratio: float, *changed: str) -> Config:
-        """Of a search of one target, with what it may start from."""
-        targets = f"search.targets={{first: {ratio}, last: {ratio}, step: 0.1}}", f"tables.targets=[{ratio}]"
+    def _config(self, ratio: float, *changed: str, last: float | None = None) -> Config:
+        """Of a search of one target, or of all from it to the last, with what it may start from."""
+        asked = f"search.targets={{first: {ratio}, last: {last or ratio}, step: 0.1}}"
+        targets = asked, f"tables.targets=[{ratio}]"
         settings = [
             *_SETTINGS,
             *(_AS_NOW if self.model == "tiny" else ()),
@@ -136,6 +144,8 @@ class Bench:
         def make() -> dict[str, Any]:
             if method in LOPS:
                 return asdict(self._search(method, ratio))
+            if method == PREDICTOR:
+                return asdict(self._predicted(ratio))
             if METHODS[method].search:
                 return asdict(self._rival(method, ratio, self.choose(LOP, ratio).tokens))
             return asdict(self._read(method, ratio))
@@ -144,23 +154,25 @@ class Bench:
         del found["made_from"]
         return Chosen(**{**found, "widths": tuple(found["widths"])})
 
-    def scored(self, chosen: Chosen) -> dict[str, Any]:
+    def scored(self, chosen: Chosen, recovery: Recovery = REFIT) -> dict[str, Any]:
         """An allocation's cell."""
-        return self.cell(f"score-{fingerprint([chosen.importance, chosen.widths])}.json", lambda: self.score(chosen))
+        name = fingerprint([chosen.importance, chosen.widths])
+        other = "" if recovery == REFIT else f"{recovery}-"
+        return self.cell(f"score-{other}{name}.json", lambda: self.score(chosen, recovery))
 
-    def result(self, method: str, ratio: float) -> tuple[Chosen, np.ndarray, float]:
+    def result(self, method: str, ratio: float, recovery: Recovery = REFIT) -> tuple[Chosen, np.ndarray, float]:
         """What a method chose at a ratio, the KL [n] of each item, and the share of questions answered right."""
         chosen = self.choose(method, ratio)
-        found = self.scored(chosen)
+        found = self.scored(chosen, recovery)
         asked = np.array([not sample.is_prose for sample in self.items])
         return chosen, unpack_values(found["divergence"]), float(unpack_values(found["hits"])[asked].mean())
 
-    def score(self, chosen: Chosen) -> dict[str, Any]:
+    def score(self, chosen: Chosen, recovery: Recovery = REFIT) -> dict[str, Any]:
         """What an allocation says to the test items."""
         evaluator = Evaluator(
             self.workshop.elastic,
             self.workshop.encode(self.items),
-            repair=self.repair(chosen.importance),
+            repair=self.repair(chosen.importance, recovery),
             divergence=True,
         )
         found = evaluator.compared(Allocation(chosen.widths))
@@ -171,14 +183,18 @@ class Bench:
         images = np.unique([sample.keys[0] for sample in self.items], return_inverse=True)[1]
         return paired_bootstrap(values, np.zeros(len(images), dtype=np.int64), images)
 
-    def check(self, count: int, methods: Sequence[str]) -> Iterator[bool]:
+    def check(self, count: int, methods: Sequence[str], recoveries: Sequence[Recovery] = (REFIT,)) -> Iterator[bool]:
         """Makes scores of some methods again, chosen at random, and says whether they agree."""
         paths = [path for folder in self._results for path in sorted(folder.glob(f"choice-*-{self.seed}.json"))]
         records = [record for record in map(read_json, paths) if record["method"] in methods]
-        for index in np.random.default_rng().permutation(len(records))[:count]:
-            chosen = self.choose(records[index]["method"], records[index]["ratio"])
-            known, again = (unpack_values(found["divergence"]) for found in (self.scored(chosen), self.score(chosen)))
-            print(f"{chosen.method} at {chosen.ratio:.0%}: KL {known.mean():.4f}, again {again.mean():.4f}")
+        pairs = [(record, recovery) for record in records for recovery in recoveries]
+        for index in np.random.default_rng().permutation(len(pairs))[:count]:
+            record, recovery = pairs[index]
+            chosen = self.choose(record["method"], record["ratio"])
+            both = self.scored(chosen, recovery), self.score(chosen, recovery)
+            known, again = (unpack_values(found["divergence"]) for found in both)
+            told = f"KL {known.mean():.4f}, again {again.mean():.4f}"
+            print(f"{chosen.method} at {chosen.ratio:.0%}, {recovery}: {told}")
             yield bool(np.allclose(known, again, rtol=0.02, atol=0.02))
 
     def cell(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -186,17 +202,21 @@ class Bench:
         there = [folder / name for folder in self._results if (folder / name).exists()]
         return cell((there or [self._results[0] / name])[0], self.made_from, make)
 
-    def repair(self, name: str) -> Refits:
-        """Sorts the model by an importance, and gives what refits it in that order."""
-        run, known = self.run, self.factors
-        if name == run.config.importance:
-            self.workshop.elastic.sort(run.order)
-            return Refits(known, cache_bytes=1 << 30)
-        survey_stage(run, Local(), [method.name for method in METHODS.values() if method.importance == name])
+    def repair(self, name: str, recovery: Recovery = REFIT) -> Repair | None:
+        """Sorts the model by an importance, and gives what mends it in that order."""
+        run = self.run
+        if name != run.config.importance:
+            survey_stage(run, Local(), [method.name for method in METHODS.values() if method.importance == name])
         ranked = run.order_by(name)
+        known = self.factors if RECOVERIES[recovery].refits else []
         self.workshop.elastic.sort(ranked)
+        if not known:
+            return Biases(run.statistics.mean) if RECOVERIES[recovery].adds_bias else None
         moves = (np.argsort(ours)[theirs] for ours, theirs in zip(run.order, ranked, strict=True))
-        made = [reordered(c, torch.from_numpy(move)) for c, move in zip(known, moves, strict=True)]
+        made = [
+            c if np.array_equal(move, range(len(move))) else reordered(c, torch.from_numpy(move))
+            for c, move in zip(known, moves, strict=True)
+        ]
         return Refits(made, cache_bytes=1 << 30)
 
     def _search(self, name: str, ratio: float) -> Chosen:
@@ -227,6 +247,23 @@ class Bench:
     def _tokens(self, samples: Sequence[Sample]) -> tuple[int, int]:
         """Tokens and samples."""
         return sum(map(len, self.workshop.encode(samples).batches)), len(samples)
+
+    def _predicted(self, ratio: float) -> Chosen:
+        """By the predictor that learnt from LOP's searches."""
+        run = Run(self._config(LEARNT[0], last=LEARNT[-1]), self._folder / f"{self.seed}-all")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        searches = []
+        for searched in LEARNT:
+            if not (file := self.search_folder(searched) / run.search_file.name).exists():
+                self._search(LOP, searched)
+            searches.append(read_json(file))
+        (run.folder / run.statistics_file.name).write_bytes(self.run.statistics_file.read_bytes())
+        write_json(run.search_file, {**searches[0], "targets": [target for s in searches for target in s["targets"]]})
+        train_stage(run, Local(), progress=False)
+        start = time.perf_counter()
+        allocation = open_predictor(run, run.predictor_folder).allocate(run.space.budget(ratio))
+        seconds = time.perf_counter() - start
+        return Chosen(PREDICTOR, ratio, allocation.widths, run.config.importance, 0, seconds)
 
     def _read(self, name: str, ratio: float) -> Chosen:
         """What a method reads off the statistics."""

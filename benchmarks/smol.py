@@ -13,7 +13,8 @@ The last line is JSON: by method and ratio `kl` (nats, of the dense model's dist
 over a question's answer, mean over a passage's tokens, mean over items), `kl_of` images, knowledge and prose, and
 `accuracy`; by ratio `lead` (of LOP's search over uniform, as a share of uniform's KL), its 95% `interval` (paired
 bootstrap over images and texts) and `significant`: whether LOP is ahead of every other method by an interval that lies
-above zero; `behind` names those where it is not.
+above zero; `behind` names those where it is not; `predictor_over_search` is the predictor's KL as a share of the
+search's, at the target held out of its training (its run's `predictors.json` names it) as at the others.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import LOP, Bench
+from bench import LOP, PREDICTOR, Bench
+
+from lop.model.samples import Sample
 
 RESULTS = Path(__file__).parent.parent / "results" / "smol"
 RATIOS = (0.2, 0.3, 0.4, 0.5)
@@ -31,11 +34,16 @@ READ = ("uniform", "magnitude", "wanda", "flap", "owl", "alphapruning")
 SEARCHING = ("random", "sensitivity", "evolution")
 
 
+def parts(items: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """Which items [n] are about images, about knowledge, and prose."""
+    asked = np.array([not sample.is_prose for sample in items])
+    shown = np.array([bool(sample.image) for sample in items])
+    return {"images": shown, "knowledge": asked & ~shown, "prose": ~asked}
+
+
 def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> dict[str, Any]:
     """The last line."""
-    asked = np.array([not sample.is_prose for sample in bench.items])
-    shown = np.array([bool(sample.image) for sample in bench.items])
-    parts = {"images": shown, "knowledge": asked & ~shown, "prose": ~asked}
+    kinds = parts(bench.items)
     kl: dict[tuple[str, float], np.ndarray] = {}
     lines: dict[str, Any] = {
         "benchmark": "smol",
@@ -50,20 +58,24 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
             chosen, kl[method, ratio], hits = bench.result(method, ratio)
             lines["kl"].setdefault(method, {})[str(ratio)] = float(kl[method, ratio].mean())
             lines["accuracy"].setdefault(method, {})[str(ratio)] = hits
-            shares = {part: float(kl[method, ratio][mine].mean()) for part, mine in parts.items()}
+            shares = {part: float(kl[method, ratio][mine].mean()) for part, mine in kinds.items()}
             lines["kl_of"].setdefault(method, {})[str(ratio)] = shares
             print(
                 f"{method:<14} {ratio:.0%}  KL {kl[method, ratio].mean():.4f}  right {hits:.1%}  {chosen.tokens} tokens"
             )
     lines |= {"lead": {}, "interval": {}, "significant": {}, "behind": {}}
     for ratio in ratios if LOP in methods else ():
-        differences = {m: bench.interval(kl[m, ratio] - kl[LOP, ratio]) for m in methods if m != LOP}
+        others = [method for method in methods if method not in (LOP, PREDICTOR)]
+        differences = {m: bench.interval(kl[m, ratio] - kl[LOP, ratio]) for m in others}
         base = kl["uniform", ratio].mean()
         lead = differences["uniform"]
         lines["lead"][str(ratio)] = lead.value / base
         lines["interval"][str(ratio)] = [lead.low / base, lead.high / base]
         lines["behind"][str(ratio)] = [m for m, difference in differences.items() if difference.low <= 0]
         lines["significant"][str(ratio)] = not lines["behind"][str(ratio)]
+    if {LOP, PREDICTOR} <= set(methods):
+        share = {str(ratio): float(kl[PREDICTOR, ratio].mean() / kl[LOP, ratio].mean()) for ratio in ratios}
+        lines["predictor_over_search"] = share
     return lines
 
 
@@ -71,7 +83,8 @@ def main() -> None:
     """Makes what is missing, and prints."""
     parser = argparse.ArgumentParser(description="LOP against every other way to choose widths, on smol.")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
-    parser.add_argument("--methods", nargs="+", default=[*READ, *SEARCHING, LOP], choices=[*READ, *SEARCHING, LOP])
+    known = [*READ, *SEARCHING, LOP, PREDICTOR]
+    parser.add_argument("--methods", nargs="+", default=known, choices=known)
     parser.add_argument("--only", choices=("search", "scores"), help="make this part alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", type=int, default=0, metavar="N", help="make N scores again")

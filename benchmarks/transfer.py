@@ -32,7 +32,9 @@ from lop.model.find import EMBEDDED
 from lop.predictor.curves import PLAIN, Curves, Rule, rising
 from lop.predictor.general import load_general
 from lop.predictor.general_training import Measured, fit_general, leave_one_out
-from lop.predictor.probing import best_of_few
+from lop.predictor.probing import few, probe, small_tree
+from lop.run.config import find_config, load_config
+from lop.search.evaluation import Evaluation
 from lop.search.racing import unpack_values
 from lop.space.allocation import Allocation, Space, uniform
 from lop.space.features import Features
@@ -128,12 +130,37 @@ def costs(scores: Scores, member: Measured, curves: Curves, rule: Rule = RULE) -
         chosen |= {method: scores.published(method, target) for method in PUBLISHED}
         chosen["programme"] = measured.allocate(scores.space, budget, PLAIN)
         for count in COUNTS:
-            chosen[f"{count} probes"] = best_of_few(curves, scores.space, budget, rule, count, scores.reward)[0]
+            chosen[f"{count} probes"] = probed(scores, curves, rule, budget, count)
         chosen["search"] = scores.searched(target)
         for method, allocation in chosen.items():
             if allocation is not None:
                 found.setdefault(method, {})[target] = scores.score("test", allocation)
     return found
+
+
+def probed(scores: Scores, curves: Curves, rule: Rule, budget: int, count: int) -> Allocation:
+    """What so many evaluations on the reward samples come to, as `lop probe --target` spends them."""
+    if not count:
+        return curves.allocate(scores.space, budget, rule)
+    alone, compared = few(count)
+    probes = probe(curves, scores.space, alone, scores.reward)
+    options = load_config(find_config(EMBEDDED)).search.tree_options()
+    tree = small_tree(
+        curves,
+        probes,
+        scores.space,
+        budget,
+        rule,
+        compared,
+        options,
+        seed=0,
+        reward=lambda found: found.worth("divergence"),
+    )
+    while asked := tree.advance():
+        for candidate in asked:
+            found = Evaluation(accuracy=0.0, log_probability=0.0, divergence=scores.reward(candidate.allocation))
+            tree.tell(candidate.allocation, found)
+    return tree.best[0]
 
 
 def smol_costs(runs: Path | None, kind: str) -> dict[str, dict[float, float]]:

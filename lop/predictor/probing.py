@@ -1,11 +1,13 @@
 """A few evaluations on a new model: which are worth making, and what they say of all the others."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lop.predictor.curves import Curves, Rule, rising
+from lop.search.evaluation import Evaluation
+from lop.search.tree import SearchTree, TreeOptions
 from lop.space.allocation import Allocation, Space
 from lop.space.features import PRUNED
 
@@ -109,21 +111,28 @@ def probe(
     return probes[len(made) :]
 
 
-def candidates(curves: Curves, space: Space, budget: int, rule: Rule) -> list[Allocation]:
-    """Allocations of a budget that differ in how far the curves' sums are believed; the rule's own comes first."""
-    rules = [rule, *(Rule(power, cap) for power in (1.0, 0.7, 0.5, 0.85) for cap in (0.3, 0.15, 0.5, 0.2))]
-    return list(dict.fromkeys(curves.allocate(space, budget, found) for found in rules))
+def few(count: int) -> tuple[int, int]:
+    """How evaluations for a target are spent: on layers alone, and on allocations of the target."""
+    return count // 3, count - count // 3
 
 
-def best_of_few(
-    curves: Curves, space: Space, budget: int, rule: Rule, count: int, measure: Callable[[Allocation], float]
-) -> tuple[Allocation, list[Probe]]:
-    """The allocation that `count` evaluations come to: two thirds probe layers, the others compare candidates.
+def small_tree(
+    curves: Curves,
+    probes: Sequence[Probe],
+    space: Space,
+    budget: int,
+    rule: Rule,
+    evaluations: int,
+    options: TreeOptions,
+    *,
+    seed: int,
+    reward: Callable[[Evaluation], float],
+) -> SearchTree:
+    """A search of a few evaluations, from what the curves come to with what the probes say, and without.
 
     Args:
-        measure: as in `probe`.
+        options: of a search; the tree has its moves, guided by all results so far, and fewer evaluations.
     """
-    compared = -(-count // 3)
-    probes = probe(curves, space, count - compared, measure)
-    found = candidates(corrected(curves, probes), space, budget, rule)
-    return min(found[: max(compared, 1)], key=measure) if count else found[0], probes
+    starts = [found.allocate(space, budget, rule) for found in (corrected(curves, probes), curves)]
+    small = replace(options, evaluations=evaluations, simulations=2 * evaluations, guided=True)
+    return SearchTree(space, starts, small, seed=(seed, budget), budget=budget, reward=reward)

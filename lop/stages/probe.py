@@ -6,19 +6,37 @@ from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.predictor.general import load_general
-from lop.predictor.probing import best_of_few, probe
+from lop.predictor.probing import few, probe, small_tree
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.probes import Probed, load_probes, save_probes
 from lop.run.run import Run
 from lop.search.ledger import Ledger
-from lop.search.loop import evaluate_recorded
+from lop.search.loop import Workers, evaluate_recorded, run_search
 from lop.search.racing import Candidate
+from lop.search.tree import SearchTree
 from lop.space.allocation import Allocation
 from lop.stages.calibrate import features_stage
 from lop.stages.timing import timed
 
 log = logging.getLogger(__name__)
+
+
+class _Shown:
+    """Moves the bar as a tree grows."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar, self._before = bar, bar.n
+
+    def advanced(self, tree: SearchTree) -> None:
+        """So many allocations are known."""
+        self._bar.update(self._before + len(tree.results) - self._bar.n)
+
+    def prepared(self, step: str, done: int, planned: int) -> None:
+        """Nothing comes before the tree."""
+
+    def tick(self, workers: Workers) -> None:
+        """The bar shows what is committed."""
 
 
 def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = None, *, progress: bool = True) -> Probed:
@@ -27,8 +45,8 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
     All of them are in the run's ledger: none is made twice, and a search goes on from them.
 
     Args:
-        ratio: the target that they are for; a third of them then compares allocations of it. Without one, all of them
-            measure layers alone, for whatever target.
+        ratio: the target that they are for: a third of them then measures layers alone, and the others are a small
+            search for it. Without one, all of them measure layers alone, for whatever target.
 
     Raises:
         LopError: the count is below 1, the model was not calibrated, the target is none of the model's, or the search's
@@ -38,7 +56,8 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
         raise LopError(f"--budget {count}: at least 1 evaluation")
     if not run.config.search.needs_divergence:
         raise LopError("probes are divergences, which the search does not measure: --set search.reward=divergence")
-    budget = None if ratio is None else run.space.budget(ratio)
+    if ratio is not None:
+        run.space.budget(ratio)  # Says what is wrong with it.
     features, general, before = features_stage(run), load_general(), load_probes(run)
     run.check_writable()
     made: set[Allocation] = set()
@@ -56,12 +75,24 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
             bar.update()
             return -found[allocation].worth("divergence")
 
-        curves = general.curves(features)
-        if budget is None:
-            probes, best = probe(curves, run.space, count, measure), dict(before.best)
-        else:
-            chosen, probes = best_of_few(curves, run.space, budget, general.rule, count, measure)
-            best = {**before.best, budget: chosen}
+        curves, best = general.curves(features), dict(before.best)
+        alone, compared = (count, 0) if ratio is None else few(count)
+        probes = probe(curves, run.space, alone, measure)
+        if ratio is not None:
+            tree = small_tree(
+                curves,
+                probes,
+                run.space,
+                run.space.budget(ratio),
+                general.rule,
+                compared,
+                run.config.search.tree_options(),
+                seed=run.config.seed,
+                reward=lambda evaluation: evaluation.worth(run.config.search.reward),
+            )
+            run_search({ratio: tree}, workers, ledger, watcher=_Shown(bar))
+            made.update(tree.results)
+            best[tree.budget] = tree.best[0]
     found = Probed(tuple(probes), best, len(made))
     save_probes(run, found)
     log.info("probe: %d layers alone, %d evaluations in all", len(probes), found.evaluations)

@@ -32,10 +32,10 @@ from lop.model.find import EMBEDDED
 from lop.predictor.curves import PLAIN, Curves, Rule, rising
 from lop.predictor.general import load_general
 from lop.predictor.general_training import Measured, fit_general, leave_one_out
-from lop.predictor.probing import few, probe, small_tree
+from lop.predictor.probing import small_tree, surest
 from lop.run.config import find_config, load_config
 from lop.search.evaluation import Evaluation
-from lop.search.racing import unpack_values
+from lop.search.racing import pack_values, unpack_values
 from lop.space.allocation import Allocation, Space, uniform
 from lop.space.features import Features
 from lop.storage.files import read_json, write_json
@@ -75,18 +75,17 @@ class Scores:
             self._lab = lab(self.name, (self.work or Path("runs/zoo")).resolve())
         return self._lab
 
-    def score(self, split: str, allocation: Allocation) -> float:
-        """The mean KL on `reward` or `test` samples."""
-        key = f"{split} " + " ".join(map(str, allocation.widths))
-        return float(self._get(key, lambda: float(f"{self.measure(split, allocation):.5g}")))
+    def test(self, allocation: Allocation) -> float:
+        """The mean KL on the test samples."""
+        key = "test " + " ".join(map(str, allocation.widths))
+        return float(self._get(key, lambda: float(f"{self.lab.test(allocation):.5g}")))
 
-    def measure(self, split: str, allocation: Allocation) -> float:
-        """The same, measured now."""
-        return float(getattr(self.lab, split)(allocation))
-
-    def reward(self, allocation: Allocation) -> float:
-        """The mean KL on the samples that searches see."""
-        return self.score("reward", allocation)
+    def evaluation(self, allocation: Allocation) -> Evaluation:
+        """The KL of each of the samples that searches see."""
+        key = "itemised " + " ".join(map(str, allocation.widths))
+        values = self._get(key, lambda: pack_values(-self.lab.itemised(allocation)))
+        mean = -float(unpack_values(values).mean())
+        return Evaluation(accuracy=0.0, log_probability=0.0, divergence=mean, values=values)
 
     def published(self, method: str, target: float) -> Allocation:
         """What a method reads off the model's statistics."""
@@ -134,33 +133,23 @@ def costs(scores: Scores, member: Measured, curves: Curves, rule: Rule = RULE) -
         chosen["search"] = scores.searched(target)
         for method, allocation in chosen.items():
             if allocation is not None:
-                found.setdefault(method, {})[target] = scores.score("test", allocation)
+                found.setdefault(method, {})[target] = scores.test(allocation)
     return found
 
 
 def probed(scores: Scores, curves: Curves, rule: Rule, budget: int, count: int) -> Allocation:
     """What so many evaluations on the reward samples come to, as `lop probe --target` spends them."""
+    start = curves.allocate(scores.space, budget, rule)
     if not count:
-        return curves.allocate(scores.space, budget, rule)
-    alone, compared = few(count)
-    probes = probe(curves, scores.space, alone, scores.reward)
+        return start
     options = load_config(find_config(EMBEDDED)).search.tree_options()
     tree = small_tree(
-        curves,
-        probes,
-        scores.space,
-        budget,
-        rule,
-        compared,
-        options,
-        seed=0,
-        reward=lambda found: found.worth("divergence"),
+        scores.space, start, budget, count, options, seed=0, reward=lambda found: found.worth("divergence")
     )
     while asked := tree.advance():
         for candidate in asked:
-            found = Evaluation(accuracy=0.0, log_probability=0.0, divergence=scores.reward(candidate.allocation))
-            tree.tell(candidate.allocation, found)
-    return tree.best[0]
+            tree.tell(candidate.allocation, scores.evaluation(candidate.allocation))
+    return surest(tree)
 
 
 def smol_costs(runs: Path | None, kind: str) -> dict[str, dict[float, float]]:
@@ -257,12 +246,11 @@ def check(work: Path | None, count: int) -> dict[str, Any]:
     """Measures some of the scores again."""
     names = [EMBEDDED, *(name for name in MEMBERS if work and (work / name / "config.json").exists())]
     tables = [Scores(name, space_of(name), work) for name in names]
-    keys = [(scores, key) for scores in tables for key in scores.known if key.startswith(("reward", "test"))]
+    keys = [(scores, key) for scores in tables for key in scores.known if key.startswith("test ")]
     agree = 0
     for index in np.random.default_rng().permutation(len(keys))[:count]:
         scores, key = keys[index]
-        split, *widths = key.split()
-        again = scores.measure(split, Allocation(tuple(map(int, widths))))
+        again = scores.lab.test(Allocation(tuple(map(int, key.split()[1:]))))
         print(f"{scores.name} {key}: {scores.known[key]}, again {again:.5g}")
         agree += bool(np.isclose(again, scores.known[key], rtol=0.02, atol=1e-5))
     return {"benchmark": "transfer", "checked": min(count, len(keys)), "agree": agree}

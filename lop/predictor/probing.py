@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lop.predictor.curves import Curves, Rule, rising
+from lop.predictor.curves import Curves, rising
 from lop.search.evaluation import Evaluation
+from lop.search.racing import unpack_values
 from lop.search.tree import SearchTree, TreeOptions
 from lop.space.allocation import Allocation, Space
 from lop.space.features import PRUNED
@@ -18,6 +19,8 @@ _COMMON, _REACH, _FOLDS = 0.3, 1.0, 1.5
 # Of a measured logarithm, beside what is predicted: the samples are some hundred.
 _NOISE = 0.05
 _TINY = 1e-9
+# Standard errors.
+_DOUBT = 2.0
 
 
 @dataclass(frozen=True)
@@ -111,28 +114,42 @@ def probe(
     return probes[len(made) :]
 
 
-def few(count: int) -> tuple[int, int]:
-    """How evaluations for a target are spent: on layers alone, and on allocations of the target."""
-    return count // 3, count - count // 3
-
-
 def small_tree(
-    curves: Curves,
-    probes: Sequence[Probe],
     space: Space,
+    start: Allocation,
     budget: int,
-    rule: Rule,
     evaluations: int,
     options: TreeOptions,
     *,
     seed: int,
     reward: Callable[[Evaluation], float],
 ) -> SearchTree:
-    """A search of a few evaluations, from what the curves come to with what the probes say, and without.
+    """A search of a few evaluations from what the curves come to.
 
     Args:
         options: of a search; the tree has its moves, guided by all results so far, and fewer evaluations.
     """
-    starts = [found.allocate(space, budget, rule) for found in (corrected(curves, probes), curves)]
-    small = replace(options, evaluations=evaluations, simulations=2 * evaluations, guided=True)
-    return SearchTree(space, starts, small, seed=(seed, budget), budget=budget, reward=reward)
+    small = replace(options, evaluations=evaluations, simulations=2 * evaluations, guided=True, itemised=True)
+    return SearchTree(space, [start], small, seed=(seed, budget), budget=budget, reward=reward)
+
+
+def surest(tree: SearchTree) -> Allocation:
+    """The allocation that is ahead of the tree's first by most, of which two standard errors are taken off.
+
+    The best of thirty means over some hundred samples is mostly the luckiest: what is predicted is left only for what
+    is better on the same samples, sample by sample, beyond chance; else it is the answer.
+    """
+
+    def lead(allocation: Allocation) -> float:
+        gains = worth(allocation) - first
+        return float(gains.mean() - _DOUBT * gains.std() / np.sqrt(len(gains)))
+
+    def worth(allocation: Allocation) -> np.ndarray:
+        return unpack_values(tree.results[allocation].values or "")
+
+    start = tree.root.allocation
+    told = [allocation for allocation in tree.ranked if tree.results[allocation].values]
+    if start not in told:
+        return tree.best[0]
+    first = worth(start)
+    return max([start, *told], key=lead)

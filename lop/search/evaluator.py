@@ -48,7 +48,7 @@ class Evaluator:
 
     def evaluate(self, candidate: Candidate) -> Evaluation:
         """The candidate's result, given up early where it loses to its opponent; then the model is dense again."""
-        return self._evaluation(self._tally(candidate), candidate.opponent)
+        return self._evaluation(self._tally(candidate), candidate)
 
     def compared(self, allocation: Allocation) -> Scores:
         """What an allocation says to each of all samples, divergences included if they are asked for."""
@@ -118,23 +118,24 @@ class Evaluator:
         return self._encoded.asked if of_answers else np.ones(self._encoded.count, dtype=bool)
 
     def _worth(self, scores: Scores) -> np.ndarray:
-        """[n] what each sample is worth by what is raced for; more is better."""
-        assert self._racing
-        values: np.ndarray = getattr(scores, self._racing.reward)
-        return -values if REWARDS[self._racing.reward].is_loss else values
+        """[n] what each sample is worth by what is raced for, or else by its divergence; more is better."""
+        reward = self._racing.reward if self._racing else "divergence"
+        values: np.ndarray = getattr(scores, reward)
+        return -values if REWARDS[reward].is_loss else values
 
-    def _evaluation(self, tally: Tally, opponent: Opponent | None) -> Evaluation:
-        scores, seen = tally.scores(), tally.seen
+    def _evaluation(self, tally: Tally, candidate: Candidate) -> Evaluation:
+        scores, seen, opponent = tally.scores(), tally.seen, candidate.opponent
         asked = self._encoded.asked
         answered = seen & asked
         counts = self._racing is not None and self._racing.counts
+        itemised = (self._racing is not None or candidate.itemised) and not counts and seen.all()
         found = Evaluation(
             accuracy=float(scores.correct[answered].mean()) if answered.any() else 0.0,
             log_probability=float(scores.log_probability[seen].mean()),
             margin=float(scores.margin[answered].mean()) if answered.any() else None,
             divergence=float(scores.divergence[seen].mean()) if self._divergence else None,
             hits=pack(scores.correct) if counts else None,
-            values=pack_values(self._worth(scores)) if self._racing and not counts and seen.all() else None,
+            values=pack_values(self._worth(scores)) if itemised else None,
             opponent=None if opponent is None else opponent.allocation.widths,
             scored=None if seen.all() else int(seen.sum()),
         )

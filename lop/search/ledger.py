@@ -102,10 +102,14 @@ class Ledger:
             self._unlock()
 
     def get(self, candidate: Candidate) -> Evaluation | None:
-        """The candidate's result, if it is in storage; where it races, against the same opponent."""
+        """The candidate's result, if it is in storage; where it races, against the same opponent.
+
+        One that does not say what each sample is worth is none where that is asked for.
+        """
         opponent = candidate.opponent
         widths = None if opponent is None else opponent.allocation.widths
-        return self._known.get((candidate.allocation, widths, candidate.confirms, candidate.few))
+        found = self._known.get((candidate.allocation, widths, candidate.confirms, candidate.few))
+        return None if found and candidate.itemised and found.values is None and not found.error else found
 
     @property
     def due(self) -> float:
@@ -319,15 +323,16 @@ def _numbers(name: str) -> tuple[int, int]:
 def _evaluations(
     location: Location, segments: list[tuple[str, bytes, bool]]
 ) -> Iterator[tuple[Allocation, Evaluation]]:
-    seen: set[_Key] = set()
+    found: dict[_Key, tuple[Allocation, Evaluation]] = {}
     for name, data, _ in segments:
         for record in _records(location, name, data)[1:]:
             allocation = Allocation(tuple(record.pop("widths")))
             evaluation = Evaluation.from_dict(record)
             key = _key(allocation, evaluation)
-            if key not in seen:  # In two segments, if the search was killed while it merged them.
-                seen.add(key)
-                yield allocation, evaluation
+            # Twice, if the search was killed while it merged segments, or if each sample's worth was asked for later.
+            if key not in found or (evaluation.values and not found[key][1].values):
+                found[key] = allocation, evaluation
+    yield from found.values()
 
 
 def _records(location: Location, name: str, data: bytes) -> list[dict[str, Any]]:

@@ -69,12 +69,14 @@ class Candidate:
     Attributes:
         confirms: on the samples that are kept back from the search.
         few: on which of the few samples of a descent (`lop.search.descent.Few`); 0 if on none.
+        itemised: whether what each sample is worth is asked for (`Evaluation.values`), with races or without.
     """
 
     allocation: Allocation
     opponent: Opponent | None = None
     confirms: bool = False
     few: int = 0
+    itemised: bool = False
 
 
 def sample_rounds(samples: int, rounds: int, *, seed: int) -> list[np.ndarray]:

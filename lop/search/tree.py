@@ -31,6 +31,7 @@ class TreeOptions:
             most of (`lop.search.guide`); otherwise the paper's moves are taken as they are drawn.
         opponent: a candidate races against the allocation that is the how-manieth best of the target when it is asked
             for; 0: no races.
+        itemised: asks for what each sample is worth, which `surest` compares by.
     """
 
     simulations: int
@@ -43,6 +44,7 @@ class TreeOptions:
     window: int
     guided: bool = False
     opponent: int = 0
+    itemised: bool = False
 
 
 @dataclass
@@ -170,7 +172,7 @@ class SearchTree:
             while len(self._flights) < self._options.window and not self._exhausted:
                 allocation = self._simulate()
                 if allocation is not None:
-                    wanted.append(Candidate(allocation, self._opponent()))
+                    wanted.append(Candidate(allocation, self._opponent(), itemised=self._options.itemised))
             if not self._flights or not self._commit():
                 return wanted
 

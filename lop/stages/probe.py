@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.predictor.general import load_general
-from lop.predictor.probing import few, probe, small_tree
+from lop.predictor.probing import alone, corrected, probe, small_tree, surest
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.probes import Probed, load_probes, save_probes
@@ -45,8 +45,8 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
     All of them are in the run's ledger: none is made twice, and a search goes on from them.
 
     Args:
-        ratio: the target that they are for: a third of them then measures layers alone, and the others are a small
-            search for it. Without one, all of them measure layers alone, for whatever target.
+        ratio: the target that they are for, for which they are a small search. Without one, all of them measure layers
+            alone, for whatever target.
 
     Raises:
         LopError: the count is below 1, the model was not calibrated, the target is none of the model's, or the search's
@@ -60,7 +60,7 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
         run.space.budget(ratio)  # Says what is wrong with it.
     features, general, before = features_stage(run), load_general(), load_probes(run)
     run.check_writable()
-    made: set[Allocation] = set()
+    made = {alone(run.space, known.layer, known.share) for known in before.probes}
     with (
         timed(run, "probe"),
         Ledger(run.ledger, run.ledger_fingerprints) as ledger,
@@ -75,24 +75,24 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
             bar.update()
             return -found[allocation].worth("divergence")
 
-        curves, best = general.curves(features), dict(before.best)
-        alone, compared = (count, 0) if ratio is None else few(count)
-        probes = probe(curves, run.space, alone, measure)
-        if ratio is not None:
+        curves, probes, best = general.curves(features), list(before.probes), dict(before.best)
+        if ratio is None:
+            probes = probe(curves, run.space, count, measure)
+        else:
+            budget = run.space.budget(ratio)
+            start = corrected(curves, probes).allocate(run.space, budget, general.rule)
             tree = small_tree(
-                curves,
-                probes,
                 run.space,
-                run.space.budget(ratio),
-                general.rule,
-                compared,
+                start,
+                budget,
+                count,
                 run.config.search.tree_options(),
                 seed=run.config.seed,
                 reward=lambda evaluation: evaluation.worth(run.config.search.reward),
             )
             run_search({ratio: tree}, workers, ledger, watcher=_Shown(bar))
             made.update(tree.results)
-            best[tree.budget] = tree.best[0]
+            best[budget] = surest(tree)
     found = Probed(tuple(probes), best, len(made))
     save_probes(run, found)
     log.info("probe: %d layers alone, %d evaluations in all", len(probes), found.evaluations)

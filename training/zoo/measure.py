@@ -97,17 +97,24 @@ class Lab:
         backbone = self.workshop.elastic.backbone
         return Refits(list(factors(backbone, self.workshop.encode(self.run.samples.calibration))), cache_bytes=1 << 29)
 
-    @cached_property
-    def reward(self) -> Callable[[Allocation], float]:
+    def reward(self, allocation: Allocation) -> float:
         """The mean KL on the reward samples."""
+        return float(self.itemised(allocation).mean())
+
+    def test(self, allocation: Allocation) -> float:
+        """The mean KL on the test samples."""
+        return float(self._on_test(allocation).mean())
+
+    @cached_property
+    def itemised(self) -> Callable[[Allocation], np.ndarray]:
+        """The KL [n] on each of the reward samples."""
         return self._scorer(self.run.samples.reward)
 
     @cached_property
-    def test(self) -> Callable[[Allocation], float]:
-        """The mean KL on the test samples."""
+    def _on_test(self) -> Callable[[Allocation], np.ndarray]:
         return self._scorer(self.run.samples.test)
 
-    def _scorer(self, samples: Sequence[Sample]) -> Callable[[Allocation], float]:
+    def _scorer(self, samples: Sequence[Sample]) -> Callable[[Allocation], np.ndarray]:
         workshop = self.workshop
         evaluator = Evaluator(
             workshop.elastic,
@@ -116,7 +123,7 @@ class Lab:
             divergence=True,
             cache_bytes=self.run.config.cache_bytes,
         )
-        return lambda allocation: float(evaluator.compared(allocation).divergence.mean())
+        return lambda allocation: evaluator.compared(allocation).divergence
 
     def damages(self) -> np.ndarray:
         """[L, 9] the KL of each layer alone at `PRUNED`, on the reward samples."""

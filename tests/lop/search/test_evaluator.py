@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -169,6 +170,18 @@ def test_a_race_for_a_real_reward_estimates_what_is_left(
     again = evaluator.evaluate(Candidate(pruned(0.1), Opponent(pruned(0.7), worse.record)))
     assert again.is_complete  # Who is ahead is scored in full.
     assert again.worth(reward) == best.worth(reward)
+
+
+def test_what_each_sample_is_worth_is_told_where_it_is_asked_for(elastic: ElasticModel, whole: Encoded) -> None:
+    evaluator = Evaluator(elastic, whole, divergence=True)
+    plain = evaluator.evaluate(Candidate(pruned(0.5)))
+    itemised = evaluator.evaluate(Candidate(pruned(0.5), itemised=True))
+    assert plain.values is None
+    assert itemised.values
+    assert replace(itemised, values=None) == plain
+    np.testing.assert_allclose(
+        unpack_values(itemised.values), -evaluator.compared(pruned(0.5)).divergence, rtol=1e-3, atol=1e-6
+    )
 
 
 def test_an_evaluator_survives_pickling(elastic: ElasticModel, raced: Encoded) -> None:

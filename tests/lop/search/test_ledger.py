@@ -14,7 +14,7 @@ import lop
 from lop.errors import LopError
 from lop.search.evaluation import Evaluation
 from lop.search.ledger import Ledger, read_ledger
-from lop.search.racing import Candidate
+from lop.search.racing import Candidate, pack_values
 from lop.search.watch import print_ledger
 from lop.space.allocation import Allocation
 from lop.storage.location import Location
@@ -197,6 +197,22 @@ def test_a_race_that_was_given_up_is_told_from_what_was_measured(
     _, measured, estimated = capsys.readouterr().out.splitlines()
     assert "estimated" not in measured
     assert estimated.endswith("given up: estimated")
+
+
+def test_what_does_not_say_each_samples_worth_is_none_where_that_is_asked_for(tmp_path: Path) -> None:
+    allocation = Allocation((8, 8))
+    plain, asked = Candidate(allocation), Candidate(allocation, itemised=True)
+    with Ledger(tmp_path / "ledger", {}) as ledger:
+        ledger.append(allocation, Evaluation(0.5, -1.0, divergence=1.0))
+        ledger.flush()
+        assert ledger.get(plain)
+        assert not ledger.get(asked)
+        told = Evaluation(0.5, -1.0, divergence=1.0, values=pack_values(np.ones(3)))
+        ledger.append(allocation, told)
+        ledger.flush()
+        assert ledger.get(plain) == ledger.get(asked) == told
+    with Ledger(tmp_path / "ledger", {}) as ledger:
+        assert ledger.get(asked) == told
 
 
 def test_ten_thousand_evaluations_are_read_back(tmp_path: Path) -> None:

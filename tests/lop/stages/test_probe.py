@@ -12,6 +12,7 @@ import pytest
 from lop.cli import main
 from lop.errors import LopError
 from lop.model.find import assets
+from lop.predictor.probing import small_tree, surest
 from lop.run.choice import answer
 from lop.run.config import load_config
 from lop.run.features import features_file, save_features
@@ -20,8 +21,8 @@ from lop.run.probes import probes_file
 from lop.run.run import Run
 from lop.search.evaluation import Evaluation
 from lop.search.loop import InProcess, Workers
-from lop.search.racing import Candidate
-from lop.space.allocation import Allocation
+from lop.search.racing import Candidate, pack_values
+from lop.space.allocation import Allocation, uniform
 from lop.space.features import PRUNED, SCALARS, Features
 from lop.space.size import Target
 from lop.stages.local import Local
@@ -95,6 +96,29 @@ def test_for_a_target_allocations_are_compared_and_the_best_answers(run: Run) ->
     assert compared
     best = max(compared, key=lambda allocation: allocation.widths[7])
     assert predictor_for(run, run.config).allocate(budget).widths[7] == best.widths[7]
+
+
+def test_what_is_predicted_is_left_only_for_what_is_better_beyond_chance(run: Run) -> None:
+    random, samples, budget = np.random.default_rng(0), 400, run.space.budget(0.5)
+    noise = random.standard_exponential(samples)
+    options = run.config.search.tree_options()
+
+    def answered(gain: float) -> tuple[Allocation, Allocation]:
+        tree = small_tree(
+            run.space, uniform(run.space, budget), budget, 9, options, seed=0, reward=lambda e: e.worth("divergence")
+        )
+        while asked := tree.advance():
+            for candidate in asked:
+                assert candidate.itemised
+                is_first = candidate.allocation == tree.root.allocation
+                values = -noise if is_first else gain - random.permutation(noise)
+                evaluation = Evaluation(0.5, -1.0, divergence=-float(values.mean()), values=pack_values(values))
+                tree.tell(candidate.allocation, evaluation)
+        return surest(tree), tree.root.allocation
+
+    for gain, is_better in ((0.0, False), (0.01, False), (0.5, True)):
+        answer, start = answered(gain)
+        assert (answer != start) == is_better
 
 
 def test_a_search_starts_from_it(run: Run) -> None:

@@ -11,6 +11,7 @@ _WORDS = {
     Need.SPECTRA: "spectra of the weights",
     Need.SEQUENCES: "means by sequence",
     Need.GRADIENTS: "gradients",
+    Need.ATTENTION: "attention weights",
     Need.STATES: "states",
     Need.TRAINING: "training on them",
     Need.REMOVAL: "inverse Gram matrices",

@@ -18,8 +18,8 @@ distributions from the pruned one's: summed over a question's answer, mean over 
 the dense model's, and `left`, the parameters that whole layers or narrower states leave of the budget (below zero: what
 DejaVu has more than the dense model); by model and ratio `lop_ahead` (whether LOP's search is ahead of every other
 method by a 95% interval above zero) and `behind`, with the interval of each method's KL less LOP's where it is not, and
-the same for LOP's other forms; by model `tokens`, one entry for each way to compute less for images' tokens, share and ratio of LOP's, with
-the interval of the KL of LOP alone at as many operations less its own.
+the same for LOP's other forms; by model `tokens`, one entry for each way to compute less for images' tokens, share and
+ratio of LOP's, with the interval of the KL of LOP alone at as many operations less its own.
 """
 
 import argparse

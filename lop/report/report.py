@@ -1,6 +1,6 @@
 """What `lop compare` and `lop demo` leave for people: a table, plots, and the same numbers as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,12 @@ import numpy as np
 from rich.table import Table
 
 from lop.console import PlainConsole
-from lop.methods.registry import EVERY
+from lop.methods.registry import CONTEXTUAL, DROPPINGS, EVERY
 from lop.model.samples import FORMS
-from lop.report.compare import Average, Comparison, Recovered, Spent
+from lop.report.compare import Average, Comparison, Recovered, Spent, asked, bootstrap
 from lop.report.intervals import Interval
 from lop.report.needs import needs_in_words
+from lop.report.operations import Answered, Way
 from lop.report.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run.results import Found, read_search
 from lop.run.run import Run
@@ -23,8 +24,11 @@ from lop.storage.files import atomic_file, read_json
 _FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
 
 
-def write_report(run: Run, comparison: Comparison) -> Path:
+def write_report(run: Run, comparison: Comparison, answered: Mapping[Way, Answered] | None = None) -> Path:
     """Writes the plots and `report.md` into the run's folder; prints the table.
+
+    Args:
+        answered: what ways to compute less answer.
 
     Raises:
         LopError: an earlier stage has not been run.
@@ -37,7 +41,7 @@ def write_report(run: Run, comparison: Comparison) -> Path:
     if any(result.depths for result in found):  # Searches of earlier versions did not tell.
         plot_trees(found, run.folder / "trees.png")
     with atomic_file(run.report_file) as temporary:
-        temporary.write_text(_markdown(run, comparison), encoding="utf-8")
+        temporary.write_text(_markdown(run, comparison, answered or {}), encoding="utf-8")
     print_table(comparison)
     return run.report_file
 
@@ -57,7 +61,7 @@ def print_table(comparison: Comparison) -> None:
     PlainConsole().print(table)
 
 
-def _markdown(run: Run, comparison: Comparison) -> str:
+def _markdown(run: Run, comparison: Comparison, answered: Mapping[Way, Answered]) -> str:
     config, search = run.config, run.config.search
     predictors = read_json(run.folder / "predictors.json")
     targets = search.targets.ratios
@@ -80,6 +84,7 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         "Share of exact answers, with Wilson's 95% interval.",
         _form_table(comparison),
         *_recovery_parts(comparison),
+        *_operations_parts(run, answered),
         *_confirmation_parts(run, read_search(run)),
         "## Needs and seconds",
         "What a method needs beside the weights, with the memory that a further pass over the samples takes on top of "
@@ -193,6 +198,41 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
     ]
 
 
+def _operations_parts(run: Run, answered: Mapping[Way, Answered]) -> list[str]:
+    """What computes less and leaves the weights, by operations: for images' tokens, and with other neurons by token."""
+    if not answered:
+        return []
+    interval = bootstrap(asked(run))
+    tables: dict[bool, list[list[str]]] = {False: [], True: []}
+    for way, found in answered.items():
+        needs = (CONTEXTUAL[way.method] if way.method in CONTEXTUAL else DROPPINGS[way.method]).needs
+        against = ["-", "-"]
+        if found.ratio is not None:
+            lead = interval(found.hits.astype(np.int64) - found.alone.astype(np.int64))
+            against = [f"{found.ratio:.1%}", _points(lead)]
+        row = [way.method, f"{way.share:.0%}", f"{way.base:.0%}", f"{found.flops:.1%}", _interval(interval(found.hits))]
+        tables[way.method in CONTEXTUAL].append(
+            [*row, *against, needs_in_words(needs, run.size), f"{found.added:,}", f"{found.seconds:.2f}"]
+        )
+    header = ["method", "share", "on LOP at", "operations", "accuracy (%)", "LOP alone at", "ahead of it by"]
+    header += ["needs", "parameters added", "seconds"]
+    images = _table(header, tables[False])
+    neurons = _table([name for name in header if name != "on LOP at"], [[*r[:2], *r[3:]] for r in tables[True]])
+    return [
+        "## At equal operations",
+        "What computes less and leaves the weights is told by the operations of the language backbone, as a share of "
+        "the dense model's, counted from shapes (`lop.model.flops`). Each is held against the widest of "
+        "`lop-predictor`'s allocations that computes no more, paired on the same questions; all of LOP's widths with "
+        f"recovery `{run.config.scored_recovery}`. `seconds` are those to set it up.",
+        *(["Less for a share of images' tokens, of the dense model and of LOP's:", images] if tables[False] else []),
+        *(
+            ["Other neurons for each token, a share of which it does not use; all weights stay:", neurons]
+            if tables[True]
+            else []
+        ),
+    ]
+
+
 def _seconds_table(spent: tuple[Spent, ...], size: ModelSize) -> str:
     rows = [
         [
@@ -225,5 +265,8 @@ def _points(difference: Interval) -> str:
 
 
 def _percent(result: Average | Recovered) -> str:
-    value = result.accuracy
+    return _interval(result.accuracy)
+
+
+def _interval(value: Interval) -> str:
     return f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"

@@ -19,7 +19,7 @@ the dense model's, and `left`, the parameters that whole layers or narrower stat
 DejaVu has more than the dense model); by model and ratio `lop_ahead` (whether LOP's search is ahead of every other
 method by a 95% interval above zero) and `behind`, with the interval of each method's KL less LOP's where it is not, and
 the same for LOP's other forms; by model `tokens`, one entry for each way to compute less for images' tokens, share and
-ratio of LOP's, with the interval of the KL of LOP alone at as many operations less its own.
+ratio of LOP's, with the interval of the KL of LOP alone at as many operations less its own (`seconds`: to set it up).
 """
 
 import argparse
@@ -108,6 +108,7 @@ def tokens(beyond: Beyond, ratios: Sequence[float], shares: Sequence[float]) -> 
                     "kl": float(one.kl.mean()),
                     "accuracy": one.right,
                     "flops": one.flops / whole,
+                    "seconds": one.seconds,
                 }
                 told = f"{bench.model} {name} {share:.0%} on LOP at {ratio:.0%}  KL {one.kl.mean():.4f}  "
                 told += f"{one.flops / whole:.1%} of the operations"
@@ -155,7 +156,7 @@ def _label(method: str) -> str:
 
 
 def _needs(method: str) -> list[str]:
-    return sorted((CONTEXTUAL[method] if method in CONTEXTUAL else EVERY[LOP if method in LOPS else method]).needs)
+    return sorted({**EVERY, **CONTEXTUAL, **DROPPINGS}[LOP if method in LOPS else method].needs)
 
 
 def _in_words(gain: Interval) -> str:
@@ -194,7 +195,7 @@ def main() -> None:
         agree = [ok for bench in benches for ok in bench.check(options.check, options.methods)]
         print(json.dumps({"benchmark": "company", "checked": len(agree), "agree": sum(agree)}))
         return
-    methods = {name: _needs(name) for name in options.methods}
+    methods = {name: _needs(name) for name in [*options.methods, *(DROPPINGS if options.shares else ())]}
     line: dict[str, Any] = {"benchmark": "company", "seed": options.seed, "methods": methods}
     for bench in benches:
         beyond = Beyond(bench)

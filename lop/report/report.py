@@ -12,7 +12,7 @@ from lop.methods.registry import CONTEXTUAL, DROPPINGS, EVERY
 from lop.model.samples import FORMS
 from lop.report.compare import Average, Comparison, Recovered, Spent, asked, bootstrap
 from lop.report.intervals import Interval
-from lop.report.needs import needs_in_words
+from lop.report.needs import needs_in_words, without_checkpoint
 from lop.report.operations import Answered, Way
 from lop.report.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run.results import Found, read_search
@@ -92,6 +92,7 @@ def _markdown(run: Run, comparison: Comparison, answered: Mapping[Way, Answered]
         "`apply` for each target (medians). What `lop-search` allocates is its own search for one target; "
         "`lop-predictor` has the search and the training behind it, once for all targets.",
         _seconds_table(comparison.seconds, run.size),
+        *without_checkpoint(spent.method for spent in comparison.seconds),
         "Once for all targets, in this run: "
         + ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
         + ".",
@@ -223,7 +224,8 @@ def _operations_parts(run: Run, answered: Mapping[Way, Answered]) -> list[str]:
         "What computes less and leaves the weights is told by the operations of the language backbone, as a share of "
         "the dense model's, counted from shapes (`lop.model.flops`). Each is held against the widest of "
         "`lop-predictor`'s allocations that computes no more, paired on the same questions; all of LOP's widths with "
-        f"recovery `{run.config.scored_recovery}`. `seconds` are those to set it up.",
+        f"recovery `{run.config.scored_recovery}`. `seconds` are those to set it up. No checkpoint holds any of "
+        "them: what differs is how weights are used.",
         *(["Less for a share of images' tokens, of the dense model and of LOP's:", images] if tables[False] else []),
         *(
             ["Other neurons for each token, a share of which it does not use; all weights stay:", neurons]

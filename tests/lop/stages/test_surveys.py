@@ -15,7 +15,7 @@ from lop.errors import LopError
 from lop.methods.registry import METHODS
 from lop.model.find import assets
 from lop.report.compare import Comparison
-from lop.report.needs import needs_in_words
+from lop.report.needs import needs_in_words, without_checkpoint
 from lop.run.config import load_config
 from lop.run.run import Run
 from lop.run.surveys import SURVEYS, Piece
@@ -170,3 +170,11 @@ def test_what_needs_cost_in_words(run: Run) -> None:
     assert needs_in_words(METHODS["llm-pruner"].needs, run.size) == "activations, gradients (0.0017 GB)"
     assert needs_in_words(METHODS["magnitude"].needs, run.size) == "weights alone"
     assert needs_in_words(METHODS["evolution"].needs, run.size) == "activations, evaluations"
+
+
+def test_why_there_is_no_checkpoint() -> None:
+    assert without_checkpoint(["flap", "shortgpt", "llm-streamline"]) == []
+    assert without_checkpoint(["slicegpt", "flap", "slicegpt"]) == [
+        "No checkpoint can be written of `slicegpt` (no layer of the architecture multiplies the residual stream by a "
+        "matrix)."
+    ]

@@ -1,6 +1,6 @@
 """What `lop compare` and `lop demo` leave for people: a table, plots, and the same numbers as JSON."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,36 +203,45 @@ def _operations_parts(run: Run, answered: Mapping[Way, Answered]) -> list[str]:
     """What computes less and leaves the weights, by operations: for images' tokens, and with other neurons by token."""
     if not answered:
         return []
-    interval = bootstrap(asked(run))
-    tables: dict[bool, list[list[str]]] = {False: [], True: []}
-    for way, found in answered.items():
-        needs = (CONTEXTUAL[way.method] if way.method in CONTEXTUAL else DROPPINGS[way.method]).needs
-        against = ["-", "-"]
-        if found.ratio is not None:
-            lead = interval(found.hits.astype(np.int64) - found.alone.astype(np.int64))
-            against = [f"{found.ratio:.1%}", _points(lead)]
-        row = [way.method, f"{way.share:.0%}", f"{way.base:.0%}", f"{found.flops:.1%}", _interval(interval(found.hits))]
-        tables[way.method in CONTEXTUAL].append(
-            [*row, *against, needs_in_words(needs, run.size), f"{found.added:,}", f"{found.seconds:.2f}"]
-        )
-    header = ["method", "share", "on LOP at", "operations", "accuracy (%)", "LOP alone at", "ahead of it by"]
-    header += ["needs", "parameters added", "seconds"]
-    images = _table(header, tables[False])
-    neurons = _table([name for name in header if name != "on LOP at"], [[*r[:2], *r[3:]] for r in tables[True]])
-    return [
+    parts = [
         "## At equal operations",
         "What computes less and leaves the weights is told by the operations of the language backbone, as a share of "
         "the dense model's, counted from shapes (`lop.model.flops`). Each is held against the widest of "
         "`lop-predictor`'s allocations that computes no more, paired on the same questions; all of LOP's widths with "
-        f"recovery `{run.config.scored_recovery}`. `seconds` are those to set it up. No checkpoint holds any of "
-        "them: what differs is how weights are used.",
-        *(["Less for a share of images' tokens, of the dense model and of LOP's:", images] if tables[False] else []),
-        *(
-            ["Other neurons for each token, a share of which it does not use; all weights stay:", neurons]
-            if tables[True]
-            else []
-        ),
+        f"recovery `{run.config.scored_recovery}`. `seconds` are those to set it up. No checkpoint holds any of them: "
+        "what differs is how weights are used.",
     ]
+    interval = bootstrap(asked(run))
+    for told, ways in (
+        ("Less for a share of images' tokens, of the dense model and of LOP's:", DROPPINGS),
+        ("Other neurons for each token, a share of which it does not use; all weights stay:", CONTEXTUAL),
+    ):
+        rows = [
+            {
+                "method": way.method,
+                "share": f"{way.share:.0%}",
+                **({"on LOP at": f"{way.base:.0%}"} if ways is DROPPINGS else {}),
+                **_against_lop(found, interval),
+                "needs": needs_in_words(ways[way.method].needs, run.size),
+                "parameters added": f"{found.added:,}",
+                "seconds": f"{found.seconds:.2f}",
+            }
+            for way, found in answered.items()
+            if way.method in ways
+        ]
+        if rows:
+            parts += [told, _table(list(rows[0]), [list(row.values()) for row in rows])]
+    return parts
+
+
+def _against_lop(found: Answered, interval: Callable[[np.ndarray], Interval]) -> dict[str, str]:
+    lead = None if found.ratio is None else interval(found.hits.astype(np.int64) - found.alone.astype(np.int64))
+    return {
+        "operations": f"{found.flops:.1%}",
+        "accuracy (%)": _interval(interval(found.hits)),
+        "LOP alone at": "-" if found.ratio is None else f"{found.ratio:.1%}",
+        "ahead of it by": "-" if lead is None else _points(lead),
+    }
 
 
 def _seconds_table(spent: tuple[Spent, ...], size: ModelSize) -> str:

@@ -4,8 +4,8 @@ On `tiny` and `smol`, at as many parameters, refit for everybody who can be refi
 vector-wise), Minitron, DarwinLM, Puzzletron, Týr and EfficientLLaVA over FFN neurons, beside uniform widths and LOP's
 search; ShortGPT, LLM-Streamline and SliceGPT, which leave the FFNs as they are; and LOP's search in other forms
 (`LOPS` in `bench.py`). Beside these, as it keeps all weights and adds some, DejaVu at as many active neurons. At as
-many operations (`lop.model.flops`, of the language backbone): FastV and SparseVLM, by themselves and on what LOP's
-search found, against LOP's widths alone that compute as much (between the ratios that were searched its ratios of
+many operations (`lop.model.flops`, of the language backbone): FastV, SparseVLM and YOPO, by themselves and on what
+LOP's search found, against LOP's widths alone that compute as much (between the ratios that were searched its ratios of
 layers are interpolated). See `benchmarks/bench.py` and `beyond.py` for what is equal for all.
 
 Each choice and each score is a small file under `results/company/MODEL` (those that `benchmarks/smol.py` has made are
@@ -18,8 +18,8 @@ distributions from the pruned one's: summed over a question's answer, mean over 
 the dense model's, and `left`, the parameters that whole layers or narrower states leave of the budget (below zero: what
 DejaVu has more than the dense model); by model and ratio `lop_ahead` (whether LOP's search is ahead of every other
 method by a 95% interval above zero) and `behind`, with the interval of each method's KL less LOP's where it is not, and
-the same for LOP's other forms; by model `tokens`, one entry for each way to drop tokens, share and ratio of LOP's, with
-the interval of the KL of LOP alone at as many operations less its own.
+the same for LOP's other forms; by model `tokens`, one entry for each way to compute less for images' tokens, share and
+ratio of LOP's, with the interval of the KL of LOP alone at as many operations less its own (`seconds`: to set it up).
 """
 
 import argparse
@@ -93,7 +93,7 @@ def summary(beyond: Beyond, table: _Table) -> dict[str, Any]:
 
 
 def tokens(beyond: Beyond, ratios: Sequence[float], shares: Sequence[float]) -> list[dict[str, Any]]:
-    """Images' tokens dropped from the dense model and from LOP's, against LOP alone at as many operations."""
+    """Less computed for images' tokens by the dense model and by LOP's, against LOP alone at as many operations."""
     bench = beyond.bench
     known = {ratio: bench.choose(LOP, ratio) for ratio in ratios}
     whole, entries = beyond.flops(), []
@@ -108,6 +108,7 @@ def tokens(beyond: Beyond, ratios: Sequence[float], shares: Sequence[float]) -> 
                     "kl": float(one.kl.mean()),
                     "accuracy": one.right,
                     "flops": one.flops / whole,
+                    "seconds": one.seconds,
                 }
                 told = f"{bench.model} {name} {share:.0%} on LOP at {ratio:.0%}  KL {one.kl.mean():.4f}  "
                 told += f"{one.flops / whole:.1%} of the operations"
@@ -155,7 +156,7 @@ def _label(method: str) -> str:
 
 
 def _needs(method: str) -> list[str]:
-    return ["states", "training"] if method in CONTEXTUAL else sorted(EVERY[LOP if method in LOPS else method].needs)
+    return sorted({**EVERY, **CONTEXTUAL, **DROPPINGS}[LOP if method in LOPS else method].needs)
 
 
 def _in_words(gain: Interval) -> str:
@@ -194,7 +195,7 @@ def main() -> None:
         agree = [ok for bench in benches for ok in bench.check(options.check, options.methods)]
         print(json.dumps({"benchmark": "company", "checked": len(agree), "agree": sum(agree)}))
         return
-    methods = {name: _needs(name) for name in options.methods}
+    methods = {name: _needs(name) for name in [*options.methods, *(DROPPINGS if options.shares else ())]}
     line: dict[str, Any] = {"benchmark": "company", "seed": options.seed, "methods": methods}
     for bench in benches:
         beyond = Beyond(bench)

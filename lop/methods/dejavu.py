@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lop.methods.dropping import Contextual
+from lop.methods.method import Need
 
 if TYPE_CHECKING:
     from lop.model.backbone import Backbone
@@ -30,4 +31,4 @@ def predicted_neurons(backbone: "Backbone", encoded: "Encoded", widths: Sequence
     return contextual(backbone, encoded, widths, round(_RANK * len(backbone.norm)))
 
 
-METHOD = Contextual("dejavu", predicted_neurons, "DejaVu")
+METHOD = Contextual("dejavu", predicted_neurons, "DejaVu", frozenset({Need.STATES, Need.TRAINING}))

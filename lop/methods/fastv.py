@@ -8,7 +8,7 @@ look). K = 2 as published, of however many layers.
 
 from typing import TYPE_CHECKING
 
-from lop.methods.dropping import Dropping
+from lop.methods.dropping import Dropping, planned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,4 +40,4 @@ def after_two_layers(layers: int, dropped: float) -> "Plan":
     return Plan((Stage(min(LAYERS, layers - 1), 1 - dropped),), last_token, best)
 
 
-METHOD = Dropping("fastv", after_two_layers, "FastV")
+METHOD = Dropping("fastv", planned(after_two_layers), "FastV")

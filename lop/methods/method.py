@@ -47,6 +47,7 @@ class Need(StrEnum):
     SPECTRA = "spectra"  # `NeuronStatistics.exponents`.
     GRADIENTS = "gradients"  # The surveys `element` and `vector` (`lop.model.taylor`).
     SEQUENCES = "sequences"  # The survey `squares` (`lop.model.sequences`).
+    ATTENTION = "attention"  # The weights by which heads look from the calibration samples' tokens at others.
     STATES = "states"  # The calibration samples' states before and after layers.
     TRAINING = "training"  # A part of the model trained on them.
     REMOVAL = "removal"  # The surveys `order` and `errors` (`lop.model.removal`).

@@ -25,6 +25,7 @@ from lop.methods import (
     tyr,
     uniform,
     wanda,
+    yopo,
 )
 from lop.methods.dropping import Contextual, Dropping
 from lop.methods.method import SURVEYED, Method, Side
@@ -67,8 +68,8 @@ RESHAPINGS: dict[str, Reshaping] = {
         slicegpt.METHOD,
     )
 }
-# Those that leave the weights as they are, and drop images' tokens: they go together with any of the others.
-DROPPINGS: dict[str, Dropping] = {dropping.name: dropping for dropping in (fastv.METHOD, sparsevlm.METHOD)}
+# Those that leave the weights as they are, and compute less for images' tokens: they go together with any other.
+DROPPINGS: dict[str, Dropping] = {dropping.name: dropping for dropping in (fastv.METHOD, sparsevlm.METHOD, yopo.METHOD)}
 # Those that compute other neurons for each token, with all weights there.
 CONTEXTUAL: dict[str, Contextual] = {dejavu.METHOD.name: dejavu.METHOD}
 EVERY: dict[str, Method | Reshaping] = {**METHODS, **RESHAPINGS}

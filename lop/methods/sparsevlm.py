@@ -15,7 +15,7 @@ among the tokens that are left.
 
 from typing import TYPE_CHECKING
 
-from lop.methods.dropping import Dropping
+from lop.methods.dropping import Dropping, planned
 from lop.methods.fastv import LAYERS, best
 
 if TYPE_CHECKING:
@@ -98,4 +98,4 @@ def in_three_stages(layers: int, dropped: float) -> "Plan":
     return Plan(tuple(stage for stage, span in zip(stages, spans) if span), relevant, recycle)
 
 
-METHOD = Dropping("sparsevlm", in_three_stages, "SparseVLM")
+METHOD = Dropping("sparsevlm", planned(in_three_stages), "SparseVLM")

@@ -186,8 +186,28 @@ class Backbone:
         """What the layer's heads say to the states x [N, H] before it, [N, Q·D], which their `out` is applied to."""
         return _Attention(self, rotation, groups)(layer, self.attention_input(layer, x))
 
+    def heads_at(
+        self, layer: Layer, x: Tensor, rotation: Tensor, groups: Sequence[Group], masks: Sequence[Tensor]
+    ) -> Tensor:
+        """What `heads_output` is where heads look at some tokens only, [N, Q·D].
+
+        Args:
+            masks: of each sequence, whether each head looks from each token at each other, [Q, T, T] bool; from every
+                token at one at least.
+        """
+        attention = _Attention(self, rotation, groups)
+        sizes = [mask.shape[1] for mask in masks]
+        projected = attention.project(layer, self.attention_input(layer, x))
+        parts = zip(*(part.transpose(0, 1).split(sizes, dim=1) for part in projected), masks)
+        said = [F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True) for q, k, v, mask in parts]
+        return torch.cat(said, dim=1).transpose(0, 1).flatten(1)
+
+    def add_heads(self, layer: Layer, x: Tensor, said: Tensor) -> Tensor:
+        """What `attend` gives, [N, H], for the states x [N, H] before a layer, its heads saying [N, Q·D]."""
+        return torch.addmm(_turned(x, layer.attention_turn), said, layer.heads.out.T)
+
     def weights(self, layer: Layer, x: Tensor, rotation: Tensor) -> Tensor:
-        """By what weights [T, T] float32 the tokens of one sequence look at each other, the mean over a layer's heads.
+        """By what weights [Q, T, T] float32 each of a layer's heads looks from one sequence's tokens at each other.
 
         Args:
             x: [T, H], the states before the layer.
@@ -198,7 +218,7 @@ class Backbone:
         key = key.repeat_interleave(layer.heads.shared, dim=1)
         products = torch.einsum("qhd,khd->hqk", query.float(), key.float()) / layer.heads.size**0.5
         hidden = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
-        return products.masked_fill_(hidden, -torch.inf).softmax(-1).mean(0)
+        return products.masked_fill_(hidden, -torch.inf).softmax(-1)
 
     def ffn_input(self, layer: Layer, x: Tensor) -> Tensor:
         """What the FFN is given, [N, H], where `attend` gave x [N, H]."""
@@ -246,10 +266,9 @@ class Backbone:
         return self.feed_forward(layer, self._attend(layer, attention, x))
 
     def _attend(self, layer: Layer, attention: "_Attention", x: Tensor) -> Tensor:
-        turned = _turned(x, layer.attention_turn)
         if not layer.heads.width:
-            return turned.clone()  # What comes next works in the memory of it.
-        return torch.addmm(turned, attention(layer, self._norm(x, layer.attention_norm)), layer.heads.out.T)
+            return _turned(x, layer.attention_turn).clone()  # What comes next works in the memory of it.
+        return self.add_heads(layer, x, attention(layer, self._norm(x, layer.attention_norm)))
 
 
 def _turned(x: Tensor, turn: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """A forward pass in which sequences lose tokens of their images on the way."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -9,6 +9,10 @@ from torch import Tensor
 
 from lop.model.backbone import Backbone, Group
 from lop.model.encoding import Batch
+from lop.model.flops import flops
+
+# Reads a batch with a backbone in some way: the normed states [M, H] at its tails, and the operations.
+Reading = Callable[[Backbone, Batch], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,12 @@ class _Sequence:
     tail: int
 
 
+def read(backbone: Backbone, batch: Batch, plan: Plan) -> tuple[Tensor, int]:
+    """The states that `dropped_tails` gives, and the operations; see `lop.model.flops`."""
+    found, lengths = dropped_tails(backbone, batch, plan)
+    return found, flops(backbone, lengths, len(batch.places))
+
+
 @torch.inference_mode()
 def dropped_tails(backbone: Backbone, batch: Batch, plan: Plan) -> tuple[Tensor, list[list[int]]]:
     """The normed states [M, H] at a batch's tails, and of each layer the tokens of each sequence.
@@ -79,13 +89,13 @@ def dropped_tails(backbone: Backbone, batch: Batch, plan: Plan) -> tuple[Tensor,
             part = slice(start, start + len(sequence.places))
             start = part.stop
             if sequence.whole:
-                weights = backbone.weights(backbone.layers[stage.layers - 1], before[part], rotation[part])
+                weights = backbone.weights(backbone.layers[stage.layers - 1], before[part], rotation[part]).mean(0)
                 states.append(_drop(sequence, weights, x[part], stage, plan))
             else:
                 states.append(x[part])
         x, done = torch.cat(states), stage.layers
         rotation = batch.rotation[torch.cat([sequence.places for sequence in sequences])]
-        groups = _groups(sequences)
+        groups = grouped((len(sequence.places), sequence.tail) for sequence in sequences)
     lengths += [[len(sequence.places) for sequence in sequences]] * (len(backbone.layers) - done)
     moved = torch.full((len(batch),), -1, device=x.device)
     places = torch.cat([sequence.places for sequence in sequences])
@@ -124,6 +134,6 @@ def _drop(sequence: _Sequence, weights: Tensor, x: Tensor, stage: Stage, plan: P
     return x[stays]
 
 
-def _groups(sequences: Sequence[_Sequence]) -> tuple[Group, ...]:
-    shapes = [(len(sequence.places), sequence.tail) for sequence in sequences]
+def grouped(shapes: Iterable[tuple[int, int]]) -> tuple[Group, ...]:
+    """Sequences of so many tokens and with tails so long, laid end to end."""
     return tuple(Group(len(list(alike)), *shape) for shape, alike in groupby(shapes))

@@ -27,6 +27,7 @@ class Batch:
         embeddings: [N, H], image features in place.
         rotation: [N, D/2], complex: M-RoPE.
         is_image: [N] bool, where images' tokens are.
+        grid: [N, 2] int32, M-RoPE's row and column of each token.
         groups: how many sequences of which length the N tokens are.
         tails: [M], the last tokens of each sequence, as many as the longest answer of its group has.
         places: [A], where in the tails the answers' tokens are predicted.
@@ -37,6 +38,7 @@ class Batch:
     embeddings: Tensor
     rotation: Tensor
     is_image: Tensor
+    grid: Tensor
     groups: tuple[Group, ...]
     tails: Tensor
     places: Tensor
@@ -292,6 +294,7 @@ def _pack(sequences: list[EncodedSample | None], chosen: Sequence[int]) -> Batch
         embeddings=torch.cat([sequence.embeddings for sequence in packed]),
         rotation=torch.cat([sequence.rotation for sequence in packed]),
         is_image=torch.cat([sequence.is_image for sequence in packed]),
+        grid=torch.cat([sequence.positions[1:].T.int() for sequence in packed]),
         groups=tuple(groups),
         tails=_ranges(ends - tails, ends),
         places=_ranges(tail_ends - [len(sequence.answer) for sequence in packed], tail_ends),

@@ -273,7 +273,7 @@ def _averages(
     hits: Mapping[tuple[str, float], np.ndarray],
     widths: Mapping[tuple[str, float], tuple[int, ...]],
 ) -> list[Average]:
-    interval = _bootstrap(samples)
+    interval = bootstrap(samples)
     accuracies = {key: interval(correct) for key, correct in hits.items()}
     averages = []
     for (method, target), correct in hits.items():
@@ -288,7 +288,7 @@ def _averages(
 def _recoveries(
     samples: Sequence[Sample], hits: Mapping[tuple[str, float, Recovery], np.ndarray]
 ) -> Iterator[Recovered]:
-    interval = _bootstrap(samples)
+    interval = bootstrap(samples)
     earlier: dict[tuple[str, float], dict[Recovery, np.ndarray]] = {}
     for (method, target, recovery), correct in hits.items():
         others = earlier.setdefault((method, target), {})
@@ -298,7 +298,7 @@ def _recoveries(
         yield Recovered(method, target, recovery, interval(correct), differences)
 
 
-def _bootstrap(samples: Sequence[Sample]) -> Callable[[np.ndarray], Interval]:
+def bootstrap(samples: Sequence[Sample]) -> Callable[[np.ndarray], Interval]:
     """The mean over forms of a value for each sample [n], with its interval over images."""
     forms = np.unique([sample.form for sample in samples], return_inverse=True)[1]
     images = np.unique([sample.image_key for sample in samples], return_inverse=True)[1]

@@ -1,6 +1,6 @@
 """What `lop compare` and `lop demo` leave for people: a table, plots, and the same numbers as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,12 @@ import numpy as np
 from rich.table import Table
 
 from lop.console import PlainConsole
-from lop.methods.registry import EVERY
+from lop.methods.registry import CONTEXTUAL, DROPPINGS, EVERY
 from lop.model.samples import FORMS
-from lop.report.compare import Average, Comparison, Recovered, Spent
+from lop.report.compare import Average, Comparison, Recovered, Spent, asked, bootstrap
 from lop.report.intervals import Interval
-from lop.report.needs import needs_in_words
+from lop.report.needs import needs_in_words, without_checkpoint
+from lop.report.operations import Answered, Way
 from lop.report.plots import plot_accuracy, plot_allocations, plot_search, plot_trees
 from lop.run.results import Found, read_search
 from lop.run.run import Run
@@ -23,8 +24,11 @@ from lop.storage.files import atomic_file, read_json
 _FORM_NAMES = {"choice": "multiple choice", "yes_no": "yes / no", "word": "one word"}
 
 
-def write_report(run: Run, comparison: Comparison) -> Path:
+def write_report(run: Run, comparison: Comparison, answered: Mapping[Way, Answered] | None = None) -> Path:
     """Writes the plots and `report.md` into the run's folder; prints the table.
+
+    Args:
+        answered: what ways to compute less answer.
 
     Raises:
         LopError: an earlier stage has not been run.
@@ -37,7 +41,7 @@ def write_report(run: Run, comparison: Comparison) -> Path:
     if any(result.depths for result in found):  # Searches of earlier versions did not tell.
         plot_trees(found, run.folder / "trees.png")
     with atomic_file(run.report_file) as temporary:
-        temporary.write_text(_markdown(run, comparison), encoding="utf-8")
+        temporary.write_text(_markdown(run, comparison, answered or {}), encoding="utf-8")
     print_table(comparison)
     return run.report_file
 
@@ -57,7 +61,7 @@ def print_table(comparison: Comparison) -> None:
     PlainConsole().print(table)
 
 
-def _markdown(run: Run, comparison: Comparison) -> str:
+def _markdown(run: Run, comparison: Comparison, answered: Mapping[Way, Answered]) -> str:
     config, search = run.config, run.config.search
     predictors = read_json(run.folder / "predictors.json")
     targets = search.targets.ratios
@@ -80,6 +84,7 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         "Share of exact answers, with Wilson's 95% interval.",
         _form_table(comparison),
         *_recovery_parts(comparison),
+        *_operations_parts(run, answered),
         *_confirmation_parts(run, read_search(run)),
         "## Needs and seconds",
         "What a method needs beside the weights, with the memory that a further pass over the samples takes on top of "
@@ -87,6 +92,7 @@ def _markdown(run: Run, comparison: Comparison) -> str:
         "`apply` for each target (medians). What `lop-search` allocates is its own search for one target; "
         "`lop-predictor` has the search and the training behind it, once for all targets.",
         _seconds_table(comparison.seconds, run.size),
+        *without_checkpoint(spent.method for spent in comparison.seconds),
         "Once for all targets, in this run: "
         + ", ".join(f"{stage} {spent:.1f} s" for stage, spent in seconds.items())
         + ".",
@@ -193,6 +199,51 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
     ]
 
 
+def _operations_parts(run: Run, answered: Mapping[Way, Answered]) -> list[str]:
+    """What computes less and leaves the weights, by operations: for images' tokens, and with other neurons by token."""
+    if not answered:
+        return []
+    parts = [
+        "## At equal operations",
+        "What computes less and leaves the weights is told by the operations of the language backbone, as a share of "
+        "the dense model's, counted from shapes (`lop.model.flops`). Each is held against the widest of "
+        "`lop-predictor`'s allocations that computes no more, paired on the same questions; all of LOP's widths with "
+        f"recovery `{run.config.scored_recovery}`. `seconds` are those to set it up. No checkpoint holds any of them: "
+        "what differs is how weights are used.",
+    ]
+    interval = bootstrap(asked(run))
+    for told, ways in (
+        ("Less for a share of images' tokens, of the dense model and of LOP's:", DROPPINGS),
+        ("Other neurons for each token, a share of which it does not use; all weights stay:", CONTEXTUAL),
+    ):
+        rows = [
+            {
+                "method": way.method,
+                "share": f"{way.share:.0%}",
+                **({"on LOP at": f"{way.base:.0%}"} if ways is DROPPINGS else {}),
+                **_against_lop(found, interval),
+                "needs": needs_in_words(ways[way.method].needs, run.size),
+                "parameters added": f"{found.added:,}",
+                "seconds": f"{found.seconds:.2f}",
+            }
+            for way, found in answered.items()
+            if way.method in ways
+        ]
+        if rows:
+            parts += [told, _table(list(rows[0]), [list(row.values()) for row in rows])]
+    return parts
+
+
+def _against_lop(found: Answered, interval: Callable[[np.ndarray], Interval]) -> dict[str, str]:
+    lead = None if found.ratio is None else interval(found.hits.astype(np.int64) - found.alone.astype(np.int64))
+    return {
+        "operations": f"{found.flops:.1%}",
+        "accuracy (%)": _interval(interval(found.hits)),
+        "LOP alone at": "-" if found.ratio is None else f"{found.ratio:.1%}",
+        "ahead of it by": "-" if lead is None else _points(lead),
+    }
+
+
 def _seconds_table(spent: tuple[Spent, ...], size: ModelSize) -> str:
     rows = [
         [
@@ -225,5 +276,8 @@ def _points(difference: Interval) -> str:
 
 
 def _percent(result: Average | Recovered) -> str:
-    value = result.accuracy
+    return _interval(result.accuracy)
+
+
+def _interval(value: Interval) -> str:
     return f"{100 * value.value:.1f} ({100 * value.low:.1f} to {100 * value.high:.1f})"

@@ -13,7 +13,7 @@ from lop.methods.method import Side
 from lop.methods.registry import EVERY, IN_REPORT, METHODS
 from lop.report.board import Value
 from lop.report.intervals import Interval
-from lop.report.needs import needs_in_words
+from lop.report.needs import needs_in_words, without_checkpoint
 from lop.report.plots import save_figure
 from lop.report.speed import Speed
 from lop.report.tables import Model, Tables
@@ -97,6 +97,7 @@ def _markdown(run: Run, tables: Tables, pictures: dict[str, tuple[Row, list[Row]
         "*Cached*: allocate + prune for everyone. LOP's search and training are in the run's `report.md`, once for all "
         "targets.",
         _text(*_seconds_table(tables.seconds, run.size)),
+        *without_checkpoint(speed.method for speed in tables.seconds),
     ]
     return "\n\n".join(parts) + "\n"
 

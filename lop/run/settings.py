@@ -8,7 +8,7 @@ from pydantic_core import core_schema
 
 from lop.checkpoint.recoveries import RECOVERIES, UNTRAINED
 from lop.methods.method import Root as RootKind
-from lop.methods.registry import BASELINES, EVERY, METHODS, RESHAPINGS, ROOTS, SEARCHES
+from lop.methods.registry import BASELINES, CONTEXTUAL, DROPPINGS, EVERY, METHODS, RESHAPINGS, ROOTS, SEARCHES
 from lop.model.importance import IMPORTANCES
 from lop.predictor.inference import NETWORKS
 from lop.search.rewards import REWARDS, TIE_BREAKERS
@@ -16,6 +16,7 @@ from lop.search.tree import TreeOptions
 from lop.space.allocation import FFN, PARTS
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -32,7 +33,8 @@ Importance = Annotated[str, _one_of(IMPORTANCES)]
 Root = Annotated[str, _one_of(ROOTS)]
 Baseline = Annotated[str, _one_of((*BASELINES, *RESHAPINGS))]
 Rival = Annotated[str, _one_of(SEARCHES)]
-MethodName = Annotated[str, _one_of(name for name, method in EVERY.items() if method.is_compared)]
+_COMPARED = [name for name, method in EVERY.items() if method.is_compared]
+MethodName = Annotated[str, _one_of((*_COMPARED, *DROPPINGS, *CONTEXTUAL))]
 Architecture = Annotated[str, _one_of(NETWORKS)]
 
 
@@ -220,11 +222,14 @@ class CompareSettings(Settings):
 
     All of these targets must have been searched. Without `recoveries` there is no table of them. `limit` takes only so
     many test questions, drawn by the config's seed. `methods` are names of `lop.methods.registry`; None means the few
-    that the report usually has. Those that search by themselves are run for all these targets.
+    that the report usually has. Those that search by themselves are run for all these targets. Those that compute less
+    and leave the weights have tables of their own: less for images' tokens at `shares` of these (a third, half and
+    three quarters), other neurons for each token at `targets`.
     """
 
     targets: Several[Ratio] = (0.2, 0.3, 0.5)
     methods: Several[MethodName] | None = None
+    shares: Several[Share] | None = None
     recovery_targets: Several[Ratio] = (0.5, 0.6)
     recoveries: Distinct[Untrained] = ("none", "bias", "refit")
     limit: Positive | None = None

@@ -1,35 +1,35 @@
-"""What a backbone says where images lose tokens on the way, and what it computes for that."""
+"""What a backbone says where less is computed for images' tokens, and what it computes for that."""
 
 from torch import Tensor
 
 from lop.model.backbone import Backbone
-from lop.model.dropping import Plan, dropped_tails
+from lop.model.dropping import Reading
 from lop.model.encoding import Batch, Encoded
 from lop.model.flops import flops
 from lop.search.scoring import Scoring
 
 
 class DroppingScoring(Scoring):
-    """Scores as `Scoring` does, with tokens dropped by a plan; None drops none.
+    """Scores as `Scoring` does, of what is read in some way; None reads all of it.
 
     Attributes:
         flops: of all batches scored so far; see `lop.model.flops`.
     """
 
-    def __init__(self, backbone: Backbone, encoded: Encoded, plan: Plan | None) -> None:
+    def __init__(self, backbone: Backbone, encoded: Encoded, reading: Reading | None) -> None:
         super().__init__(backbone, encoded)
-        self._plan = plan
+        self._reading = reading
         self.flops = 0
 
     def tails(self, batch: Batch, x: Tensor | None = None, *, first: int = 0) -> Tensor:
         """As `Scoring.tails`, from the embeddings only."""
         assert x is None
         assert not first
-        if self._plan:
-            found, lengths = dropped_tails(self._backbone, batch, self._plan)
+        if self._reading:
+            found, spent = self._reading(self._backbone, batch)
         else:
             found = super().tails(batch)
             whole = [group.length for group in batch.groups for _ in range(group.count)]
-            lengths = [whole] * len(self._backbone.layers)
-        self.flops += flops(self._backbone, lengths, len(batch.places))
+            spent = flops(self._backbone, [whole] * len(self._backbone.layers), len(batch.places))
+        self.flops += spent
         return found

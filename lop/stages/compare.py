@@ -14,8 +14,9 @@ from lop.model.find import find_model, find_samples
 from lop.model.generation import answers
 from lop.model.samples import Sample
 from lop.report.benchmark import check_disjoint, limit, load_benchmark
-from lop.report.compare import Comparison, compare, compared_methods, comparison_fingerprints
+from lop.report.compare import Comparison, asked, compare, compared_methods, comparison_fingerprints
 from lop.report.entries import Found, found_by
+from lop.report.operations import compared_ways, score_ways
 from lop.report.report import write_report
 from lop.report.tables import make_tables
 from lop.report.tables_report import report_tables
@@ -48,7 +49,8 @@ def compare_stage(run: Run, compute: Compute) -> Path:
         found = _found(run, compute)
         comparison = on_worker(partial(compare, found=found), run, compute)
         write_json(results, comparison.as_dict())
-    return write_report(run, comparison)
+    spread = partial(compute.map, config=run.config)
+    return write_report(run, comparison, score_ways(run, compared_ways(run), asked(run), spread))
 
 
 def tables_stage(run: Run, compute: Compute, *, others: Sequence[str] = (), progress: bool = True) -> Path | None:

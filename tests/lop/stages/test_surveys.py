@@ -1,6 +1,7 @@
 """Surveys: made once in pieces, gone on with where they were stopped, and read by whoever needs them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lop.errors import LopError
 from lop.methods.registry import METHODS
 from lop.model.find import assets
 from lop.report.compare import Comparison
-from lop.report.needs import needs_in_words
+from lop.report.needs import needs_in_words, without_checkpoint
 from lop.run.config import load_config
 from lop.run.run import Run
 from lop.run.surveys import SURVEYS, Piece
@@ -128,7 +129,8 @@ def test_methods_are_compared_by_name(tmp_path: Path) -> None:
     for name in ("statistics.safetensors", "results.json"):
         (folder / name).unlink()
     settings = (
-        "compare.methods=[lop-search, flap, llm-pruner, tyr, puzzletron, shortgpt]",
+        "compare.methods=[lop-search, flap, llm-pruner, tyr, puzzletron, shortgpt, fastv, yopo, dejavu]",
+        "compare.shares=[0.5]",
         "compare.targets=[0.5]",
         "compare.recovery_targets=[0.5]",
         "compare.recoveries=[none, refit]",
@@ -155,6 +157,11 @@ def test_methods_are_compared_by_name(tmp_path: Path) -> None:
     }
     assert "| shortgpt | states |" in report
     assert "| llm-pruner | activations, gradients (" in report
+    (images, neurons) = re.findall(r"\| method \| share .*\n\|.*\n((?:\|.*\n)+)", report)
+    assert [line.split(" | ")[:3] for line in images.splitlines()] == [
+        [f"| {name}", "50%", base] for name in ("fastv", "yopo") for base in ("0%", "50%")
+    ]
+    assert re.fullmatch(r"\| dejavu \| 50% \| .* \| states, training on them \| 50,112 \| [0-9.]+ \|\n", neurons)
     assert "| tyr | activations, inverse Gram matrices (0.00061 GB), evaluations |" in report
 
 
@@ -163,3 +170,11 @@ def test_what_needs_cost_in_words(run: Run) -> None:
     assert needs_in_words(METHODS["llm-pruner"].needs, run.size) == "activations, gradients (0.0017 GB)"
     assert needs_in_words(METHODS["magnitude"].needs, run.size) == "weights alone"
     assert needs_in_words(METHODS["evolution"].needs, run.size) == "activations, evaluations"
+
+
+def test_why_there_is_no_checkpoint() -> None:
+    assert without_checkpoint(["flap", "shortgpt", "llm-streamline"]) == []
+    assert without_checkpoint(["slicegpt", "flap", "slicegpt"]) == [
+        "No checkpoint can be written of `slicegpt` (no layer of the architecture multiplies the residual stream by a "
+        "matrix)."
+    ]

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.recovery import recover_elastic
-from lop.methods.method import Need, Seconds, Side
+from lop.methods.method import Choice, Need, Seconds, Side
 from lop.methods.registry import EVERY, IN_REPORT, METHODS, RESHAPINGS
 from lop.model.encoding import Encoded
 from lop.model.samples import FORMS, Sample, check_answers, fingerprint_samples
@@ -176,16 +176,16 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
     pairs = [(name, target) for target in dict.fromkeys((*targets, *recovery_targets)) for name in methods]
     for name, target in tqdm(pairs, desc="compare", unit="method", disable=not progress):
         choice = METHODS[name](known[name], run.space.budget(target))
-        published: Recovery = "bias" if choice.bias else "none"
+        own = _of_choice(run, choice)
         start = time.perf_counter()
         elastic.sort(run.order_by(choice.importance))
         sorted_at = time.perf_counter()
         if target in targets:
-            recover(choice.allocation, published)
+            recover(choice.allocation, own)
             first = calibrate_seconds if Need.ACTIVATIONS in METHODS[name].needs else 0.0
             pruned = time.perf_counter() - sorted_at
             spent[name].append(Seconds(first + extra[name], choice.seconds, sorted_at - start, pruned))
-            hits[name, target] = scored(choice.importance, choice.allocation, published)
+            hits[name, target] = scored(choice.importance, choice.allocation, own)
             widths[name, target] = choice.allocation.widths
         if target in recovery_targets:
             for recovery in recoveries:
@@ -197,7 +197,7 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
         made = RESHAPINGS[name].reshape(elastic.backbone, calibration, removed, RECOVERIES[recovery].refits)
         seconds = time.perf_counter() - start
         correct = Scoring(made.backbone, scoring.encoded).scores().correct
-        if target in targets and recovery == "none":
+        if target in targets and recovery == _own(run, name):
             spent.setdefault(name, []).append(Seconds(0.0, seconds, 0.0, 0.0))
             hits[name, target], widths[name, target] = correct, (run.space.neurons,) * len(made.backbone.layers)
         if target in recovery_targets and recovery in recoveries:
@@ -212,13 +212,29 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
 
 
 def _reshapings(run: Run) -> list[tuple[str, float, Recovery]]:
-    """Those of the compared methods that reshape the model, at every target, as published and with `refit`."""
+    """Those of the compared methods that reshape the model, at every target, with each recovery they have there."""
     settings = run.config.compare
-    names = [name for name in compared_methods(run) if name in RESHAPINGS]
-    mended = settings.recovery_targets if "refit" in settings.recoveries else ()
-    targets = dict.fromkeys((*settings.targets, *(settings.recovery_targets if settings.recoveries else ())))
-    found: list[tuple[str, float, Recovery]] = [(name, target, "none") for name in names for target in targets]
-    return found + [(name, target, "refit") for name in names if RESHAPINGS[name].refits for target in mended]
+    found: list[tuple[str, float, Recovery]] = []
+    for name in compared_methods(run):
+        if name in RESHAPINGS:
+            able = ("none", "refit") if RESHAPINGS[name].refits else ("none",)
+            found += [(name, target, _own(run, name)) for target in settings.targets]
+            wanted = [recovery for recovery in able if recovery in settings.recoveries]
+            found += [(name, target, recovery) for target in settings.recovery_targets for recovery in wanted]
+    return list(dict.fromkeys(found))
+
+
+def _of_choice(run: Run, choice: Choice) -> Recovery:
+    """What a choice is compared with: allocations are good for what they were scored with, so all have the same.
+
+    Where they were scored without recovery, each is as it was published.
+    """
+    return run.config.scored_recovery if run.config.scored_recovery != "none" else "bias" if choice.bias else "none"
+
+
+def _own(run: Run, name: str) -> Recovery:
+    """What a method that reshapes the model is compared with at all targets."""
+    return "refit" if RECOVERIES[run.config.scored_recovery].refits and RESHAPINGS[name].refits else "none"
 
 
 def asked(run: Run) -> tuple[Sample, ...]:
@@ -240,6 +256,8 @@ def comparison_fingerprints(run: Run) -> dict[str, str]:
     searching = any(METHODS[name].search for name in compared_methods(run) if name in METHODS)
     return {
         **run.evaluation_fingerprints,
+        # Comparisons from before all methods had what the search scores with lack this.
+        **({"compared with": run.config.scored_recovery} if run.config.scored_recovery != "none" else {}),
         # Only where a method searches, so that comparisons from before any could keep theirs.
         **({"rivals": fingerprint([settings, run.config.seed])} if searching else {}),
         "space": fingerprint(run.space.as_dict()),

@@ -76,8 +76,9 @@ def _markdown(run: Run, comparison: Comparison, answered: Mapping[Way, Answered]
         f"{search.evaluations} evaluated allocations each (the paper: 300 and 200), roots: "
         f"{', '.join(search.roots) or 'none'}.",
         "## Accuracy on the test samples",
-        "Mean over the forms of question, with the 95% interval of a bootstrap over images. The last column is the "
-        "difference to the best baseline at that target, in points, paired on the same questions.",
+        f"Every method {_mended(run)}. Mean over the forms of question, with the 95% interval of a bootstrap over "
+        "images. The last column is the difference to the best baseline at that target, in points, paired on the same "
+        "questions.",
         _average_table(comparison),
         "![Accuracy by target](accuracy.png)",
         "### By form of question",
@@ -118,6 +119,13 @@ def _attention(run: Run) -> str:
         f", and {attention.groups} groups of attention heads, pruned like them: ratios are shares of the parameters of "
         "both, and methods that know FFNs alone keep attention dense where the budget allows"
     )
+
+
+def _mended(run: Run) -> str:
+    recovery = run.config.scored_recovery
+    if recovery == "none":
+        return "as it was published (FLAP with bias, the others without recovery)"
+    return f"with recovery `{recovery}`, as the search has it"
 
 
 def _limited(run: Run) -> str:
@@ -193,8 +201,7 @@ def _recovery_parts(comparison: Comparison) -> list[str]:
         "## Recovery",
         "The same allocations and neurons with each recovery, LOP's and the baselines' alike: accuracy in percent, and "
         "differences in points, paired on the same questions. `bias` adds the pruned neurons' mean contribution, "
-        "`refit` solves for new `down_proj` weights on the calibration samples. The tables above have each method as "
-        "it was published (FLAP with bias, the others without recovery).",
+        "`refit` solves for new `down_proj` weights on the calibration samples.",
         _table(["method", "pruned", *columns], rows),
     ]
 

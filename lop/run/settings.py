@@ -218,7 +218,9 @@ class TrainSettings(Settings):
 
 
 class CompareSettings(Settings):
-    """What `lop compare` reports: every method as published at `targets`, and with each recovery at others.
+    """What `lop compare` reports: every method at `targets`, and with each recovery at others.
+
+    At `targets` all have the recovery that the search scores with; where that is none, each is as published.
 
     All of these targets must have been searched. Without `recoveries` there is no table of them. `limit` takes only so
     many test questions, drawn by the config's seed. `methods` are names of `lop.methods.registry`; None means the few

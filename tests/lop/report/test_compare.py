@@ -1,10 +1,17 @@
 """The table of recoveries: paired differences, kept and shown."""
 
-import numpy as np
+import shutil
+from pathlib import Path
 
+import numpy as np
+import pytest
+
+from lop.model.find import assets
 from lop.model.samples import SampleSets
-from lop.report.compare import Comparison, _recoveries
+from lop.report.compare import Comparison, _recoveries, compare
 from lop.report.report import _recovery_parts
+from lop.run.config import load_config
+from lop.run.run import Run
 
 
 def test_recoveries_are_held_against_those_before_them(samples: SampleSets) -> None:
@@ -32,3 +39,22 @@ def test_recoveries_are_held_against_those_before_them(samples: SampleSets) -> N
     assert [row.split(" | ")[:2] for row in rows] == [
         ["| flap", "50%"], ["| lop-search", "50%"], ["| flap", "60%"], ["| lop-search", "60%"]
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scored", "told"),
+    [("none", {"uniform": "none", "flap": "bias"}), ("refit", dict.fromkeys(("uniform", "flap", "shortgpt"), "refit"))],
+)
+def test_all_methods_have_the_recovery_that_the_search_scored_with(
+    tmp_path: Path, scored: str, told: dict[str, str]
+) -> None:
+    shutil.copytree(assets() / "run", tmp_path / "run")
+    settings = [
+        f"search.recovery={scored}",
+        f"compare={{targets: [0.5], recovery_targets: [0.5], methods: [{', '.join(told)}], limit: 60}}",
+    ]
+    run = Run(load_config(assets() / "run" / "config.yaml", settings), tmp_path / "run")
+    found = compare(run, progress=False)
+    by_recovery = {(each.method, each.recovery): each.accuracy for each in found.recoveries}
+    own = {average.method: average.accuracy for average in found.averages if average.method != "dense"}
+    assert own == {method: by_recovery[method, recovery] for method, recovery in told.items()}

@@ -90,8 +90,10 @@ def export(
     bits = packing.bits if packing else BITS[0]
     check_format(format, "bias" if bias else "none", bits)
     if heads:
-        check_heads(format, "none", bits)
+        check_heads(format, "none")
     cuts = cut_tensors(tensors, order, widths, format=format, recovered=recovered, heads=heads)
+    if packing:
+        packing = packing.without([name for name, cut in cuts if 0 in cut.shape], family)
     about = {**about, "format": format, "widths": list(widths), "neurons": order.shape[1]}
     if heads:
         about |= {"groups": list(heads.widths), "dense_groups": heads.groups}

@@ -69,7 +69,7 @@ class Footprint:
     def __post_init__(self) -> None:
         check_format(self.format, self.recovery, self.bits)
         if self.attention is not None:
-            check_heads(self.format, self.recovery, self.bits)
+            check_heads(self.format, self.recovery)
 
     @property
     def bits(self) -> int:
@@ -136,8 +136,8 @@ class Footprint:
         if self.is_uniform(target):
             step *= space.layers
             smallest = largest - space.layers * ffn.cost * (ffn.width - ffn.min_width)
-        elif space.attention is not None and target.memory is None and target.latency is None:
-            step = 1  # The fewest parameters that are worth a question: here a budget says what a checkpoint takes.
+        elif self.attention is not None and (target.parameters or (target.bytes and not self.quantised)):
+            step = 1  # Where a budget, of parameters, says what a checkpoint takes, none of them is given away.
         most_first = range(smallest + (largest - smallest) // step * step, smallest - 1, -step)
         first = bisect_left(most_first, True, key=lambda budget: limit.bounds(budget)[0] <= limit.most)
         sure = bisect_left(most_first, True, lo=first, key=lambda budget: limit.bounds(budget)[1] <= limit.most)
@@ -202,11 +202,11 @@ class Footprint:
         if unit == "bytes":
             self._check_linear(space)
 
-        def bounds(budget: int) -> tuple[int, int]:
-            if space.attention is not None:  # Of parameters, which is never exceeded.
-                lost = space.whole - budget
-                weight = weigh(dense(space).widths) - lost * (1 if unit == "parameters" else self._item)
-                return weight, weight
+        def bounds(budget: int) -> tuple[float, float]:
+            if self.attention is not None:  # Of parameters, which is never exceeded.
+                lost, whole = space.whole - budget, weigh(dense(space).widths)
+                least, most = (1, 1) if unit == "parameters" else self._parameter_bytes(self.attention)
+                return whole - lost * most, whole - lost * least
             weight = weigh(uniform(space, budget).widths)  # However it is spread.
             return weight, weight
 
@@ -301,9 +301,21 @@ class Footprint:
             return 0
         return sum(self.attention.groups - width for width in widths[self.size.layers :])
 
+    def _empty_matrices(self, widths: Sequence[int]) -> int:
+        """How many there are on disk: three of an FFN that keeps nothing, four of attention."""
+        _, groups = self._computed(widths)
+        return 3 * list(self._stored(widths)).count(0) + 4 * list(groups or ()).count(0)
+
     def _lost_heads(self, widths: Sequence[int]) -> int:
         """Parameters of the attention's groups that are not on disk."""
         return self._lost_groups(widths) * (self.attention.group_parameters if self.attention else 0)
+
+    def _parameter_bytes(self, attention: Attention) -> tuple[float, float]:
+        """The least and the most that a parameter of any part takes on disk."""
+        weight = self.quantised or self._plain
+        parts = (weight.neuron_bits, self.size.neuron_parameters), (weight.group_bits, attention.group_parameters)
+        each = [bits / 8 / parameters for bits, parameters in parts]
+        return min(each), max(each)
 
     @property
     def _item(self) -> int:
@@ -313,12 +325,14 @@ class Footprint:
     def _bytes(self, widths: Sequence[int], weight: Weight) -> int:
         """In safetensors, with weights of a type; biases have always the dense model's."""
         pruned = self.size.layers * self.size.neurons - sum(self._stored(widths))
-        lost = self._lost_heads(widths) * self._item
-        return weight.bytes - pruned * weight.neuron_bits // 8 - lost + self._biases * self.size.neuron_bytes // 3
+        lost = (pruned * weight.neuron_bits + self._lost_groups(widths) * weight.group_bits) // 8
+        empty = weight.matrix_bytes * self._empty_matrices(widths)
+        return weight.bytes - lost - empty + self._biases * self.size.neuron_bytes // 3
 
     @property
     def _plain(self) -> Weight:
-        return Weight(BITS[0], self.size.bytes, 8 * self.size.neuron_bytes)
+        group = 8 * self.attention.group_parameters * self._item if self.attention else 0
+        return Weight(BITS[0], self.size.bytes, 8 * self.size.neuron_bytes, group)
 
     @cached_property
     def _gguf(self) -> GgufWeight | None:

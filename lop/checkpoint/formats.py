@@ -117,7 +117,7 @@ def check_format(format: Format, recovery: Recovery, bits: int = BITS[0]) -> Non
         raise LopError(f"format {format!r} has no place for a bias: choose recovery {fits}, or format {others}")
 
 
-def check_heads(format: Format, recovery: Recovery, bits: int = BITS[0]) -> None:
+def check_heads(format: Format, recovery: Recovery) -> None:
     """Looks before anything is done whether what is asked for goes with pruned attention.
 
     Raises:
@@ -129,8 +129,6 @@ def check_heads(format: Format, recovery: Recovery, bits: int = BITS[0]) -> None
         )
     if RECOVERIES[recovery].trains:
         raise LopError(f"recovery {recovery!r} does not train pruned attention: take 'refit'")
-    if bits != BITS[0]:
-        raise LopError(f"weights of {bits} bits do not go with pruned attention: leave out --bits")
 
 
 def cut_tensors(

@@ -116,7 +116,7 @@ def export_allocation(
     packing = packing_of(run, bits, vision=vision)
     if packing is not None:
         check_library()
-        check_widths(bits, allocation.widths)
+        check_widths(bits, allocation.widths[: len(order)])
     if kind := FORMATS[format].gguf:
         check_source(run.model_folder, kind)
     check_new(place, bytes=footprint.bytes(allocation.widths))
@@ -173,6 +173,7 @@ def export_allocation(
                 recovery,
                 packing,
                 Path(folder),
+                groups=groups,
                 padded=FORMATS[format].is_padded,
                 **inputs,
             )

@@ -13,7 +13,6 @@ import lop
 from lop.checkpoint.export import convert, export, load
 from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.inspection import inspect, print_inspection
-from lop.checkpoint.quantise import quantise
 from lop.checkpoint.recovery import recover_checkpoint, recover_elastic
 from lop.errors import LopError
 from lop.model.adapter import load_model
@@ -276,9 +275,7 @@ def test_what_does_not_go_with_it_is_refused_before(source: Path, options: dict[
         Footprint(model_size(tensors), attention=Attention(GROUPS, 100, 200), **options)
 
 
-def test_it_is_not_quantised_nor_converted(checkpoint: Path, tmp_path: Path) -> None:
+def test_it_is_not_converted(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(LopError, match="as many heads in all layers"):
         convert(checkpoint, tmp_path / "out", format="gguf")
-    with pytest.raises(LopError, match="do not go with pruned attention"):
-        quantise(checkpoint, tmp_path / "out", 8)
     assert not (tmp_path / "out").exists()

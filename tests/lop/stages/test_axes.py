@@ -117,6 +117,16 @@ def test_a_target_becomes_a_checkpoint_of_as_many_parameters(both: Run, tmp_path
     assert (found.groups or (GROUPS,) * LAYERS) == choice.allocation.widths[LAYERS:]
 
 
+def test_fewer_bits_take_as_many_bytes_as_was_said(both: Run, tmp_path: Path) -> None:
+    target = Target(ratio=0.3)
+    choice = choose(both, both.config, target, bits=4)
+    prune_stage(both, both.config, target, tmp_path / "hf", bits=4)
+    found = inspect(tmp_path / "hf")
+    assert (found.bits, found.bytes) == (4, choice.footprint.bytes(choice.allocation.widths))
+    assert found.widths == choice.allocation.widths[:LAYERS]
+    assert found.manifest["quantised"]["rounding"] == "compensated"
+
+
 def test_the_report_compares_methods_that_know_ffns_alone(both: Run) -> None:
     compare_stage(both, Local())
     rows = json.loads((both.folder / "results.json").read_text())["averages"]
@@ -147,8 +157,6 @@ def test_a_ratio_is_of_the_parameters_of_what_is_open(ffns: Run, both: Run) -> N
 def test_what_knows_ffns_alone_is_refused(base: Path, both: Run, ffns: Run) -> None:
     with pytest.raises(LopError, match="evolution knows FFNs alone"):
         rivals_stage(both, Local(), rivals=["random", "evolution"], progress=False)
-    with pytest.raises(LopError, match="8 bits do not go with pruned attention"):
-        choose(both, both.config, Target(ratio=0.3), bits=8)
     with pytest.raises(LopError, match="parts open that are not among ffn"):
         started(Run(config(base, f"search.start={both.folder}"), base / "other"))
     small = config(base, *BOTH, f"search.start={ffns.folder}", "search.targets={first: 0.6, last: 0.6, step: 0.1}")

@@ -69,7 +69,7 @@ class Footprint:
     def __post_init__(self) -> None:
         check_format(self.format, self.recovery, self.bits)
         if self.attention is not None:
-            check_heads(self.format, self.recovery)
+            check_heads(self.format)
 
     @property
     def bits(self) -> int:

@@ -15,16 +15,18 @@ from lop.run.prediction import predictor_for
 from lop.run.results import read_search
 from lop.run.run import Run
 from lop.search.watch import print_ledger
-from lop.space.allocation import dense
+from lop.space.allocation import Allocation, dense
 from lop.space.size import Target
 from lop.stages.calibrate import calibrate_stage, features_stage
 from lop.stages.compare import compare_stage
+from lop.stages.distil import distil_stage
 from lop.stages.local import Local
-from lop.stages.prune import prune_stage
+from lop.stages.prune import export_allocation, prune_stage
 from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage, started
 from lop.stages.train import train_stage
 from tests.groups import GROUPS, grouped_tiny
+from tests.lop.distil.conftest import QUICK
 from tests.lop.stages.samples_few import few_samples
 
 LAYERS, NEURONS = 12, 160
@@ -115,6 +117,19 @@ def test_a_target_becomes_a_checkpoint_of_as_many_parameters(both: Run, tmp_path
     assert found.parameters == choice.footprint.parameters(choice.allocation.widths) <= 2_000_000
     assert found.widths == choice.allocation.widths[:LAYERS]
     assert (found.groups or (GROUPS,) * LAYERS) == choice.allocation.widths[LAYERS:]
+
+
+@pytest.mark.parametrize("form", ["hf", "padded"])
+def test_what_is_left_of_both_parts_learns_from_the_dense_model(form: str, both: Run, tmp_path: Path) -> None:
+    widths = (80,) * LAYERS + (0, 2, 3) * (LAYERS // 3)
+    start = tmp_path / "start"
+    export_allocation(both, Allocation(widths), start, target=0.5, format=form, recovery="none")
+    settings = load_config(both.folder / "config.yaml", QUICK)
+    manifest = distil_stage(settings, start, tmp_path / "out", work=tmp_path / "work")
+    found = inspect(tmp_path / "out")
+    assert (found.widths + (found.groups or ()), found.damage) == (widths, "")
+    learnt = manifest["distilled"][-1]["reward_kl"]
+    assert learnt["end"] < 0.6 * learnt["start"]
 
 
 def test_fewer_bits_take_as_many_bytes_as_was_said(both: Run, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from lop.checkpoint.edge.weight import GgufWeight, weigh
 from lop.checkpoint.formats import FORMATS, Format, check_format, check_heads
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.errors import LopError
-from lop.space.allocation import PARTS, Allocation, Attention, Space, dense, leanest, of_ffns, uniform
+from lop.space.allocation import Allocation, Attention, Space, dense, leanest, of_ffns, uniform
 from lop.space.memory import Load, Shape, working_bytes
 from lop.space.size import ModelSize, Target
 
@@ -164,16 +164,22 @@ class Footprint:
         return next(found for found in allocations if self.meets(target, found.widths, space))
 
     def describe(self, allocation: Allocation, space: Space, target: Target) -> dict[str, Any]:
-        """The answer to a target as plain JSON values; with `memory` or `latency` where these were asked for."""
+        """The answer to a target as plain JSON values; with `memory` or `latency` where these were asked for.
+
+        `widths` and `ratios` are the FFNs'; what is kept of attention, where it is open, are `groups`.
+        """
+        widths, *attention = space.by_part(allocation.widths)
         answer = {
             "ratio": space.ratio(space.cost(allocation.widths)),
-            "ratios": list(allocation.ratios(space)),
-            "widths": list(allocation.widths),
-            "kept_neurons": sum(allocation.widths[: space.layers]),
+            "ratios": list(allocation.ratios(space)[: space.layers]),
+            "widths": list(widths),
+            "kept_neurons": sum(widths),
             "parameters": self.parameters(allocation.widths),
             "bytes": self.bytes(allocation.widths),
             "bits": self.bits,
         }
+        if attention:
+            answer["groups"] = list(attention[0])
         if target.load is not None:
             answer["memory"] = self.memory(allocation.widths, target.load)
         if target.profile is not None:
@@ -253,11 +259,6 @@ class Footprint:
             found, here = f"{profile.layers}x{profile.neurons}", f"{space.layers}x{space.neurons}"
             raise LopError(f"the device profile is of a model of {found} FFN neurons, and this one has {here}")
         times = profile.phases[target.phase]
-        if space.attention is not None and times.groups[-1:] != (space.attention.groups,):
-            raise LopError(
-                "the device profile times FFNs alone, and here attention is pruned, too: run `lop profile` with "
-                f"--set 'parts=[{', '.join(PARTS)}]'"
-            )
 
         def cost(widths: Sequence[int]) -> float:
             return times.of(*self._computed(widths))

@@ -1,6 +1,5 @@
 """Checkpoints with attention pruned: in transformers, padded, inspected, refused where they cannot be."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +211,7 @@ def test_a_latency_counts_the_groups_that_are_kept(source: Path) -> None:
     space = Space(LAYERS, NEURONS, 8, 0.95, None, attention, vanishing=True)
     footprint = Footprint(size, attention=attention)
     times = Times(3e-3, 2e-3, 1e-3, (0, 40, NEURONS), (0.0, 5e-3, 9e-3), (0, 1, GROUPS), (0.0, 2e-3, 3e-3))
-    alone = replace(times, groups=(), of_groups=())
-    profile = Profile("model", LAYERS, NEURONS, "a device", {}, {"decode": times, "prefill": alone}, {})
+    profile = Profile("model", LAYERS, NEURONS, "a device", {}, {"decode": times, "prefill": times}, {})
 
     def predict(budget: int) -> Allocation:
         return project(np.random.default_rng(budget).normal(0.5, 1, 2 * LAYERS), space, budget)
@@ -230,8 +228,6 @@ def test_a_latency_counts_the_groups_that_are_kept(source: Path) -> None:
         costs = [predict(space.least + (budget - space.least) // step * step).widths for budget in above]
         assert all(times.of(widths[:LAYERS], widths[LAYERS:]) > asked for widths in costs)
     assert times.of([0] * LAYERS, [0] * LAYERS) == pytest.approx(3e-3)  # What is skipped costs nothing.
-    with pytest.raises(LopError, match="times FFNs alone"):
-        footprint.allocate(Target(latency=1.0, profile=profile, phase="prefill"), space, predict)
 
 
 def test_memory_counts_the_cache_of_the_groups_that_are_kept(source: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from lop.checkpoint.inspection import inspect
 from lop.errors import LopError
 from lop.model.statistics import load_statistics
+from lop.report.compare import compare
 from lop.run.choice import choose
 from lop.run.config import Config, find_config, load_config
 from lop.run.prediction import predictor_for
@@ -24,6 +25,7 @@ from lop.stages.local import Local
 from lop.stages.prune import export_allocation, prune_stage
 from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage, started
+from lop.stages.surveys import survey_stage
 from lop.stages.train import train_stage
 from tests.groups import GROUPS, grouped_tiny
 from tests.lop.distil.conftest import QUICK
@@ -150,6 +152,21 @@ def test_the_report_compares_methods_that_know_ffns_alone(both: Run) -> None:
     assert widths["dense"] == list(dense(both.space).widths)
     assert "groups of attention heads" in both.report_file.read_text()
     assert (both.folder / "allocations.png").stat().st_size > 0
+
+
+def test_methods_that_prune_heads_are_compared(base: Path, both: Run) -> None:
+    names = ["flap", "flap-heads", "llm-pruner-heads", "llm-pruner-heads-vector"]
+    start = f"search.start={both.config.search.start}"
+    run = Run(config(base, *BOTH, start, f"compare.methods=[{', '.join(names)}]"), both.folder)
+    survey_stage(run, Local(), names, progress=False)
+    found = {average.method: average.widths for average in compare(run, progress=False).averages}
+    budget = run.space.budget(0.3)
+    for name in names:
+        assert run.space.cost(found[name]) <= budget
+    assert found["flap-heads"][LAYERS:] != found["flap"][LAYERS:] == (GROUPS,) * LAYERS
+    assert found["llm-pruner-heads"][LAYERS:] != (GROUPS,) * LAYERS
+    own, theirs = run.groups_by(run.config.importance), run.groups_by("flap-heads")
+    assert not np.array_equal(own, theirs)
 
 
 def test_the_predictor_for_all_models_keeps_attention_dense(base: Path, both: Run) -> None:

@@ -9,6 +9,9 @@ the greater part, so that the search is short and its answer is judged well. Wha
 axis alone, on few samples, and so takes twice as long where there are twice as many. `tiny` has one group a layer,
 which `both` cannot take: it has no such cells.
 
+`--methods flap-heads llm-pruner-heads` scores other methods that prune attention beside them, with the same recovery:
+in the last line as `others`, by how far each is from `all` (as a share of its KL, with the interval).
+
 Each search and each score is a small file under `results/axes/MODEL/KIND`, with the fingerprint of what it was made
 from; what is missing is made, and the summary is printed from the files. `--check N` makes N of the scores again.
 `--there` prints what there is, and makes nothing.
@@ -32,6 +35,7 @@ import targets
 import torch
 from bench import Bench, Chosen
 
+from lop.methods.registry import METHODS
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
 from lop.space.allocation import Space, dense, of_ffns, uniform
@@ -122,9 +126,11 @@ def searches(model: str, runs: Path, seed: int) -> dict[str, Searches]:
     return {"ffn": ffn, **able}
 
 
-def summary(model: str, found: dict[str, Searches], sizes: Sequence[float], *, there: bool) -> dict[str, Any]:
+def summary(
+    model: str, found: dict[str, Searches], sizes: Sequence[float], others: Sequence[str], *, there: bool
+) -> dict[str, Any]:
     """Of one model."""
-    lines: dict[str, Any] = {"kl": {}, "joint_over_ffn": {}, "groups_kept": {}}
+    lines: dict[str, Any] = {"kl": {}, "joint_over_ffn": {}, "groups_kept": {}, "others": {}}
     for size in sizes:
         kl: dict[str, np.ndarray] = {}
         for kind, bench in found.items():
@@ -139,7 +145,19 @@ def summary(model: str, found: dict[str, Searches], sizes: Sequence[float], *, t
             lead, base = found["ffn"].interval(kl["ffn"] - kl[kind]), kl["ffn"].mean()
             values = {"lead": lead.value / base, "interval": [lead.low / base, lead.high / base]}
             lines["joint_over_ffn"].setdefault(str(size), {})[kind] = values
+        if "all" in kl:
+            lines["others"][str(size)] = {name: _beside(found["all"], name, size, kl["all"]) for name in others}
     return lines
+
+
+def _beside(bench: Searches, name: str, size: float, ours: np.ndarray) -> dict[str, Any]:
+    """How another method that prunes attention does at a size, beside what LOP found there."""
+    chosen, theirs, right = bench.result(name, bench.ratio(size))
+    kept = f"{bench.cost(chosen):,} parameters, {bench.kept_groups(chosen):.0%} of attention"
+    print(f"{bench.model:<5} {size:.0%} {name} KL {theirs.mean():.4f}  right {right:.1%}  {kept}")
+    behind, base = bench.interval(theirs - ours), ours.mean()
+    interval = [behind.low / base, behind.high / base]
+    return {"kl": float(theirs.mean()), "behind": behind.value / base, "interval": interval}
 
 
 def targets_errors() -> dict[str, Any]:
@@ -159,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="FFNs alone against attention and whole parts beside them.")
     parser.add_argument("--models", nargs="+", default=["tiny", "smol"], choices=list(_SEARCH))
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
+    parser.add_argument("--methods", nargs="+", default=[], choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--there", action="store_true", help="print what is there, and make nothing")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="make N scores of each kind again")
@@ -171,7 +190,10 @@ def main() -> None:
         agree = [same for bench in benches for same in bench.check(options.check, [METHOD])]
         print(json.dumps({"benchmark": "axes", "checked": len(agree), "agree": sum(agree)}))
         return
-    lines = {model: summary(model, kinds, options.sizes, there=options.there) for model, kinds in found.items()}
+    lines = {
+        model: summary(model, kinds, options.sizes, options.methods, there=options.there)
+        for model, kinds in found.items()
+    }
     print(json.dumps({"benchmark": "axes", "seed": options.seed, **lines, **targets_errors()}))
 
 

@@ -121,7 +121,7 @@ class Bench:
     @cached_property
     def factors(self) -> list[torch.Tensor]:
         """Each layer's, in the order of the run's importance."""
-        self.workshop.elastic.sort(self.run.order)
+        self.workshop.elastic.sort(self.run.order, self.run.group_order)
         encoded = self.workshop.encode(self.run.samples.calibration)
         return factors(self.workshop.elastic.backbone, encoded, attention=self.run.space.attention is not None)
 
@@ -207,12 +207,16 @@ class Bench:
         run = self.run
         if name != run.config.importance:
             survey_stage(run, Local(), [method.name for method in METHODS.values() if method.importance == name])
-        ranked = run.order_by(name)
+        ranked, groups = run.order_by(name), run.groups_by(name)
         known = self.factors if RECOVERIES[recovery].refits else []
-        self.workshop.elastic.sort(ranked)
+        self.workshop.elastic.sort(ranked, groups)
         if not known:
             return Biases(run.statistics.mean) if RECOVERIES[recovery].adds_bias else None
-        moves = (np.argsort(ours)[theirs] for ours, theirs in zip(run.order, ranked, strict=True))
+        moves = [np.argsort(ours)[theirs] for ours, theirs in zip(run.order, ranked, strict=True)]
+        if groups is not None and run.group_order is not None:
+            held = np.arange(len(known[-1]) // groups.shape[1])  # Columns of a group.
+            orders = zip(run.group_order, groups, strict=True)
+            moves += [((np.argsort(ours)[theirs] * len(held))[:, None] + held).ravel() for ours, theirs in orders]
         made = [
             c if np.array_equal(move, range(len(move))) else reordered(c, torch.from_numpy(move))
             for c, move in zip(known, moves, strict=True)

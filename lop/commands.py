@@ -104,8 +104,9 @@ def predict(options: argparse.Namespace) -> None:
         print(f"{found['memory']:,} bytes of memory at most while it answers")
     if target.profile is not None:
         print(f"{1000 * found['latency']:.3f} ms a token in {target.phase} on {target.profile.device}")
-    for layer, (ratio, width) in enumerate(zip(found["ratios"], found["widths"])):
-        print(f"layer {layer:>2}  {width:>6}  {'█' * round(40 * (1 - ratio)):<40}  {ratio:.1%} pruned")
+    groups = [f"  {kept} groups of heads" for kept in found.get("groups", ())] or [""] * len(found["widths"])
+    for layer, (ratio, width, kept) in enumerate(zip(found["ratios"], found["widths"], groups)):
+        print(f"layer {layer:>2}  {width:>6}  {'█' * round(40 * (1 - ratio)):<40}  {ratio:.1%} pruned{kept}")
 
 
 def prune(options: argparse.Namespace) -> None:

@@ -57,8 +57,8 @@ def predict(
         bits: 16, 8 or 4, of the weights; None is 16, or with `bytes` the best that `lop measure` knows of.
 
     Returns:
-        `ratio`, `ratios` and `widths` of all axes, `kept_neurons`, `parameters`, `bytes`, `bits`; `memory` or
-        `latency` if asked for.
+        `ratio`, `ratios` and `widths` of the layers' FFNs, `kept_neurons`, `parameters`, `bytes`, `bits`; `groups` of
+        their attention where it is open, and `memory` or `latency` if asked for.
 
     Raises:
         LopError: the target cannot be met, or the predictor is missing or of another model.

@@ -24,8 +24,9 @@ import lop
 from lop.checkpoint.footprint import Footprint
 from lop.errors import LopError
 from lop.report.intervals import Interval
-from lop.space.allocation import Allocation, Space, uniform
+from lop.space.allocation import Allocation, Space, dense, leanest
 from lop.space.latency import Profile
+from lop.storage.fingerprint import fingerprint
 from serve import schemas
 from serve.catalogue import Curve, ServedModel
 from serve.downloads import ID, RETRY_SECONDS, Id, add_events, add_files, describe, find_job, problem_response, url_of
@@ -127,6 +128,8 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
         model = _find(models, asked.model)
         footprint = _footprint(model, asked)
         allocation = await _allocate(model, asked, predict)
+        groups = allocation["groups"]
+        kept = None if groups is None else fingerprint([allocation["widths"], groups])
         job = Job(
             Asked(
                 model.name,
@@ -137,6 +140,7 @@ def _add_checkpoints(api: FastAPI, models: Mapping[str, ServedModel], store: Job
                 asked.target.model_dump(),
                 footprint.is_uniform(asked.target.target(model.profiles)),
                 footprint.bits,
+                kept,
             ),
             allocation,
             reserved=allocation["bytes"] + model.companions,
@@ -277,7 +281,7 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
     left = footprint.budgets(target, space)
     while budgets := list(islice(left, _TRIED_AT_ONCE)):
         if footprint.is_uniform(target):
-            found = [uniform(space, budget) for budget in budgets]
+            found = [footprint.even(space, budget) for budget in budgets]
         else:
             found = [Allocation(w) for w in await asyncio.gather(*(predict(model.name, budget) for budget in budgets))]
         for allocation in found:
@@ -286,7 +290,8 @@ async def _allocate(model: ServedModel, asked: schemas.AllocationRequest, predic
                 # What was measured is the predictor's, of weights that are not quantised.
                 is_known = footprint.bits == BITS[0] and not footprint.is_uniform(target)
                 expected = _expected(model, asked.recovery, answer["ratio"]) if is_known else None
-                return {"model": model.name, "memory": None, "latency": None, **answer, "expected_accuracy": expected}
+                nothing = {"groups": None, "memory": None, "latency": None}
+                return {"model": model.name, **nothing, **answer, "expected_accuracy": expected}
     raise AssertionError("the least budget of a target meets it")
 
 
@@ -299,15 +304,14 @@ def _footprint(model: ServedModel, asked: schemas.AllocationRequest) -> Footprin
     if asked.bits not in (offered := [BITS[0], *model.weights]):
         raise LopError(f"model {model.name} is not offered with {asked.bits} bits: bits is one of {offered}")
     quantised, recovery = model.weights.get(asked.bits), asked.recovery or model.recovery
-    return Footprint(model.size, asked.format, recovery, model.shape, model.source, quantised)
+    attention = model.space.attention
+    return Footprint(model.size, asked.format, recovery, model.shape, model.source, quantised, attention)
 
 
 def _device(name: str, profile: Profile, space: Space) -> schemas.Device:
+    least, most = (space.by_part(ends(space).widths) for ends in (leanest, dense))
     ranges = {
-        phase: schemas.Range(
-            least=times.of([space.min_width] * space.layers), largest=times.of([space.neurons] * space.layers)
-        )
-        for phase, times in profile.phases.items()
+        phase: schemas.Range(least=times.of(*least), largest=times.of(*most)) for phase, times in profile.phases.items()
     }
     return schemas.Device(name=name, description=profile.device, **ranges)
 
@@ -321,8 +325,8 @@ def _expected(model: ServedModel, recovery: str | None, ratio: float) -> dict[st
 
 def _model(model: ServedModel) -> schemas.Model:
     space, size = model.space, model.size
-    footprint = Footprint(size, recovery=model.recovery)
-    least, most = ([width] * space.layers for width in (space.min_width, space.neurons))
+    footprint = Footprint(size, recovery=model.recovery, attention=space.attention)
+    least, most = (ends(space).widths for ends in (leanest, dense))
 
     def byte_range(taken: Footprint) -> schemas.CountRange:
         return schemas.CountRange(least=taken.bytes(least), largest=taken.bytes(most))
@@ -332,6 +336,7 @@ def _model(model: ServedModel) -> schemas.Model:
         layers=space.layers,
         neurons=space.neurons,
         granularity=space.granularity,
+        groups=space.attention.groups if space.attention else None,
         parameters=size.parameters,
         bytes=size.bytes,
         targets=schemas.Ranges(

@@ -24,6 +24,7 @@ class Asked:
         target: as first asked, such as `{"ratio": 0.3}`; two targets of one budget are the same checkpoint.
         bits: of the weights.
         uniform: whether all layers keep alike; else they keep what the predictor says.
+        kept: where attention is pruned, too, a hash of all widths, which no number of neurons tells.
     """
 
     model: str
@@ -34,6 +35,7 @@ class Asked:
     target: Mapping[str, float | int | str]
     uniform: bool = False
     bits: int = 16
+    kept: str | None = None
 
     @property
     def id(self) -> str:
@@ -43,6 +45,8 @@ class Asked:
             content.append("uniform")
         if self.bits != 16:  # So that what was made before there were others keeps its id.
             content.append(f"{self.bits} bits")
+        if self.kept is not None:
+            content.append(self.kept)
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -115,7 +115,7 @@ class Worker:
                 shutil.rmtree(claim.out)
         return write_checkpoint(
             run,
-            Allocation(tuple(job.allocation["widths"])),
+            Allocation((*job.allocation["widths"], *(job.allocation.get("groups") or ()))),
             claim.out,
             format=job.asked.format,
             recovery=job.asked.recovery,

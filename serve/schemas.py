@@ -23,6 +23,7 @@ _ALLOCATION: JsonDict = {
     "ratio": 0.3125,
     "ratios": [0.0, 0.25, 0.5, 0.5],
     "widths": [128, 96, 64, 64],
+    "groups": None,
     "kept_neurons": 352,
     "parameters": 2_033_000,
     "bytes": 4_066_000,
@@ -34,6 +35,7 @@ _MODEL: JsonDict = {
     "layers": 4,
     "neurons": 128,
     "granularity": 8,
+    "groups": None,
     "parameters": 2_061_800,
     "bytes": 4_123_600,
     "targets": {
@@ -103,9 +105,9 @@ def _offered(names: Collection[str]) -> Callable[[str], str]:
 
 
 class RatioTarget(_Request):
-    """Share of the FFN neurons to remove."""
+    """Share of the FFN neurons to remove; where attention is pruned, too, of the parameters of both."""
 
-    ratio: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False, examples=[0.3])]
+    ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, examples=[0.3])]
 
     def target(self, profiles: Mapping[str, Profile]) -> Target:
         return Target(ratio=self.ratio)
@@ -283,6 +285,7 @@ class Model(_Answer):
     layers: int
     neurons: Annotated[int, Field(description="FFN neurons of each layer")]
     granularity: Annotated[int, Field(description="widths are multiples of this")]
+    groups: Annotated[int | None, Field(description="of attention heads of each layer; null where none are pruned")]
     parameters: Annotated[int, Field(description="of the dense checkpoint")]
     bytes: Annotated[int, Field(description="of the dense checkpoint's tensors")]
     targets: Annotated[Ranges, Field(description="with 16 bits")]
@@ -307,9 +310,12 @@ class Allocation(_Answer):
 
     model_config = _examples(_ALLOCATION)
     model: str
-    ratio: Annotated[float, Field(description="mean pruning ratio, the nearest that the target allows")]
-    ratios: Annotated[list[float], Field(description="pruning ratio of each layer, first to last")]
+    ratio: Annotated[float, Field(description="share of what can be pruned, the nearest that the target allows")]
+    ratios: Annotated[list[float], Field(description="pruning ratio of each layer's FFN, first to last")]
     widths: Annotated[list[int], Field(description="FFN neurons that each layer keeps")]
+    groups: Annotated[list[int] | None, Field(description="groups of attention heads that it keeps, if any may go")] = (
+        None
+    )
     kept_neurons: int
     parameters: Annotated[int, Field(description="of the whole checkpoint")]
     bytes: Annotated[int, Field(description="of the checkpoint's tensors, zeros of padding included")]

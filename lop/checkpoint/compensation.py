@@ -20,7 +20,7 @@ from lop.checkpoint.forecast import tell_refit
 from lop.checkpoint.packing import stored_dtype, write_packed
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.recovery import CATCH_UP, recover_elastic
-from lop.model.backbone import ROWS, Backbone, Layer
+from lop.model.backbone import ROWS, Backbone, Heads, Layer
 from lop.model.elastic import ElasticFfn, ElasticModel, Repair
 from lop.model.encoding import Encoded, encode
 from lop.model.families.lean import project_by, projections
@@ -75,21 +75,47 @@ class _Compensation:
         self.packed[name] = packed
         return self._rounding.unpack(packed)[:rows, :columns].to(weight.dtype)
 
-    def attention(self, layer: Layer) -> None:
-        """Quantises a layer's attention, and takes the states through it."""
-        backbone, batches = self._backbone, self.batches
-        gram = self.gram(lambda _, x: backbone.attention_input(layer, x))
-        weights = projections(layer.heads)
-        rounded = [self.pack(name, weight, gram) for name, weight in zip(("q_proj", "k_proj", "v_proj"), weights)]
-        project_by(layer.heads, rounded)
+    def attention(self, layer: Layer, groups: int, stored: int, wanted: Sequence[Tensor] | None) -> None:
+        """Quantises what a layer keeps of its attention, and takes the states through it.
 
-        def heads(index: int, x: Tensor) -> Tensor:
-            return backbone.heads_output(layer, x, batches[index].rotation.to(self._device), batches[index].groups)
+        Where groups are pruned, `o_proj` is refitted first, as `feed_forward` refits `down_proj`.
 
-        layer.heads.out.copy_(self.pack("o_proj", layer.heads.out, self.gram(heads)))
+        Args:
+            stored: as many groups are written, those of zeros included.
+            wanted: each batch's states [N, H] after the dense model's attention.
+        """
+        backbone, batches, heads = self._backbone, self.batches, layer.heads
+        heads.keep(groups)
+        if groups:
+            self._heads(layer, heads, stored, None if groups == heads.groups else wanted)
         for index, x in enumerate(self.states):
             rotation = batches[index].rotation.to(self._device)
             self.states[index] = backbone.attend(layer, x.to(self._device), rotation, batches[index].groups).cpu()
+
+    def _heads(self, layer: Layer, heads: Heads, stored: int, wanted: Sequence[Tensor] | None) -> None:
+        backbone, batches, kept = self._backbone, self.batches, heads.width
+
+        def said(index: int, x: Tensor) -> Tensor:
+            return backbone.heads_output(layer, x, batches[index].rotation.to(self._device), batches[index].groups)
+
+        def whole(lines: int) -> int:
+            return lines // kept * stored
+
+        hidden, columns = len(heads.out), heads.columns
+        gram = self.gram(lambda _, x: backbone.attention_input(layer, x))
+        named = zip(("q_proj", "k_proj", "v_proj"), projections(heads))
+        project_by(heads, [self.pack(name, weight, gram, (whole(len(weight)), hidden)) for name, weight in named])
+        if wanted is None:
+            out, gram = heads.out, self.gram(said)
+        else:
+            normal = NormalEquations(heads.whole, columns)
+            heads.keep(heads.groups)  # Pruned ones, which are not quantised, tell what is missing.
+            for state, batch, output in zip(self.states, batches, wanted, strict=True):
+                normal.add_heads(backbone, layer, batch, state.to(self._device), output.to(self._device), CATCH_UP)
+            heads.keep(kept)
+            gram = normal.gram.clone()
+            out = normal.solve(RIDGE)
+        heads.refit(self.pack("o_proj", out, gram, (hidden, whole(columns))))
 
     def feed_forward(self, layer: Layer, ffn: ElasticFfn, stored: int, wanted: Sequence[Tensor] | None) -> None:
         """Quantises a layer's FFN, refitted first if it is known what it should say, and takes the states through it.
@@ -101,6 +127,12 @@ class _Compensation:
             stored: as many neurons are written, those of zeros included.
             wanted: each batch's states [N, H] after the dense model's layer.
         """
+        if ffn.width:
+            self._neurons(layer, ffn, stored, wanted)
+        for index, state in enumerate(self.states):
+            self.states[index] = self._backbone.feed_forward(layer, state.to(self._device)).cpu()
+
+    def _neurons(self, layer: Layer, ffn: ElasticFfn, stored: int, wanted: Sequence[Tensor] | None) -> None:
         backbone, width, hidden = self._backbone, ffn.width, ffn.down.shape[0]
         gram = self.gram(lambda _, x: backbone.ffn_input(layer, x))
         for name, weight in (("gate_proj", ffn.gate), ("up_proj", ffn.up)):
@@ -114,8 +146,6 @@ class _Compensation:
             if width < ffn.neurons:
                 down = normal.solve(RIDGE)
         ffn.refitted = self.pack("down_proj", down, gram, (hidden, stored))
-        for index, state in enumerate(self.states):
-            self.states[index] = backbone.feed_forward(layer, state.to(self._device)).cpu()
 
     def _normal_equations(self, layer: Layer, ffn: ElasticFfn, wanted: Sequence[Tensor]) -> NormalEquations:
         """Those of the kept neurons' refit; pruned ones, which are not quantised, tell what is missing."""
@@ -138,6 +168,7 @@ def compensated(
     *,
     dtype: torch.dtype,
     stored: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
     refits: bool = True,
     repair: Repair | None = None,
 ) -> Iterator[Packed]:
@@ -148,29 +179,34 @@ def compensated(
         layers: the decoder layers with an `ElasticFfn` each, which are changed; only the one at hand is in memory.
         widths: [L] neurons kept.
         dtype: of the weights as they are stored: their scales' type.
-        stored: [L] neurons written, those of zeros included; None writes those kept.
-        refits: solves for the `down_proj` of pruned layers anew before it is quantised
+        stored: [L] neurons written, those of zeros included, and then all heads; None writes those kept.
+        groups: [L] groups of attention kept; all if None.
+        refits: solves for the `down_proj` and `o_proj` of what is pruned anew before they are quantised
             (`lop.checkpoint.recovery.refit`): it makes up for a share of what rounding costs the layers before, too.
         repair: what makes up for pruned neurons otherwise.
 
     Yields:
-        Each layer's weights as they are stored; the layer has what they stand for. Memory: two hidden states for each
-        calibration token, in the host's; on the device one batch, and a few Gram matrices in float64.
+        Each layer's weights as they are stored, but for those of a part that keeps nothing; the layer has what they
+        stand for. Memory: three hidden states for each calibration token, in the host's; on the device one batch, and a
+        few Gram matrices in float64.
     """
     work = _Compensation(backbone, encoded, rounding, dtype)
     dense, device = list(work.states), backbone.norm.device
     for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-        ffn = cast(ElasticFfn, layer.ffn)
-        ffn.width, ffn.refitted, ffn.bias = ffn.neurons, None, None
+        ffn, heads = cast(ElasticFfn, layer.ffn), layer.heads
+        ffn.keep(ffn.neurons)
+        heads.keep(heads.groups)
         if refits:
             for number, (x, batch) in enumerate(zip(dense, work.batches, strict=True)):
-                attended = backbone.attend(layer, x.to(device), batch.rotation.to(device), batch.groups)
-                dense[number] = backbone.feed_forward(layer, attended).cpu()
-        ffn.width = width
+                dense[number] = backbone.attend(layer, x.to(device), batch.rotation.to(device), batch.groups).cpu()
+        work.packed = {}
+        kept = heads.groups if groups is None else groups[index]
+        work.attention(layer, kept, kept if stored is None else heads.groups, dense if refits else None)
+        if refits:
+            dense = [backbone.feed_forward(layer, x.to(device)).cpu() for x in dense]
+        ffn.keep(width)
         if repair is not None:
             repair(index, ffn)
-        work.packed = {}
-        work.attention(layer)
         work.feed_forward(layer, ffn, width if stored is None else stored[index], dense if refits else None)
         yield work.packed
 
@@ -186,6 +222,7 @@ def compensate_checkpoint(
     means: np.ndarray,
     samples: Sequence[Sample],
     batch_tokens: int,
+    groups: np.ndarray | None = None,
     padded: bool = False,
     images: ImageSettings | None = None,
     device: str = "auto",
@@ -197,7 +234,7 @@ def compensate_checkpoint(
     Args:
         packing: which tensors, and how; those of the vision tower are not made here.
         folder: where the files go; they are needed until the export is done.
-        padded: all layers are stored as wide as the widest.
+        padded: all layers are stored as wide as the widest, with all heads.
         The others are those of `lop.checkpoint.recovery.recover_checkpoint`.
 
     Returns:
@@ -208,7 +245,8 @@ def compensate_checkpoint(
     """
     check_checkpoint(checkpoint, dense=True)
     streamed = StreamedModel(checkpoint, device=device, dtype=dtype)
-    family, widths, mending = streamed.model.family, allocation.widths, RECOVERIES[recovery]
+    family, mending, count = streamed.model.family, RECOVERIES[recovery], len(order)
+    widths, kept = allocation.widths[:count], allocation.widths[count:] or None
     names: dict[tuple[int, str], str] = {}
     for name in packing.tensors:
         if found := _PROJECTION.match(family.parameter(name).removeprefix(f"{family.backbone}.")):
@@ -217,22 +255,23 @@ def compensate_checkpoint(
         tell_refit(streamed.model, samples, widths, max_pixels=None if images is None else images.max_pixels)
     layers = compensated(
         streamed.model.lean_backbone(),
-        streamed.layers(order),
+        streamed.layers(order, groups),
         encode(streamed.model, samples, batch_tokens=batch_tokens, images=images),
         widths,
         Rounding(packing.bits, packing.group),
         dtype=stored_dtype(checkpoint),
-        stored=[max(widths)] * len(widths) if padded else None,
+        stored=[max(widths)] * count if padded else None,
+        groups=kept,
         refits=mending.refits,
         repair=Biases(means) if mending.adds_bias else None,
     )
-    progress(0, len(widths))
+    progress(0, count)
     written: dict[str, list[tuple[str, TensorInfo]]] = {}
     for layer, packed in enumerate(layers):
         for projection, parts in packed.items():
             name = names[layer, projection]
             written[name] = write_packed(name, parts, folder / f"{layer:05d}-{projection}.safetensors")
-        progress(layer + 1, len(widths))
+        progress(layer + 1, count)
     return written
 
 
@@ -263,9 +302,10 @@ def quantised_elastic(
     try:
         if rounding is not None and rounding.bits < COMPENSATED:
             repair = Biases(means) if mending.adds_bias else None
+            widths, groups = allocation.widths[: len(layers)], allocation.widths[len(layers) :]
             made = compensated(
-                elastic.backbone, layers, calibration, allocation.widths, rounding,
-                dtype=dtype, refits=mending.refits, repair=repair,
+                elastic.backbone, layers, calibration, widths, rounding,
+                dtype=dtype, groups=groups or None, refits=mending.refits, repair=repair,
             )  # fmt: skip
             for _ in made:
                 pass
@@ -292,6 +332,8 @@ def _round(layers: Sequence[Layer], rounding: Rounding, dtype: torch.dtype) -> N
     for layer in layers:
         ffn = cast(ElasticFfn, layer.ffn)
         down = ffn.down[:, : ffn.width] if ffn.refitted is None else ffn.refitted
-        ffn.refitted = rounding.rounded(down.to(dtype)).to(down.dtype)
+        if ffn.width:
+            ffn.refitted = rounding.rounded(down.to(dtype)).to(down.dtype)
         for weight in _weights(layer)[:-1]:
-            weight.copy_(rounding.rounded(weight.to(dtype)))
+            if weight.numel():
+                weight.copy_(rounding.rounded(weight.to(dtype)))

@@ -90,8 +90,10 @@ def export(
     bits = packing.bits if packing else BITS[0]
     check_format(format, "bias" if bias else "none", bits)
     if heads:
-        check_heads(format, "none", bits)
+        check_heads(format)
     cuts = cut_tensors(tensors, order, widths, format=format, recovered=recovered, heads=heads)
+    if packing:
+        packing = packing.without([name for name, cut in cuts if 0 in cut.shape], family)
     about = {**about, "format": format, "widths": list(widths), "neurons": order.shape[1]}
     if heads:
         about |= {"groups": list(heads.widths), "dense_groups": heads.groups}
@@ -151,7 +153,7 @@ def rewrite(
     Args:
         checkpoint: one that LOP exported.
         out: as in `export`.
-        changed: what takes the place of some of its tensors, by its names; FFN weights without padding.
+        changed: what takes the place of some of its tensors, by its names, without padding.
         dense: the checkpoint that it was pruned from, whose card tells the licence.
         about: what its manifest is to say beside what it says already, or instead.
         progress, cancelled: as in `export`.
@@ -203,7 +205,7 @@ def convert(
     place = Location.parse(out)
     made: dict[str, Any] = verify(source) if (source / MANIFEST).exists() else {"source": str(source)}
     if "groups" in made and not FORMATS[made["format"]].is_padded:
-        check_heads(format, "none")
+        check_heads(format)
     found = [info.shape[1] for _, info in down_projections(tensors)]
     widths = made.get("widths", found)
     cuts = cut_tensors(tensors, [np.arange(width) for width in found], widths, format=format, recovered={})

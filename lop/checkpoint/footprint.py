@@ -3,10 +3,12 @@
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lop.checkpoint.bits import BITS, Weight
 from lop.checkpoint.edge.types import KINDS
@@ -14,7 +16,7 @@ from lop.checkpoint.edge.weight import GgufWeight, weigh
 from lop.checkpoint.formats import FORMATS, Format, check_format, check_heads
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.errors import LopError
-from lop.space.allocation import Allocation, Attention, Space, dense, leanest, uniform
+from lop.space.allocation import Allocation, Attention, Space, dense, leanest, of_ffns, uniform
 from lop.space.memory import Load, Shape, working_bytes
 from lop.space.size import ModelSize, Target
 
@@ -67,7 +69,7 @@ class Footprint:
     def __post_init__(self) -> None:
         check_format(self.format, self.recovery, self.bits)
         if self.attention is not None:
-            check_heads(self.format, self.recovery, self.bits)
+            check_heads(self.format)
 
     @property
     def bits(self) -> int:
@@ -106,12 +108,17 @@ class Footprint:
         """Whether all layers keep alike, whatever a predictor says.
 
         Zeros that pad a layer to the widest one take as much room, and time, as neurons would. Where these are what is
-        limited, every allocation that fits is therefore part of the uniform one of the greatest width that does.
+        limited, every allocation that fits is therefore part of the uniform one of the greatest width that does, with
+        all of the attention, whose heads are stored whether they are kept or not.
         """
         return FORMATS[self.format].is_padded and target.ratio is None
 
+    def even(self, space: Space, budget: int) -> Allocation:
+        """The allocation of a budget whose layers keep alike, and all of their attention if the budget pays for it."""
+        return of_ffns(space, budget, uniform)
+
     def budgets(self, target: Target, space: Space) -> Iterator[int]:
-        """Neurons to keep, the most first: the first whose allocation `meets` the target is the answer.
+        """What to keep, as `Space.budget` counts it, the most first: the first that `meets` the target is the answer.
 
         There is more than one only where it matters how an allocation spreads its neurons; the last surely meets it.
 
@@ -124,10 +131,13 @@ class Footprint:
         least, whole = (limit.cost(widths.widths) for widths in (leanest(space), dense(space)))
         if refusal := limit.refusal(least, whole):
             raise LopError(refusal)
-        step = space.granularity * (space.layers if self.is_uniform(target) else 1)
-        if space.attention is not None:
-            step = 1 if target.memory is None else space.parts[0].cost * space.granularity  # Parameters.
-        smallest, largest = space.least, space.whole
+        ffn, smallest, largest = space.parts[0], space.least, space.whole
+        step = ffn.cost * ffn.step
+        if self.is_uniform(target):
+            step *= space.layers
+            smallest = largest - space.layers * ffn.cost * (ffn.width - ffn.min_width)
+        elif self.attention is not None and (target.parameters or (target.bytes and not self.quantised)):
+            step = 1  # Where a budget, of parameters, says what a checkpoint takes, none of them is given away.
         most_first = range(smallest + (largest - smallest) // step * step, smallest - 1, -step)
         first = bisect_left(most_first, True, key=lambda budget: limit.bounds(budget)[0] <= limit.most)
         sure = bisect_left(most_first, True, lo=first, key=lambda budget: limit.bounds(budget)[1] <= limit.most)
@@ -149,48 +159,61 @@ class Footprint:
         Raises:
             LopError: as `budgets`.
         """
-        allocations = (
-            uniform(space, budget) if self.is_uniform(target) else predict(budget)
-            for budget in self.budgets(target, space)
-        )
+        alike = self.is_uniform(target)
+        allocations = (self.even(space, budget) if alike else predict(budget) for budget in self.budgets(target, space))
         return next(found for found in allocations if self.meets(target, found.widths, space))
 
     def describe(self, allocation: Allocation, space: Space, target: Target) -> dict[str, Any]:
-        """The answer to a target as plain JSON values; with `memory` or `latency` where these were asked for."""
+        """The answer to a target as plain JSON values; with `memory` or `latency` where these were asked for.
+
+        `widths` and `ratios` are the FFNs'; what is kept of attention, where it is open, are `groups`.
+        """
+        widths, *attention = space.by_part(allocation.widths)
         answer = {
             "ratio": space.ratio(space.cost(allocation.widths)),
-            "ratios": list(allocation.ratios(space)),
-            "widths": list(allocation.widths),
-            "kept_neurons": sum(allocation.widths[: space.layers]),
+            "ratios": list(allocation.ratios(space)[: space.layers]),
+            "widths": list(widths),
+            "kept_neurons": sum(widths),
             "parameters": self.parameters(allocation.widths),
             "bytes": self.bytes(allocation.widths),
             "bits": self.bits,
         }
+        if attention:
+            answer["groups"] = list(attention[0])
         if target.load is not None:
             answer["memory"] = self.memory(allocation.widths, target.load)
         if target.profile is not None:
-            answer["latency"] = target.profile.phases[target.phase].of(self._stored(allocation.widths))
+            answer["latency"] = target.profile.phases[target.phase].of(*self._computed(allocation.widths))
         return answer
 
     def _limit(self, target: Target, space: Space) -> _Limit:
         if target.memory is not None:
-            return self._memory_limit(target, space)
-        if space.attention is not None and (target.latency is not None or FORMATS[self.format].is_padded):
-            what = "a device profile times FFNs alone" if target.latency else f"format {self.format!r} stores all heads"
-            raise LopError(f"{what}: with attention open name a --target ratio, or parameters or bytes in format 'hf'")
-        if target.latency is not None:
-            return self._latency_limit(target, space)
+            limit = self._memory_limit(target, space)
+        elif target.latency is not None:
+            limit = self._latency_limit(target, space)
+        else:
+            limit = self._weight_limit(target, space)
+        if not self.is_uniform(target):
+            return limit
+
+        def bounds(budget: int) -> tuple[float, float]:
+            exact = limit.cost(self.even(space, budget).widths)
+            return exact, exact
+
+        return replace(limit, bounds=bounds)
+
+    def _weight_limit(self, target: Target, space: Space) -> _Limit:
         unit, weigh = ("bytes", self.bytes) if target.parameters is None else ("parameters", self.parameters)
         asked = getattr(target, unit)
         if unit == "bytes":
             self._check_linear(space)
 
-        def bounds(budget: int) -> tuple[int, int]:
-            if space.attention is not None:  # Of parameters, which is never exceeded.
-                lost = space.whole - budget
-                weight = weigh(dense(space).widths) - lost * (1 if unit == "parameters" else self._item)
-                return weight, weight
-            weight = weigh(uniform(space, budget).widths)  # However it is spread, or alike in all layers.
+        def bounds(budget: int) -> tuple[float, float]:
+            if self.attention is not None:  # Of parameters, which is never exceeded.
+                lost, whole = space.whole - budget, weigh(dense(space).widths)
+                least, most = (1, 1) if unit == "parameters" else self._parameter_bytes(self.attention)
+                return whole - lost * most, whole - lost * least
+            weight = weigh(uniform(space, budget).widths)  # However it is spread.
             return weight, weight
 
         def refusal(least: float, whole: float) -> str | None:
@@ -217,8 +240,7 @@ class Footprint:
                 none = space.layers * self.attention.groups
                 least = working_bytes(shape, load, space.min_width, lost_groups=none)
                 return weight + least, weight + working_bytes(shape, load, space.neurons)
-            even = uniform(space, budget).widths
-            widest = max(even) if self.is_uniform(target) else space.max_width(budget)
+            even, widest = uniform(space, budget).widths, space.max_width(budget)
             return self.memory(even, load), self._bytes(even, self._plain) + working_bytes(shape, load, widest)
 
         def refusal(least: float, whole: float) -> str | None:
@@ -239,13 +261,25 @@ class Footprint:
         times = profile.phases[target.phase]
 
         def cost(widths: Sequence[int]) -> float:
-            return times.of(self._stored(widths))
+            return times.of(*self._computed(widths))
 
         def bounds(budget: int) -> tuple[float, float]:
-            if self.is_uniform(target):
-                even = cost(uniform(space, budget).widths)
-                return even, even
-            return times.bounds(budget, space.layers)
+            if space.attention is None:
+                low, high = times.bounds(budget, space.layers)
+                return float(low), float(high)
+            # However the budget is shared: for any number of groups the neurons that it pays for then.
+            ffn, attention = space.parts
+            groups = np.arange(space.layers * attention.min_width, space.layers * attention.width + 1)
+            paid = (budget - groups * attention.cost) / ffn.cost
+            is_paid = paid >= space.layers * ffn.min_width
+
+            def within(neurons: np.ndarray) -> np.ndarray:
+                return neurons.clip(space.layers * ffn.min_width, space.layers * ffn.width)
+
+            # What is left pays for no further step of an FFN.
+            low, _ = times.bounds(within(paid - ffn.step), space.layers, groups)
+            _, high = times.bounds(within(paid[is_paid]), space.layers, groups[is_paid])
+            return float(low.min()), float(high.max())
 
         def refusal(least: float, whole: float) -> str | None:
             doing = f"in {target.phase} on {profile.device}"
@@ -257,15 +291,32 @@ class Footprint:
         """[L] neurons on disk, those of zeros included."""
         return FORMATS[self.format].stored(widths[: self.size.layers])
 
+    def _computed(self, widths: Sequence[int]) -> tuple[Sequence[int], Sequence[int] | None]:
+        """[L] neurons and [L] groups of attention that are computed, zeros included; None where attention is dense."""
+        groups = None if FORMATS[self.format].is_padded else widths[self.size.layers :]
+        return self._stored(widths), groups or None
+
     def _lost_groups(self, widths: Sequence[int]) -> int:
         """The attention's groups that are not on disk."""
         if self.attention is None or FORMATS[self.format].is_padded:
             return 0
         return sum(self.attention.groups - width for width in widths[self.size.layers :])
 
+    def _empty_matrices(self, widths: Sequence[int]) -> int:
+        """How many there are on disk: three of an FFN that keeps nothing, four of attention."""
+        _, groups = self._computed(widths)
+        return 3 * list(self._stored(widths)).count(0) + 4 * list(groups or ()).count(0)
+
     def _lost_heads(self, widths: Sequence[int]) -> int:
         """Parameters of the attention's groups that are not on disk."""
         return self._lost_groups(widths) * (self.attention.group_parameters if self.attention else 0)
+
+    def _parameter_bytes(self, attention: Attention) -> tuple[float, float]:
+        """The least and the most that a parameter of any part takes on disk."""
+        weight = self.quantised or self._plain
+        parts = (weight.neuron_bits, self.size.neuron_parameters), (weight.group_bits, attention.group_parameters)
+        each = [bits / 8 / parameters for bits, parameters in parts]
+        return min(each), max(each)
 
     @property
     def _item(self) -> int:
@@ -275,12 +326,14 @@ class Footprint:
     def _bytes(self, widths: Sequence[int], weight: Weight) -> int:
         """In safetensors, with weights of a type; biases have always the dense model's."""
         pruned = self.size.layers * self.size.neurons - sum(self._stored(widths))
-        lost = self._lost_heads(widths) * self._item
-        return weight.bytes - pruned * weight.neuron_bits // 8 - lost + self._biases * self.size.neuron_bytes // 3
+        lost = (pruned * weight.neuron_bits + self._lost_groups(widths) * weight.group_bits) // 8
+        empty = weight.matrix_bytes * self._empty_matrices(widths)
+        return weight.bytes - lost - empty + self._biases * self.size.neuron_bytes // 3
 
     @property
     def _plain(self) -> Weight:
-        return Weight(BITS[0], self.size.bytes, 8 * self.size.neuron_bytes)
+        group = 8 * self.attention.group_parameters * self._item if self.attention else 0
+        return Weight(BITS[0], self.size.bytes, 8 * self.size.neuron_bytes, group)
 
     @cached_property
     def _gguf(self) -> GgufWeight | None:

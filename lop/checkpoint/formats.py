@@ -117,8 +117,8 @@ def check_format(format: Format, recovery: Recovery, bits: int = BITS[0]) -> Non
         raise LopError(f"format {format!r} has no place for a bias: choose recovery {fits}, or format {others}")
 
 
-def check_heads(format: Format, recovery: Recovery, bits: int = BITS[0]) -> None:
-    """Looks before anything is done whether what is asked for goes with pruned attention.
+def check_heads(format: Format) -> None:
+    """Looks before anything is done whether a format goes with pruned attention.
 
     Raises:
         LopError: it does not.
@@ -127,10 +127,6 @@ def check_heads(format: Format, recovery: Recovery, bits: int = BITS[0]) -> None
         raise LopError(
             f"format {format!r} has as many heads in all layers: with attention pruned take 'hf' or 'padded'"
         )
-    if RECOVERIES[recovery].trains:
-        raise LopError(f"recovery {recovery!r} does not train pruned attention: take 'refit'")
-    if bits != BITS[0]:
-        raise LopError(f"weights of {bits} bits do not go with pruned attention: leave out --bits")
 
 
 def cut_tensors(
@@ -174,16 +170,17 @@ def changed_tensors(
 
     Args:
         tensors: the checkpoint's.
-        changed: what takes the place of some of them; FFN weights of their layer's own width, even if it is padded.
+        changed: what takes the place of some of them; of FFNs and attention what their layer keeps, even if it is
+            padded.
 
     Raises:
         LopError: a tensor that is not there, or of another shape, is said to have changed.
     """
     cuts = []
     for name, info in tensors.items():
-        source, part = changed.get(name, info), ffn_part(name)
+        source, part = changed.get(name, info), ffn_part(name) or (attention_tensor(name) or (0, None))[1]
         pads = FORMATS[format].is_padded and part is not None
-        axis = 1 if part == "down_proj" else 0
+        axis = 1 if part in ("down_proj", "o_proj") else 0
         if not pads and source.shape != info.shape:
             raise LopError(f"tensor {name} is {list(source.shape)}, and must be {list(info.shape)}")
         chosen = np.arange(source.shape[axis]) if source is not info and pads else None

@@ -7,7 +7,6 @@ from typing import Any
 from lop import __version__
 from lop.checkpoint.bits import check_widths, packing
 from lop.checkpoint.export import read_manifest
-from lop.checkpoint.formats import check_heads
 from lop.checkpoint.shards import Cut
 from lop.checkpoint.writing import Parts, companions, write_checkpoint
 from lop.model.rounding import check_library
@@ -53,8 +52,6 @@ def quantise(
     tensors, family = check_checkpoint(source), family_of(source)
     chosen = packing(tensors, family, bits, vision=vision)
     has_manifest = (source / MANIFEST).exists()
-    if has_manifest and "groups" in read_manifest(source):
-        check_heads("hf", "none", bits)
     down = down_projections(tensors)
     check_widths(bits, [info.shape[1] for _, info in down])
     sizes = {tensor: chosen.bytes(info) if tensor in chosen.tensors else info.bytes for tensor, info in tensors.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lop.checkpoint.forecast import tell_refit
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
-from lop.model.backbone import ROWS, Backbone, Layer
+from lop.model.backbone import Backbone, Layer
 from lop.model.dtypes import DTYPES
 from lop.model.elastic import ElasticFfn, ElasticModel, Repair
 from lop.model.encoding import Encoded, encode
@@ -261,10 +261,7 @@ def _refit_heads(
         rotation = batch.rotation.to(device)
         output = backbone.attend(layer, dense[index].to(device), rotation, batch.groups)
         if normal:
-            residual = pruned[index].to(device)
-            said = backbone.heads_output(layer, residual, rotation, batch.groups)
-            for part in zip(said.split(ROWS), residual.split(ROWS), output.split(ROWS)):
-                normal.add_tokens(*part, catch_up)
+            normal.add_heads(backbone, layer, batch, pruned[index].to(device), output, catch_up)
         dense[index] = output.to("cpu")
     heads.keep(kept)
     if normal:

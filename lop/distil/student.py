@@ -26,6 +26,7 @@ class Student:
     Args:
         folder: one that LOP exported.
         widths: [L] neurons of each layer without padding.
+        groups: [L] groups of attention heads of each layer without padding; None where all are kept.
         seed: of the adapters' start values, if there are any.
 
     Attributes:
@@ -40,6 +41,7 @@ class Student:
         self,
         folder: Path,
         widths: Sequence[int],
+        groups: Sequence[int] | None,
         settings: DistilSettings,
         *,
         device: str = "auto",
@@ -47,13 +49,13 @@ class Student:
         seed: int = 0,
     ) -> None:
         self.shipped = load_model(folder, device=device, dtype=dtype)
-        _narrow(self.shipped, widths)
+        _narrow(self.shipped, widths, groups)
         family, kind = family_of(folder), self.shipped.model.dtype
         self._settings = settings
         # Weights that learn are read as they are stored: nothing is lost to the dtype that is computed in.
         network = open_model(folder, device=device, dtype=dtype if settings.lora_rank else "float32")
         learner = QwenVL(network, self.shipped.processor)
-        _narrow(learner, widths)
+        _narrow(learner, widths, groups)
         self.backbone: Any = learner.backbone
         self.backbone.embed_tokens = nn.Identity()  # Of no use where embeddings are given.
         self._names = _names_within(family.parameter, family.backbone, read_tensors(folder))
@@ -101,10 +103,14 @@ class Student:
 
     def _learning(self, ffn: str) -> list[str]:
         """The parameters that learn, before there are adapters: of FFNs, or of all layers and the last norm."""
-        of_layers = [name for name in self._names if name.startswith("layers.")]
+        of_layers = [name for name in self._names if name.startswith("layers.") and self._has_any(name)]
         if self._settings.weights == "ffn":
             return [name for name in of_layers if name.split(".")[2] == ffn]
         return [*of_layers, "norm.weight"]
+
+    def _has_any(self, name: str) -> bool:
+        """Whether there is anything in a parameter: not in those of a part that keeps nothing."""
+        return bool(self.backbone.get_parameter(name).numel())
 
     def _linears(self, ffn: str) -> list[str]:
         """The modules that get adapters."""
@@ -183,8 +189,12 @@ def _adapt(backbone: nn.Module, modules: Sequence[str], rank: int) -> None:
     inject_adapter_in_model(config, backbone, adapter_name=_ADAPTER)
 
 
-def _narrow(model: QwenVL, widths: Sequence[int]) -> None:
-    """Takes the zeros off that pad FFNs."""
+def _narrow(model: QwenVL, widths: Sequence[int], groups: Sequence[int] | None) -> None:
+    """Takes the zeros off that pad FFNs and attention."""
+    for layer, kept in zip(model.layers, groups or ()):
+        attention = getattr(layer, model.family.attention)
+        if len(attention.k_proj.weight) != kept * attention.head_dim:
+            model.family.keep_groups(layer, kept)
     for ffn, width in zip(model.ffns, widths, strict=True):
         if ffn.down_proj.in_features == width:
             continue

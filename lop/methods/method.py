@@ -48,6 +48,8 @@ class Need(StrEnum):
     GRADIENTS = "gradients"  # The surveys `element` and `vector` (`lop.model.taylor`).
     SEQUENCES = "sequences"  # The survey `squares` (`lop.model.sequences`).
     ATTENTION = "attention"  # The weights by which heads look from the calibration samples' tokens at others.
+    HEADS = "heads"  # The surveys `said_variance` and `out_l2` (`lop.model.said`).
+    HEAD_GRADIENTS = "head-gradients"  # The surveys `head_element` and `head_vector` (`lop.model.taylor`).
     STATES = "states"  # The calibration samples' states before and after layers.
     TRAINING = "training"  # A part of the model trained on them.
     REMOVAL = "removal"  # The surveys `order` and `errors` (`lop.model.removal`).
@@ -57,7 +59,7 @@ class Need(StrEnum):
 
 
 # Needs that are met by surveys: further passes over the calibration samples.
-SURVEYED = frozenset({Need.GRADIENTS, Need.SEQUENCES, Need.REMOVAL})
+SURVEYED = frozenset({Need.GRADIENTS, Need.SEQUENCES, Need.REMOVAL, Need.HEADS, Need.HEAD_GRADIENTS})
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ class Method:
     Attributes:
         name: in configs and reports.
         choose: the widths for a budget, with the seconds that took; see `reading` and `look_up`.
-        importance: the key in `IMPORTANCES` of the order that it prunes in; None takes the run's own.
+        importance: the key in `IMPORTANCES` or `OF_BOTH` of the order that it prunes in; None takes the run's own.
         bias: it replaces the pruned neurons by their mean contribution, as a bias of `down_proj`.
         root: where LOP's search gets it from, if it may start from it.
         start: the allocation that it suggests to the search; methods that prune all layers alike when used by

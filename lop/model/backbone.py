@@ -94,6 +94,11 @@ class Heads:
             self.qkv, self.qkv_bias = self.qkv[rows], self.qkv_bias[rows]
             self.out = self.out[:, : self.columns]
 
+    def project(self, qkv: Tensor) -> None:
+        """Takes other weights in the place of `qkv`, of what is kept; they stay when something else is kept."""
+        self._dense[0][self._rows(torch.arange(self.width)).to(qkv.device)] = qkv
+        self.qkv.copy_(qkv)
+
     def refit(self, out: Tensor) -> None:
         """Takes other weights [H, columns] in the place of `out`."""
         self.out = out

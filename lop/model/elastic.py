@@ -131,10 +131,7 @@ class ElasticModel:
         for index, ffn in enumerate(model.ffns):
             model.replace_ffn(index, ElasticFfn.replacing(ffn))
         self.backbone = model.lean_backbone()
-        self.sort(order)
-        if groups is not None:
-            for layer, row in zip(self.backbone.layers, torch.from_numpy(groups), strict=True):
-                layer.heads.sort(row)
+        self.sort(order, groups)
         if compiled:
             self.compile()
 
@@ -156,10 +153,13 @@ class ElasticModel:
     def _ffns(self) -> list[ElasticFfn]:
         return [cast(ElasticFfn, layer.ffn) for layer in self.backbone.layers]
 
-    def sort(self, order: np.ndarray) -> None:
-        """Changes the order [L, F] in which neurons are kept."""
+    def sort(self, order: np.ndarray, groups: np.ndarray | None = None) -> None:
+        """Changes the order [L, F] in which neurons are kept, and that [L, K] of groups of attention if it is given."""
         for ffn, row in zip(self._ffns, torch.from_numpy(order), strict=True):
             ffn.sort(row)
+        if groups is not None:
+            for layer, row in zip(self.backbone.layers, torch.from_numpy(groups), strict=True):
+                layer.heads.sort(row)
 
     def prune(self, allocation: Allocation, repair: Repair | None = None) -> None:
         """Takes the allocation's widths, and what `repair` makes of each part with its width.

@@ -1,6 +1,10 @@
-"""Scores of FFN neurons: which to keep first. Each takes the statistics and returns [L, F], higher is kept longer."""
+"""Scores of FFN neurons, and of groups of attention heads: which to keep first.
+
+Each takes the statistics and returns [L, F], or [L, K] of groups; higher is kept longer.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,8 +84,57 @@ IMPORTANCES: "dict[str, Callable[[NeuronStatistics], np.ndarray]]" = {
     "sequences": sequences,
     "surgeon": surgeon,
 }
-# What an importance reads beside the statistics: the survey (`lop.run.surveys`) that finds it.
-SURVEY_OF = {"taylor": "gradients", "taylor-vector": "gradients", "sequences": "sequences", "surgeon": "removal"}
+
+
+def flap_groups(statistics: "NeuronStatistics") -> np.ndarray:
+    """FLAP's metric of heads, here the mean over the columns that `o_proj` has for a group of
+
+        z_c,   m_c = (Var[a_c]·‖W_o[:, c]‖₂²)²,
+
+    `a_c` being what the head says there, and z the columns' m standardised over all of a layer's, by the unbiased
+    deviation (An et al. 2023; `lib/prune.py` of github.com/CASIA-IVA-Lab/FLAP: WIFV, squared for `o_proj`, AL-AM). A
+    layer whose columns are all equal counts as average.
+    """
+    metric = (statistics.surveyed("said_variance") * statistics.surveyed("out_l2") ** 2) ** 2  # [L, K, columns]
+    layers, groups, _ = metric.shape
+    return standardised(metric.reshape(layers, -1)).reshape(layers, groups, -1).mean(2)
+
+
+def standardised(scores: np.ndarray) -> np.ndarray:
+    """Scores [L, n] less their layer's mean, by its unbiased deviation; a layer of equal scores counts as average."""
+    deviation = scores.std(axis=1, ddof=1, keepdims=True)
+    centred: np.ndarray = scores - scores.mean(axis=1, keepdims=True)
+    return centred / np.where(deviation > 0, deviation, 1)
+
+
+@dataclass(frozen=True)
+class OfBoth:
+    """An importance of groups of attention heads, too, as some methods have it.
+
+    Attributes:
+        neurons: of `IMPORTANCES`, that of FFNs.
+        groups: the scores [L, K].
+    """
+
+    neurons: str
+    groups: "Callable[[NeuronStatistics], np.ndarray]"
+
+
+OF_BOTH = {
+    "flap-heads": OfBoth("flap", flap_groups),
+    "taylor-heads": OfBoth("taylor", lambda statistics: statistics.surveyed("head_element")),
+    "taylor-heads-vector": OfBoth("taylor-vector", lambda statistics: statistics.surveyed("head_vector")),
+}
+# What an importance reads beside the statistics: the surveys (`lop.run.surveys`) that find it.
+SURVEYS_OF = {
+    "taylor": ("gradients",),
+    "taylor-vector": ("gradients",),
+    "sequences": ("sequences",),
+    "surgeon": ("removal",),
+    "flap-heads": ("heads",),
+    "taylor-heads": ("gradients", "head-gradients"),
+    "taylor-heads-vector": ("gradients", "head-gradients"),
+}
 
 
 def importance(name: str, statistics: "NeuronStatistics") -> np.ndarray:
@@ -90,17 +143,22 @@ def importance(name: str, statistics: "NeuronStatistics") -> np.ndarray:
     Raises:
         LopError: no importance has that name.
     """
+    name = OF_BOTH[name].neurons if name in OF_BOTH else name
     if name not in IMPORTANCES:
         raise LopError(f"importance {name!r} is not one of {', '.join(IMPORTANCES)}")
     return IMPORTANCES[name](statistics)
 
 
-def of_groups(statistics: "NeuronStatistics") -> np.ndarray:
-    """[L, K], the L2 norm over calibration tokens of what a group of attention heads adds to the residual stream.
+def of_groups(statistics: "NeuronStatistics", name: str) -> np.ndarray:
+    """The scores [L, K] of groups of attention heads beside a named importance of neurons.
+
+    Unless it has its own (`OF_BOTH`), the L2 norm over calibration tokens of what a group adds to the residual stream.
 
     Raises:
         LopError: the statistics are of FFNs alone.
     """
+    if name in OF_BOTH:
+        return OF_BOTH[name].groups(statistics)
     if statistics.groups is None:
         raise LopError("these statistics are of FFNs alone: run `lop calibrate` with parts [ffn, attention]")
     return np.sqrt(statistics.groups)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lop.model.backbone import ROWS, Backbone, Layer
 from lop.model.elastic import ElasticFfn
+from lop.model.encoding import Batch
 from lop.model.repair import ridged_factor
 
 
@@ -34,6 +35,14 @@ class NormalEquations:
         ffn = cast(ElasticFfn, layer.ffn)
         for x, wanted in zip(residual.split(ROWS), output.split(ROWS)):
             self.add_tokens(ffn.hidden(backbone.ffn_input(layer, x)), x, wanted, catch_up)
+
+    def add_heads(
+        self, backbone: Backbone, layer: Layer, batch: Batch, residual: Tensor, output: Tensor, catch_up: float
+    ) -> None:
+        """Adds a batch's r and o [N, H]; the layer's attention must have all its groups."""
+        said = backbone.heads_output(layer, residual, batch.rotation.to(residual.device), batch.groups)
+        for part in zip(said.split(ROWS), residual.split(ROWS), output.split(ROWS)):
+            self.add_tokens(*part, catch_up)
 
     def add_tokens(self, hidden: Tensor, residual: Tensor, wanted: Tensor, catch_up: float = 1.0) -> None:
         """Adds tokens' inputs of all units [N, F], and r and o [N, H]."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lop.methods.registry import RESHAPINGS
 from lop.model.encoding import Encoded
-from lop.model.importance import SURVEY_OF, importance, order
+from lop.model.importance import SURVEYS_OF, importance, of_groups, order
 from lop.model.repair import Biases
 from lop.model.samples import Sample, fingerprint_samples
 from lop.model.statistics import NeuronStatistics
@@ -94,7 +94,9 @@ class CellWorker:
             made = RESHAPINGS[method].reshape(self._elastic.backbone, self._calibration, removed, False)
             seconds = time.perf_counter() - start
             return Scored(Scoring(made.backbone, self._scoring.encoded).scores().correct, 0.0, seconds)
-        self._elastic.sort(order(importance(cell.importance, self._statistics)))
+        statistics, has_groups = self._statistics, self._materials.groups is not None
+        groups = order(of_groups(statistics, cell.importance)) if has_groups else None
+        self._elastic.sort(order(importance(cell.importance, statistics)), groups)
         sorted_at = time.perf_counter()
         self._elastic.prune(Allocation(cell.widths), Biases(self._statistics.mean) if cell.bias else None)
         pruned_at = time.perf_counter()
@@ -122,7 +124,7 @@ def score_cells(
     waiting = [cell for cell in files if not files[cell].exists()]
     # Cells of one importance stand together: sorting is what a change of it costs.
     waiting.sort(key=lambda cell: cell.importance)
-    kinds = [SURVEY_OF[name] for name in dict.fromkeys(cell.importance for cell in waiting) if name in SURVEY_OF]
+    kinds = dict.fromkeys(kind for cell in waiting for kind in SURVEYS_OF.get(cell.importance, ()))
     results = spread(partial(CellWorker, Materials.of(run), run.surveyed(kinds), samples), waiting)
     for cell, scored in tqdm(results, desc="tables", total=len(waiting), unit="cell", disable=not progress):
         write_json(files[cell], scored.as_dict())

@@ -178,7 +178,7 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
         choice = METHODS[name](known[name], run.space.budget(target))
         own = _of_choice(run, choice)
         start = time.perf_counter()
-        elastic.sort(run.order_by(choice.importance))
+        elastic.sort(run.order_by(choice.importance), run.groups_by(choice.importance))
         sorted_at = time.perf_counter()
         if target in targets:
             recover(choice.allocation, own)

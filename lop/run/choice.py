@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lop.checkpoint.bits import BITS, Packing, check_bits, least_width, packing
+from lop.checkpoint.bits import BITS, Packing, check_bits, is_too_narrow, packing
 from lop.checkpoint.footprint import Footprint
-from lop.checkpoint.formats import FORMATS, Format, check_format, check_heads
+from lop.checkpoint.formats import FORMATS, Format, check_format
 from lop.checkpoint.recoveries import Recovery
 from lop.model.sources import family_of
+from lop.model.tensors import out_projections
 from lop.predictor.unsearched import Answering
 from lop.run.config import Config
 from lop.run.prediction import check_profile, predictor_for, shape_of, what_ships
@@ -82,16 +83,15 @@ def packing_of(run: Run, bits: int, *, vision: bool = False) -> Packing | None:
     """How a run's checkpoints of so many bits are quantised; None if they are not.
 
     Raises:
-        LopError: weights cannot have so many bits, or not where attention is pruned; or the granularity leaves no group
-            that divides all rows.
+        LopError: weights cannot have so many bits, or the granularity leaves no group that divides all rows.
     """
     check_bits(bits)
     if bits == BITS[0]:
         return None
-    if run.space.attention is not None:
-        check_heads("hf", "none", bits)
-    folder = run.model_folder
-    return packing(read_tensors(folder), family_of(folder), bits, granularity=run.config.granularity, vision=vision)
+    tensors, attention = read_tensors(run.model_folder), run.space.attention
+    heads = tensors[out_projections(tensors)[0][0]].shape[1] // attention.groups if attention else 0
+    family, granularity = family_of(run.model_folder), run.config.granularity
+    return packing(tensors, family, bits, granularity=granularity, heads=heads, vision=vision)
 
 
 def footprint_of(run: Run, format: Format, recovery: Recovery, bits: int, *, vision: bool = False) -> Footprint:
@@ -102,8 +102,10 @@ def footprint_of(run: Run, format: Format, recovery: Recovery, bits: int, *, vis
     """
     check_format(format, recovery, bits)
     found = packing_of(run, bits, vision=vision)
-    weight = None if found is None else found.weight(run.size, read_tensors(run.model_folder))
-    return Footprint(run.size, format, recovery, shape_of(run), run.model_folder, weight, run.space.attention)
+    attention = run.space.attention
+    groups = attention.groups if attention else None
+    weight = None if found is None else found.weight(run.size, read_tensors(run.model_folder), groups)
+    return Footprint(run.size, format, recovery, shape_of(run), run.model_folder, weight, attention)
 
 
 def choose(
@@ -162,8 +164,8 @@ def _fitting(footprint: Footprint, target: Target, predictor: Answering) -> Allo
     if asked < footprint.bytes(leanest(space).widths):
         return None
     found = footprint.allocate(target, space, predictor.allocate)
-    is_whole = footprint.bits == BITS[0] or min(found.widths) >= least_width(footprint.bits)
-    return found if is_whole else None
+    is_narrow = footprint.bits != BITS[0] and is_too_narrow(footprint.bits, found.widths[: space.layers])
+    return None if is_narrow else found
 
 
 def _option(footprint: Footprint, found: Allocation | None, space: Space, qualities: Qualities) -> Option:

@@ -13,7 +13,7 @@ from lop.run.config import Config
 from lop.run.features import features_file, load_features
 from lop.run.probes import load_probes, probes_file
 from lop.run.run import Run, shipped_run
-from lop.space.allocation import ATTENTION
+from lop.space.allocation import ATTENTION, PARTS
 from lop.space.latency import Profile, parse_profile
 from lop.space.memory import Shape
 from lop.storage.files import read_json
@@ -112,15 +112,21 @@ def read_profile(path: Path) -> Profile:
 
 
 def check_profile(profile: Profile, predictor: Answering) -> None:
-    """Looks whether a profile is of the predictor's model.
+    """Looks whether a profile is of the predictor's model, and times all that is pruned of it.
 
     Raises:
-        LopError: it is of another one.
+        LopError: it is of another one, or times FFNs alone.
     """
     model = predictor.fingerprints["model"]
     if profile.model != model:
         raise LopError(
             f"the device profile is of another model ({profile.model}, here it is {model}): run `lop profile`"
+        )
+    attention = predictor.space.attention
+    if attention and any(times.groups[-1:] != (attention.groups,) for times in profile.phases.values()):
+        raise LopError(
+            "the device profile times FFNs alone, and here attention is pruned, too: run `lop profile` with "
+            f"--set 'parts=[{', '.join(PARTS)}]'"
         )
 
 

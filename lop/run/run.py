@@ -256,9 +256,21 @@ class Run:
         Raises:
             LopError: what it reads is missing.
         """
-        from lop.model.importance import SURVEY_OF, importance, order
+        from lop.model.importance import SURVEYS_OF, importance, order
 
-        return order(importance(name, self.surveyed([SURVEY_OF[name]] if name in SURVEY_OF else [])))
+        return order(importance(name, self.surveyed(SURVEYS_OF.get(name, ()))))
+
+    def groups_by(self, name: str) -> np.ndarray | None:
+        """[L, K] groups of each layer's attention by an importance, the first kept longest; None if it is not open.
+
+        Raises:
+            LopError: what it reads is missing, or of FFNs alone.
+        """
+        from lop.model.importance import SURVEYS_OF, of_groups, order
+
+        if self.space.attention is None:
+            return None
+        return order(of_groups(self.surveyed(SURVEYS_OF.get(name, ())), name))
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -267,14 +279,8 @@ class Run:
 
     @cached_property
     def group_order(self) -> np.ndarray | None:
-        """[L, K] groups of each layer's attention, the most important first; None where attention is not open.
-
-        Raises:
-            LopError: the statistics are missing, or of FFNs alone.
-        """
-        from lop.model.importance import of_groups, order
-
-        return order(of_groups(self.statistics)) if self.space.attention else None
+        """[L, K] groups of each layer's attention, the most important first; None where attention is not open."""
+        return self.groups_by(self.config.importance)
 
     @property
     def arithmetic(self) -> str:

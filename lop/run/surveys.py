@@ -11,10 +11,11 @@ import numpy as np
 
 from lop.methods.method import Method, Need
 from lop.model.removal import remove_greedily
+from lop.model.said import next_said
 from lop.model.samples import Sample
 from lop.model.sequences import sequence_squares
 from lop.model.statistics import NeuronStatistics
-from lop.model.taylor import taylor_terms
+from lop.model.taylor import head_terms, taylor_terms
 from lop.model.walk import Walk, next_gram
 from lop.run.building import Workshop
 from lop.run.run import Run
@@ -72,6 +73,12 @@ class _Gradients:
         return vars(taylor_terms(self._backbone, self._encoded, range(*layers)))
 
 
+class _HeadGradients(_Gradients):
+    def __call__(self, layers: Piece) -> Arrays:
+        found = head_terms(self._backbone, self._encoded, range(*layers))
+        return {f"head_{name}": terms for name, terms in vars(found).items()}
+
+
 class _Sequences:
     def __init__(self, workshop: Workshop, samples: Sequence[Sample]) -> None:
         self._workshop, self._samples = workshop, samples
@@ -81,7 +88,9 @@ class _Sequences:
         return {"squares": sequence_squares(self._workshop.elastic.backbone, encoded)}
 
 
-class _Removal:
+class _Walking:
+    """Makes pieces of one layer each, which follow one another."""
+
     def __init__(self, workshop: Workshop, samples: Sequence[Sample]) -> None:
         self._backbone, self._encoded = workshop.elastic.backbone, workshop.encode(samples)
         self._walk = Walk(self._backbone, self._encoded)
@@ -91,9 +100,21 @@ class _Removal:
             self._walk = Walk(self._backbone, self._encoded)
         while self._walk.layer < layers[0]:
             self._walk.step()
-        down = self._walk.ffn.down
-        found = remove_greedily(down, next_gram(self._walk))
-        return {"order": found.order[None], "errors": found.errors[None]}
+        return {name: found[None] for name, found in self._next(self._walk).items()}
+
+    def _next(self, walk: Walk) -> Arrays:
+        raise NotImplementedError
+
+
+class _Heads(_Walking):
+    def _next(self, walk: Walk) -> Arrays:
+        return next_said(walk)
+
+
+class _Removal(_Walking):
+    def _next(self, walk: Walk) -> Arrays:
+        found = remove_greedily(walk.ffn.down, next_gram(walk))
+        return {"order": found.order, "errors": found.errors}
 
 
 # By the value of the need that it meets.
@@ -103,6 +124,16 @@ SURVEYS = {
         open=_Gradients,
         merge=np.concatenate,
         memory=lambda size: _gradient_layers(size) * _gradient_bytes(size),
+    ),
+    # As many layers at a time as of FFNs, whose gradients are larger.
+    Need.HEAD_GRADIENTS.value: Survey(
+        pieces=lambda size, _: _split(size.layers, _gradient_layers(size)),
+        open=_HeadGradients,
+        merge=np.concatenate,
+        memory=lambda size: _gradient_layers(size) * _gradient_bytes(size),
+    ),
+    Need.HEADS.value: Survey(
+        pieces=lambda size, _: _split(size.layers, 1), open=_Heads, merge=np.concatenate, memory=lambda size: 0
     ),
     Need.SEQUENCES.value: Survey(
         pieces=lambda _, samples: _split(samples, _SAMPLES),

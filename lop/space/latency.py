@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ class Times:
     """Seconds for one token, by what computes it.
 
     Attributes:
-        attention: of one layer, its norm with it.
+        attention: of one layer with all its heads, its norm with it.
         head: the last layer's state to the next token.
         other: the rest: embedding, positions, and what lies between the parts.
         widths: FFN widths that were measured, ascending.
         ffn: of one layer's FFN of each width; never less than of a narrower one.
+        groups: of attention heads that a layer was measured with, ascending to all; empty where all were kept always.
+        of_groups: as `attention`, with so many groups; never less than with fewer.
     """
 
     attention: float
@@ -31,33 +34,60 @@ class Times:
     other: float
     widths: tuple[int, ...]
     ffn: tuple[float, ...]
+    groups: tuple[int, ...] = ()
+    of_groups: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        numbers = (self.attention, self.head, self.other, *self.ffn)
-        rising = all(a < b for a, b in zip(self.widths, self.widths[1:]))
-        growing = all(a <= b for a, b in zip(self.ffn, self.ffn[1:]))
-        if not (self.widths and len(self.widths) == len(self.ffn) and rising and growing and self.widths[0] > 0):
+        numbers = (self.attention, self.head, self.other, *self.ffn, *self.of_groups)
+        if not (self.widths and _is_rising(self.widths, self.ffn)):
             raise LopError("the FFN's times are not by ascending widths and never shorter for a wider one")
+        if not _is_rising(self.groups, self.of_groups) or self.of_groups[-1:] not in ((), (self.attention,)):
+            raise LopError("the attention's times are not by ascending groups and never shorter for more, up to all")
         if not all(math.isfinite(number) and number >= 0 for number in numbers):
             raise LopError(f"times are finite and not below 0, and not {numbers}")
 
-    def fixed(self, layers: int) -> float:
-        """What does not depend on the widths."""
-        return self.other + self.head + layers * self.attention
+    def of(self, widths: Sequence[int], groups: Sequence[int] | None = None) -> float:
+        """One token's seconds in a model of these widths: linear between what was measured.
 
-    def of(self, widths: Sequence[int]) -> float:
-        """One token's seconds in a model of these FFN widths [L]: linear between what was measured."""
-        return self.fixed(len(widths)) + float(np.interp(widths, self.widths, self.ffn).sum())
+        Args:
+            widths: [L], of the FFNs.
+            groups: [L], of attention; all if None.
+        """
+        attention = len(widths) * self.attention if groups is None else np.interp(groups, *self._attention).sum()
+        return self.other + self.head + float(attention) + float(np.interp(widths, self.widths, self.ffn).sum())
 
-    def bounds(self, budget: int, layers: int) -> tuple[float, float]:
-        """The least and the most that any widths of this sum could take.
+    def bounds(
+        self, neurons: float | np.ndarray, layers: int, groups: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the most that any widths of these sums could take.
 
         By Jensen's inequality: all layers at the mean width, on the greatest convex and the least concave function
         around the measured times.
+
+        Args:
+            neurons: that all FFNs keep together, [...].
+            groups: of attention, the same, [...]; all if None.
         """
-        mean = budget / layers
-        low, high = (float(np.interp(mean, *_hull(self.widths, self.ffn, sign))) for sign in (1, -1))
-        return self.fixed(layers) + layers * low, self.fixed(layers) + layers * high
+        least = most = np.array(self.other + self.head)
+        for kept, measured in ((groups, self._attention), (neurons, (self.widths, self.ffn))):
+            mean = measured[0][-1] if kept is None else np.divide(kept, layers)
+            low, high = (layers * np.interp(mean, *_hull(*measured, sign)) for sign in (1, -1))
+            least, most = least + low, most + high
+        return least, most
+
+    @property
+    def _attention(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        return (self.groups, self.of_groups) if self.groups else ((1,), (self.attention,))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values; without groups where all were kept."""
+        return {name: value for name, value in vars(self).items() if self.groups or "groups" not in name}
+
+
+def _is_rising(widths: Sequence[int], seconds: Sequence[float]) -> bool:
+    ascending = all(a < b for a, b in pairwise(widths))
+    growing = all(a <= b for a, b in pairwise(seconds))
+    return len(widths) == len(seconds) and ascending and growing and min(widths, default=0) >= 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +114,7 @@ class Profile:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        phases = {name: {**vars(times)} for name, times in self.phases.items()}
+        phases = {name: times.as_dict() for name, times in self.phases.items()}
         return {"version": VERSION, **vars(self), "phases": phases}
 
 
@@ -99,7 +129,7 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
         if values.pop("version") != VERSION:
             raise LopError(f"it is of version {data['version']}, where this LOP reads {VERSION}: measure again")
         phases = {
-            name: Times(**{**times, "widths": tuple(times["widths"]), "ffn": tuple(times["ffn"])})
+            name: Times(**{part: _frozen(value) for part, value in times.items()})
             for name, times in values.pop("phases").items()
         }
         profile = Profile(phases=phases, **values)
@@ -110,6 +140,10 @@ def parse_profile(data: Mapping[str, Any]) -> Profile:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LopError(f"it is no device profile ({type(error).__name__}: {error})") from None
     return profile
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _hull(xs: Sequence[float], ys: Sequence[float], sign: int) -> tuple[list[float], list[float]]:

@@ -8,7 +8,7 @@ from lop.model.adapter import load_model
 from lop.model.encoding import encode
 from lop.model.features import measure_features
 from lop.model.find import EMBEDDED
-from lop.model.importance import SURVEY_OF
+from lop.model.importance import SURVEYS_OF
 from lop.model.statistics import calibrate
 from lop.run.building import Materials, Workshop
 from lop.run.config import Config, save_config
@@ -29,8 +29,7 @@ def calibrate_stage(run: Run, *, progress: bool = True) -> None:
         LopError: the run's statistics were made with another model or other samples.
     """
     _calibrate(run, progress=progress)
-    if kind := SURVEY_OF.get(run.config.importance):
-        make_surveys(run, Local(), [kind], progress=progress)
+    make_surveys(run, Local(), SURVEYS_OF.get(run.config.importance, ()), progress=progress)
 
 
 def _calibrate(run: Run, *, progress: bool) -> None:

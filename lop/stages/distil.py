@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 from lop import __version__
 from lop.checkpoint.export import read_manifest, rewrite, verify
-from lop.checkpoint.formats import check_heads
 from lop.distil.student import Student, check_peft
 from lop.distil.teacher import Notes
 from lop.distil.texts import text_samples
@@ -116,7 +115,8 @@ def distil_stage(
         logging.getLogger("lop").setLevel(logging.WARNING)
         progress = _silent
     device = str(accelerator.device)
-    student = Student(checkpoint, manifest["widths"], settings, device=device, dtype=config.dtype, seed=config.seed)
+    parts = manifest["widths"], manifest.get("groups")
+    student = Student(checkpoint, *parts, settings, device=device, dtype=config.dtype, seed=config.seed)
     log.info("distil: %d samples go through the vision tower", len(lessons.samples) + len(lessons.reward))
     samples = list(encode_each(student.shipped, lessons.samples, config.images))
     reward = encode(student.shipped, lessons.reward, batch_tokens=config.batch_tokens, images=config.images)
@@ -171,8 +171,6 @@ def _checked(checkpoint: Path, config: Config) -> tuple[dict[str, Any], Path]:
             "name that one with --model"
         )
     manifest = verify(checkpoint)
-    if "groups" in manifest:
-        check_heads("hf", "distil")
     check_checkpoint(checkpoint)
     return manifest, teacher
 

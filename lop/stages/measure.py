@@ -5,7 +5,7 @@ from operator import itemgetter
 
 from tqdm import tqdm
 
-from lop.checkpoint.bits import least_width
+from lop.checkpoint.bits import is_too_narrow
 from lop.checkpoint.compensation import quantised_elastic
 from lop.checkpoint.packing import stored_dtype
 from lop.checkpoint.recoveries import untrained
@@ -55,7 +55,7 @@ def measure(run: Run) -> Qualities:
     for ratio, bits in tqdm(left, desc="measure", unit="pair", disable=not left):
         packing = packing_of(run, bits)
         allocation = predictor.allocate(predictor.space.budget(ratio))
-        if packing is not None and min(allocation.widths) < least_width(bits):
+        if packing is not None and is_too_narrow(bits, allocation.widths[: run.space.layers]):
             continue  # Which nobody can have.
         with quantised_elastic(
             workshop.elastic,

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Linear, Module, Parameter
 from tqdm import tqdm
 
 from lop.errors import LopError
@@ -22,13 +21,13 @@ from lop.model.adapter import open_model
 from lop.model.families.family import Family
 from lop.model.sources import family_of
 from lop.run.run import Run
-from lop.space.allocation import Allocation, Space, project
+from lop.space.allocation import ATTENTION, FFN, Allocation, Part, Space, dense, project
 from lop.space.latency import PHASES, Profile, Times
 from lop.storage.files import write_json
 
 log = logging.getLogger(__name__)
 
-# Widths to measure, as shares of the dense one.
+# Widths to measure, as shares of the dense one; and none, where parts may go altogether.
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 # Where models of mixed widths are measured, too, to see whether the sums of parts say what they take.
 _CHECKED = (0.2, 0.3, 0.5)
@@ -87,7 +86,7 @@ def profile_stage(run: Run, out: Path, *, context: int, clock: Clock | None = No
         raise LopError(f"context {context} is not a number of tokens from 1 up")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise LopError(f"--out {out} is not a file in a folder that is there")
-    config, space = run.config, run.space.ffns
+    config, space = run.config, run.space
     torch.set_num_threads(config.threads)
     network = open_model(run.model_folder, device=config.device, dtype=config.dtype)
     on_gpu = network.device.type == "cuda"
@@ -121,20 +120,19 @@ def measure(
 ) -> tuple[dict[str, Times], dict[str, list[dict[str, float]]]]:
     """Times of the phases by their parts, and how well their sums say what a model of mixed widths takes.
 
-    Rounds go through all widths, so that a device that slows down does so for all of them; medians count.
+    One part at a time is cut, alike in all layers. Rounds go through all widths, so that a device that slows down does
+    so for all of them; medians count.
 
     Args:
-        network: the dense model; its FFNs are as they were afterwards.
+        network: the dense model; it is as it was afterwards.
     """
-    step = space.granularity
-    widths = sorted({max(space.min_width, round(share * space.neurons / step) * step) for share in _SHARES})
-    even = [Allocation((width,) * space.layers) for width in widths]
+    even = {part.name: _even(space, part) for part in space.parts}
     mixed = {
-        ratio: project(np.linspace(0, 2 * ratio, space.layers), space, space.budget(ratio))
+        ratio: project(np.tile(np.linspace(0, 2 * ratio, space.layers), len(space.parts)), space, space.budget(ratio))
         for ratio in _CHECKED
         if ratio <= space.max_target
     }
-    models = [*even, *mixed.values()]
+    models = list(dict.fromkeys([model for of_part in even.values() for model in of_part] + list(mixed.values())))
     found: dict[tuple[str, Allocation], list[Parts]] = defaultdict(list)
     # The first is for everything to get warm.
     with torch.inference_mode(), _resizable(network, family) as resize, _Stopwatch(network, family, clock) as watch:
@@ -144,13 +142,13 @@ def measure(
                 for phase, parts in _passes(network, context, watch):
                     if lap:
                         found[phase, model].append(parts)
-    phases = {phase: _times(phase, found, even, space.layers) for phase in PHASES}
+    phases = {phase: _times(phase, found, even, space) for phase in PHASES}
     checks = {
         phase: [
             {
                 "ratio": ratio,
                 "measured": statistics.median(sum(parts.values()) for parts in found[phase, model]),
-                "predicted": phases[phase].of(model.widths),
+                "predicted": phases[phase].of(*space.by_part(model.widths)),
             }
             for ratio, model in mixed.items()
         ]
@@ -159,20 +157,39 @@ def measure(
     return phases, checks
 
 
-def _times(
-    phase: str, found: dict[tuple[str, Allocation], list[Parts]], models: Sequence[Allocation], layers: int
-) -> Times:
-    def median(part: str, *of: Allocation) -> float:
-        return max(0.0, statistics.median(parts[part] for model in of for parts in found[phase, model]))
+def _even(space: Space, part: Part) -> list[Allocation]:
+    """Models of which one part is cut alike in all layers, the least first."""
+    least = [0] if space.vanishing else []
+    widths = sorted({max(part.min_width, round(share * part.width / part.step) * part.step) for share in _SHARES})
+    whole = dense(space).widths
+    start = space.layers * space.parts.index(part)
+    cut = ((width,) * space.layers for width in dict.fromkeys([*least, *widths]))
+    return [Allocation(whole[:start] + one + whole[start + space.layers :]) for one in cut]
 
-    ffn = [median("ffn", model) / layers for model in models]
-    return Times(
-        attention=median("attention", *models) / layers,
-        head=median("head", *models),
-        other=median("other", *models),
-        widths=tuple(model.widths[0] for model in models),
+
+def _times(
+    phase: str, found: dict[tuple[str, Allocation], list[Parts]], even: dict[str, list[Allocation]], space: Space
+) -> Times:
+    def median(name: str, *of: Allocation) -> float:
+        return max(0.0, statistics.median(parts[name] for model in of for parts in found[phase, model]))
+
+    def by_width(name: str) -> dict[int, float]:
+        start = space.layers * [part.name for part in space.parts].index(name)
+        seconds = [median(name, model) / space.layers for model in even[name]]
         # A wider one that was faster by chance is not: a larger target may not get less.
-        ffn=tuple(float(seconds) for seconds in np.maximum.accumulate(ffn)),
+        grown = (float(most) for most in np.maximum.accumulate(seconds))
+        return dict(zip((model.widths[start] for model in even[name]), grown))
+
+    every = [model for of_part in even.values() for model in of_part]
+    ffn, groups = by_width(FFN), by_width(ATTENTION) if space.attention else {}
+    return Times(
+        attention=list(groups.values())[-1] if groups else median(ATTENTION, *every) / space.layers,
+        head=median("head", *every),
+        other=median("other", *every),
+        widths=tuple(ffn),
+        ffn=tuple(ffn.values()),
+        groups=tuple(groups),
+        of_groups=tuple(groups.values()),
     )
 
 
@@ -241,23 +258,33 @@ class _Stopwatch:
 
 @contextmanager
 def _resizable(network: Any, family: Family) -> Iterator[Any]:
-    """A function that gives the FFNs other widths [L]; they are whole again after the block."""
-    ffns = [layer.get_submodule(family.ffn) for layer in network.get_submodule(family.backbone).layers]
-    whole = [[getattr(ffn, name).weight for name in ("gate_proj", "up_proj", "down_proj")] for ffn in ffns]
+    """A function that gives the layers' parts other widths; they are whole again after the block."""
+    layers = network.get_submodule(family.backbone).layers
+    ffns, attentions = ([getattr(layer, name) for layer in layers] for name in (family.ffn, family.attention))
+    linears = [part for whole in (*ffns, *attentions) for part in whole.children() if isinstance(part, Linear)]
+    before = [(linear.weight, linear.bias) for linear in linears]
 
-    def put(weights: Sequence[Sequence[Tensor]]) -> None:
-        for ffn, matrices in zip(ffns, weights):
-            for name, matrix in zip(("gate_proj", "up_proj", "down_proj"), matrices):
-                getattr(ffn, name).weight = Parameter(matrix, requires_grad=False)
+    def restore() -> None:
+        for linear, (weight, bias) in zip(linears, before):
+            linear.weight, linear.bias = weight, bias
+        for layer, attention in zip(layers, attentions):
+            setattr(layer, family.attention, attention)
 
     def resize(widths: Sequence[int]) -> None:
-        # Rows are together as they are; columns are put together, as in a checkpoint.
-        put([(gate[:k], up[:k], down[:, :k].contiguous()) for (gate, up, down), k in zip(whole, widths)])
+        restore()
+        for ffn, width in zip(ffns, widths):
+            # Rows are together as they are; columns are put together, as in a checkpoint.
+            weights = {"gate_proj": ffn.gate_proj.weight[:width], "up_proj": ffn.up_proj.weight[:width]}
+            weights["down_proj"] = ffn.down_proj.weight[:, :width].contiguous()
+            for name, weight in weights.items():
+                getattr(ffn, name).weight = Parameter(weight, requires_grad=False)
+        for layer, groups in zip(layers, widths[len(layers) :]):
+            family.keep_groups(layer, groups)
 
     try:
         yield resize
     finally:
-        put(whole)
+        restore()
 
 
 def _cpu() -> str:

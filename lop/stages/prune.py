@@ -92,7 +92,7 @@ def export_allocation(
     Args:
         out: a new folder: a local path, a URI that pyarrow knows, such as `s3://bucket/folder`, or a location.
         target: the pruning ratio that was asked for; goes into the manifest.
-        importance: whose order neurons are kept in, for a method's own; None takes the config's.
+        importance: in whose order neurons and groups are kept, for a method's own; None takes the config's.
         recovery: None takes the config's.
         bits: of the language backbone's weights: below 16 they are quantised, and below 8 layer by layer on the
             calibration samples, whatever the recovery (`lop.checkpoint.compensation`).
@@ -111,12 +111,13 @@ def export_allocation(
         OSError: the disk is full or read-only. After any error nothing is left behind.
     """
     recovery = recovery or run.config.recovery
-    order, groups = run.order_by(importance) if importance else run.order, run.group_order
+    ranked = importance or run.config.importance
+    order, groups = run.order_by(ranked), run.groups_by(ranked)
     place, footprint = Location.parse(out), footprint_of(run, format, recovery, bits, vision=vision)
     packing = packing_of(run, bits, vision=vision)
     if packing is not None:
         check_library()
-        check_widths(bits, allocation.widths)
+        check_widths(bits, allocation.widths[: len(order)])
     if kind := FORMATS[format].gguf:
         check_source(run.model_folder, kind)
     check_new(place, bytes=footprint.bytes(allocation.widths))
@@ -140,7 +141,7 @@ def export_allocation(
         "version": __version__,
         "source": run.config.model,
         "target": target,
-        "importance": importance or run.config.importance,
+        "importance": ranked,
         "recovery": recovery,
         "fingerprints": run.calibration_fingerprints,
     }
@@ -173,6 +174,7 @@ def export_allocation(
                 recovery,
                 packing,
                 Path(folder),
+                groups=groups,
                 padded=FORMATS[format].is_padded,
                 **inputs,
             )

@@ -109,18 +109,26 @@ function show() {
   showCurve();
   $("share").style.width = percent(answer.bytes / dense.bytes);
   $("share-text").textContent = `${percent(answer.bytes / dense.bytes)} of the dense model's bytes, vision tower included`;
-  draw($("chart"), answer.widths, dense.neurons);
-  const [least, most] = [Math.min(...answer.widths), Math.max(...answer.widths)];
+  for (const id of ["heads", "heads-title", "heads-column"]) $(id).toggleAttribute("hidden", !answer.groups);
+  drawParts();
+  const range = (kept) => [...new Set([Math.min(...kept), Math.max(...kept)])].join(" to ");
   $("chart-text").textContent =
-    `${dense.layers} layers keep ${least} to ${most} of ${dense.neurons} FFN neurons each, ${answer.kept_neurons} in all.`;
+    `${dense.layers} layers keep ${range(answer.widths)} of ${dense.neurons} FFN neurons each, ${answer.kept_neurons} in all` +
+    (answer.groups ? `, and ${range(answer.groups)} of ${dense.groups} groups of attention heads.` : ".");
   $("rows").replaceChildren(
     ...answer.widths.map((width, layer) => {
       const row = document.createElement("tr");
-      for (const text of [layer, width, percent(answer.ratios[layer])]) row.insertCell().textContent = text;
+      const groups = answer.groups ? [answer.groups[layer]] : [];
+      for (const text of [layer, width, percent(answer.ratios[layer]), ...groups]) row.insertCell().textContent = text;
       return row;
     }),
   );
   $("make-button").disabled = false;
+}
+
+function drawParts() {
+  draw($("chart"), answer.widths, model().neurons, "neurons");
+  if (answer.groups) draw($("heads"), answer.groups, model().groups, "groups of attention heads");
 }
 
 function showCurve() {
@@ -163,7 +171,8 @@ function choices(select, names) {
 function choose() {
   const chosen = model();
   $("dense").textContent =
-    `Dense: ${count(chosen.parameters)} parameters, ${size(chosen.bytes)}, ${chosen.layers} layers of ${chosen.neurons} neurons`;
+    `Dense: ${count(chosen.parameters)} parameters, ${size(chosen.bytes)}, ${chosen.layers} layers of ${chosen.neurons} neurons` +
+    (chosen.groups ? ` and ${chosen.groups} groups of attention heads` : "");
   choices($("format"), chosen.formats);
   choices($("recovery"), chosen.recoveries);
   $("recovery").value = chosen.recovery;
@@ -274,7 +283,7 @@ $("copy").addEventListener("click", async () => {
     $("copied").textContent = "Selected: copy it with the keyboard";
   }
 });
-new ResizeObserver(() => answer && draw($("chart"), answer.widths, model().neurons)).observe($("chart"));
+new ResizeObserver(() => answer && drawParts()).observe($("chart"));
 new ResizeObserver(() => answer && showCurve()).observe($("curve"));
 
 start();

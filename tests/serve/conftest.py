@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from lop.predictor.predictor import load_predictor
+from lop.run.prediction import predictor_for
 from serve.api import build_api
 from serve.app import open_store
 from serve.catalogue import ServedModel, load_catalogue, open_run
@@ -23,7 +23,7 @@ from serve.job import Job
 from serve.jobs import JobStore
 from serve.keys import Keys
 from serve.pruning import Worker
-from serve.settings import ServiceSettings
+from serve.settings import ModelSettings, ServiceSettings
 
 
 @dataclass
@@ -79,15 +79,18 @@ def serving(
     keys: Sequence[str] = (),
     workers: int = 1,
     pruner: bool = True,
+    offered: dict[str, ModelSettings] | None = None,
     **changes: Any,
 ) -> Iterator[Service]:
+    if offered is not None:
+        changes["models"] = offered
     settings = ServiceSettings(storage=storage, **{"rate": 1e6, "burst": 10**6, **changes})
     store = open_store(settings)
     runs = {name: open_run(entry) for name, entry in settings.models.items()}
-    predictor = load_predictor(runs["tiny"].predictor_folder)
+    predictors = {name: predictor_for(run, run.config) for name, run in runs.items()}
 
     async def predict(model: str, budget: int) -> tuple[int, ...]:
-        return predictor.allocate(budget).widths
+        return predictors[model].allocate(budget).widths
 
     async def pruner_lives() -> None:
         assert pruner

@@ -37,7 +37,8 @@ def test_an_allocation_is_what_the_command_line_predicts(service: Service, capsy
     expected = json.loads(capsys.readouterr().out)
     answer = service.ask("POST", "/v1/allocations", {"model": "tiny", "target": {"ratio": 0.37}}).json
     expected_accuracy = answer.pop("expected_accuracy")
-    assert answer == {"model": "tiny", "memory": None, "latency": None, **expected}  # Neither was asked for.
+    # Attention is dense, and neither memory nor a latency was asked for.
+    assert answer == {"model": "tiny", "groups": None, "memory": None, "latency": None, **expected}
     assert expected_accuracy["low"] <= expected_accuracy["value"] <= expected_accuracy["high"]
     for kind in ("parameters", "bytes"):
         asked = {"model": "tiny", "target": {kind: answer[kind]}}

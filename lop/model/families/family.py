@@ -98,11 +98,21 @@ class Family(Protocol):
         """Within a layer of the backbone the FFN, which has `gate_proj`, `up_proj` and `down_proj`."""
 
     @property
+    def attention(self) -> str:
+        """Within a layer of the backbone the attention."""
+
+    @property
     def resident(self) -> tuple[str, ...]:
         """What has to be in memory where the layers come from disk one at a time: what encoding takes, and the norm."""
 
     def network_class(self) -> Any:
         """`pruned_class` itself. A dense config changes nothing in it."""
+
+    def keep_groups(self, layer: Any, groups: int) -> None:
+        """Leaves a layer of a network's backbone the first groups of its attention's heads, over the same weights.
+
+        Its attention's modules stay, but for one that keeps none: something that adds nothing takes its place.
+        """
 
     # What a network's language backbone computes.
 

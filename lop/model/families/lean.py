@@ -46,7 +46,7 @@ def project_by(heads: Heads, weights: Sequence[Tensor]) -> None:
     size = heads.size
     pairs = _pairs(size)
     *rotated, values = weights
-    heads.qkv.copy_(torch.cat([*(part.unflatten(0, (-1, size))[:, pairs].flatten(0, 1) for part in rotated), values]))
+    heads.project(torch.cat([*(part.unflatten(0, (-1, size))[:, pairs].flatten(0, 1) for part in rotated), values]))
 
 
 def _pairs(size: int) -> Tensor:

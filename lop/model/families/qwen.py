@@ -36,6 +36,7 @@ class Qwen:
     backbone: ClassVar[str] = "model.language_model"
     head: ClassVar[str] = "lm_head"
     ffn: ClassVar[str] = "mlp"
+    attention: ClassVar[str] = "self_attn"
     resident: ClassVar[tuple[str, ...]] = (
         tower,
         f"{backbone}.embed_tokens",
@@ -90,6 +91,13 @@ class Qwen:
 
     def network_class(self) -> Any:
         return getattr(import_module(self.modeling), self.pruned_class)
+
+    def keep_groups(self, layer: Any, groups: int) -> None:
+        from lop.model.families.groups import keep_groups
+
+        keep_groups(layer.self_attn, groups)
+        if not groups:
+            layer.self_attn = import_module(self.modeling).Silent(layer.self_attn)
 
     def lean_layer(self, network: Any, index: int) -> "Layer":
         from lop.model.families.lean import lean_layer

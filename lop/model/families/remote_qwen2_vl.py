@@ -45,7 +45,7 @@ class LopQwen2VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
             if groups != attention.num_key_value_heads:
                 _regroup(attention, groups)
                 if not groups:
-                    module.self_attn = _Silent(attention)
+                    module.self_attn = Silent(attention)
         # Start values for what is new here; all else has its own already.
         self.init_weights()
 
@@ -70,7 +70,7 @@ def _regroup(attention: Any, groups: int) -> None:
     attention.o_proj = nn.Linear(queries * attention.head_dim, hidden, bias=False, **like)
 
 
-class _Silent(nn.Module):
+class Silent(nn.Module):
     """An attention without heads: adds nothing. Its empty projections are those of the checkpoint."""
 
     def __init__(self, attention: Any) -> None:

@@ -1,6 +1,5 @@
 """Checkpoints with attention pruned: in transformers, padded, inspected, refused where they cannot be."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import lop
 from lop.checkpoint.export import convert, export, load
 from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.inspection import inspect, print_inspection
-from lop.checkpoint.quantise import quantise
 from lop.checkpoint.recovery import recover_checkpoint, recover_elastic
 from lop.errors import LopError
 from lop.model.adapter import load_model
@@ -24,7 +22,8 @@ from lop.model.samples import SampleSets
 from lop.model.shape import read_shape
 from lop.model.sources import family_of
 from lop.model.tensors import group_parameters, model_size
-from lop.space.allocation import Allocation, Attention, Space, dense, project, uniform
+from lop.space.allocation import Allocation, Attention, Space, dense, leanest, project, uniform
+from lop.space.latency import Profile, Times
 from lop.space.memory import Load
 from lop.space.size import Target
 from lop.storage.headers import read_tensors
@@ -179,8 +178,56 @@ def test_what_a_checkpoint_weighs_is_known_before(source: Path, checkpoint: Path
         chosen = footprint.allocate(Target(bytes=asked), space, lambda budget: project([0.3] * 24, space, budget))
         missing = max(part.cost * part.step for part in space.parts) * (size.neuron_bytes // size.neuron_parameters)
         assert asked - missing < footprint.bytes(chosen.widths) <= asked
-    with pytest.raises(LopError, match="format 'padded' stores all heads"):
-        replace(footprint, format="padded").allocate(Target(bytes=most), space, lambda budget: dense(space))
+
+
+def test_padded_heads_are_kept_and_all_layers_alike(
+    source: Path, orders: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    tensors = read_tensors(source)
+    size = model_size(tensors)
+    attention = Attention(GROUPS, group_parameters(tensors, GROUPS), size.neuron_parameters)
+    space = Space(LAYERS, NEURONS, 8, 0.95, None, attention, vanishing=True)
+    footprint = Footprint(size, "padded", shape=read_shape(source, 2), attention=attention)
+    whole, load = dense(space).widths, Load(context=64)
+    times = Times(1e-3, 2e-3, 1e-3, (0, NEURONS), (0.0, 9e-3), (0, GROUPS), (0.0, 1e-3))
+    profile = Profile("model", LAYERS, NEURONS, "a device", {}, {"decode": times, "prefill": times}, {})
+    for target in (
+        Target(bytes=footprint.bytes(whole) * 9 // 10),
+        Target(parameters=footprint.parameters(whole) * 9 // 10),
+        Target(memory=footprint.memory(whole, load) * 9 // 10, load=load),
+        Target(latency=times.of(whole[:LAYERS]) * 0.9, profile=profile),
+    ):
+        chosen = footprint.allocate(target, space, lambda budget: leanest(space))
+        width = chosen.widths[0]
+        assert chosen.widths == (width,) * LAYERS + (GROUPS,) * LAYERS
+        assert footprint.meets(target, chosen.widths, space)
+        assert not footprint.meets(target, (width + 8,) * LAYERS + (GROUPS,) * LAYERS, space)
+
+
+def test_a_latency_counts_the_groups_that_are_kept(source: Path) -> None:
+    tensors = read_tensors(source)
+    size = model_size(tensors)
+    attention = Attention(GROUPS, group_parameters(tensors, GROUPS), size.neuron_parameters)
+    space = Space(LAYERS, NEURONS, 8, 0.95, None, attention, vanishing=True)
+    footprint = Footprint(size, attention=attention)
+    times = Times(3e-3, 2e-3, 1e-3, (0, 40, NEURONS), (0.0, 5e-3, 9e-3), (0, 1, GROUPS), (0.0, 2e-3, 3e-3))
+    profile = Profile("model", LAYERS, NEURONS, "a device", {}, {"decode": times, "prefill": times}, {})
+
+    def predict(budget: int) -> Allocation:
+        return project(np.random.default_rng(budget).normal(0.5, 1, 2 * LAYERS), space, budget)
+
+    for share in (0.2, 0.5, 0.8, 0.95):
+        asked = share * times.of(dense(space).widths[:LAYERS])
+        target = Target(latency=asked, profile=profile)
+        chosen = footprint.allocate(target, space, predict)
+        told = footprint.describe(chosen, space, target)["latency"]
+        assert told == times.of(chosen.widths[:LAYERS], chosen.widths[LAYERS:]) <= asked
+        # None of the budgets above gives anything that would do.
+        step = space.parts[0].cost * 8
+        above = range(space.cost(chosen.widths) + 2 * step, space.whole, step)
+        costs = [predict(space.least + (budget - space.least) // step * step).widths for budget in above]
+        assert all(times.of(widths[:LAYERS], widths[LAYERS:]) > asked for widths in costs)
+    assert times.of([0] * LAYERS, [0] * LAYERS) == pytest.approx(3e-3)  # What is skipped costs nothing.
 
 
 def test_memory_counts_the_cache_of_the_groups_that_are_kept(source: Path) -> None:
@@ -211,22 +258,13 @@ def test_attention_that_keeps_all_is_left_as_it_is(source: Path, orders: dict[st
     assert all(theirs[name].shape == info.shape for name, info in ours.items() if "self_attn" in name)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"format": "gguf"}, "format 'gguf' has as many heads in all layers"),
-        ({"recovery": "distil"}, "'distil' does not train pruned attention"),
-    ],
-)
-def test_what_does_not_go_with_it_is_refused_before(source: Path, options: dict[str, Any], said: str) -> None:
+def test_what_does_not_go_with_it_is_refused_before(source: Path) -> None:
     tensors = read_tensors(source)
-    with pytest.raises(LopError, match=said):
-        Footprint(model_size(tensors), attention=Attention(GROUPS, 100, 200), **options)
+    with pytest.raises(LopError, match="format 'gguf' has as many heads in all layers"):
+        Footprint(model_size(tensors), "gguf", attention=Attention(GROUPS, 100, 200))
 
 
-def test_it_is_not_quantised_nor_converted(checkpoint: Path, tmp_path: Path) -> None:
+def test_it_is_not_converted(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(LopError, match="as many heads in all layers"):
         convert(checkpoint, tmp_path / "out", format="gguf")
-    with pytest.raises(LopError, match="do not go with pruned attention"):
-        quantise(checkpoint, tmp_path / "out", 8)
     assert not (tmp_path / "out").exists()

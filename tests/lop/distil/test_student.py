@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lop.checkpoint.export import read_manifest, rewrite
+from lop.checkpoint.export import export, read_manifest, rewrite
 from lop.distil.plan import lesson
 from lop.distil.student import Reader, Student
 from lop.distil.teacher import Notes
@@ -21,10 +22,13 @@ from lop.run.settings import DistilSettings
 from lop.search.scoring import Scoring
 from lop.stages.distil import _stored
 from lop.storage.headers import TensorInfo
+from tests.groups import GROUPS, grouped_tiny
+from tests.lop.checkpoint.test_heads import ALLOCATION, LAYERS, NEURONS
 
 
 def student_of(folder: Path, **values: object) -> Student:
-    return Student(folder, read_manifest(folder)["widths"], DistilSettings.model_validate(values), device="cpu")
+    manifest, settings = read_manifest(folder), DistilSettings.model_validate(values)
+    return Student(folder, manifest["widths"], manifest.get("groups"), settings, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +64,24 @@ def said(student: Student, read: list[EncodedSample]) -> Tensor:
     return torch.stack([part.sum() for part in right.split([len(sample.answer) for sample in read])]).double()
 
 
-@pytest.mark.parametrize("form", ["hf", "padded"])
+@pytest.fixture(params=["pruned", "padded", "heads", "padded heads"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of FFNs alone, and with attention pruned: in one layer it is gone, and in one nothing is left."""
+    if "heads" not in request.param:
+        found: Path = request.getfixturevalue(request.param)
+        return found
+    folder = tmp_path_factory.mktemp("heads")
+    random = np.random.default_rng(5)
+    order, groups = (random.permuted(np.tile(np.arange(n), (LAYERS, 1)), axis=1) for n in (NEURONS, GROUPS))
+    form = "padded" if "padded" in request.param else "hf"
+    export(grouped_tiny(folder), folder / "out", ALLOCATION, order, about={}, groups=groups, format=form)
+    return folder / "out"
+
+
 @pytest.mark.parametrize("rank", [0, 4])
-def test_what_learns_says_what_ships(
-    form: str, rank: int, request: pytest.FixtureRequest, read: tuple[list[EncodedSample], Encoded]
-) -> None:
-    student = student_of(request.getfixturevalue("pruned" if form == "hf" else "padded"), lora_rank=rank)
+def test_what_learns_says_what_ships(rank: int, checkpoint: Path, read: tuple[list[EncodedSample], Encoded]) -> None:
+    student = student_of(checkpoint, lora_rank=rank, weights="backbone")
+    assert all(parameter.numel() for parameter in student.parameters())
     one_by_one, together = read
     torch.testing.assert_close(said(student, one_by_one), scored(student, together), rtol=1e-4, atol=1e-3)
     with torch.no_grad():
@@ -110,16 +126,14 @@ def test_what_is_said_to_learn_learns_and_nothing_else(pruned: Path) -> None:
     assert set(adapted.weights()) == set(ffns.weights())
 
 
-@pytest.mark.parametrize("form", ["hf", "padded"])
-def test_nothing_learnt_is_the_checkpoint_itself(form: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    folder: Path = request.getfixturevalue("pruned" if form == "hf" else "padded")
-    student = student_of(folder)
+def test_nothing_learnt_is_the_checkpoint_itself(checkpoint: Path, tmp_path: Path) -> None:
+    student = student_of(checkpoint, weights="backbone")
     changed: dict[str, TensorInfo] = _stored(student.weights(), tmp_path)
-    rewrite(folder, tmp_path / "again", changed, dense=assets() / "model", about={"recovery": "none"})
-    before, after = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "again"))
+    rewrite(checkpoint, tmp_path / "again", changed, dense=assets() / "model", about={"recovery": "none"})
+    before, after = (load_file(place / "model.safetensors") for place in (checkpoint, tmp_path / "again"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (folder / "config.json").read_bytes() == (tmp_path / "again" / "config.json").read_bytes()
+    assert (checkpoint / "config.json").read_bytes() == (tmp_path / "again" / "config.json").read_bytes()
 
 
 def test_a_tensor_that_does_not_fit_is_refused(pruned: Path, tmp_path: Path) -> None:

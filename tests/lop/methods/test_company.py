@@ -15,7 +15,7 @@ from lop.methods.method import Given, Reward
 from lop.methods.puzzletron import fitting, library
 from lop.methods.registry import METHODS, USUAL_BASELINES
 from lop.methods.tyr import coarse_to_fine, steps
-from lop.model.importance import IMPORTANCES, SURVEY_OF
+from lop.model.importance import IMPORTANCES, OF_BOTH, SURVEYS_OF
 from lop.search.evaluation import Evaluation
 from lop.search.tree import TreeOptions
 from lop.space.allocation import Allocation, Space, uniform
@@ -123,9 +123,9 @@ def test_efficientllava_weighs_the_norm_of_what_is_left() -> None:
 
 
 def test_what_no_survey_has_found_is_one_line() -> None:
-    for name in SURVEY_OF:
+    for name in SURVEYS_OF:
         with pytest.raises(LopError, match="which a survey finds"):
-            IMPORTANCES[name](HAND)
+            (OF_BOTH[name].groups if name in OF_BOTH else IMPORTANCES[name])(HAND)
     space = Space(2, 3, 1, 0.7)
     with pytest.raises(LopError, match="lack 'errors'"):
         METHODS["darwinlm"](Given(space, "activation", HAND), 4)

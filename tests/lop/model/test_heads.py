@@ -137,8 +137,8 @@ def test_groups_are_ranked_by_what_they_add(model: QwenVL, encoded: Encoded, sta
         said = backbone.heads_output(layer, batch.embeddings, batch.rotation, batch.groups)
         for group, (part, out) in enumerate(zip(said.chunk(GROUPS, 1), layer.heads.out.chunk(GROUPS, 1))):
             expected[group] += float((part.double() @ out.double().T).square().sum())
-    np.testing.assert_allclose(of_groups(statistics)[0], np.sqrt(expected), rtol=1e-5)
-    assert len(set(of_groups(statistics)[0].round(3))) == GROUPS
+    np.testing.assert_allclose(of_groups(statistics, "activation")[0], np.sqrt(expected), rtol=1e-5)
+    assert len(set(of_groups(statistics, "activation")[0].round(3))) == GROUPS
 
 
 def test_statistics_of_groups_are_kept_beside_those_of_neurons_and_are_not_missed(
@@ -153,7 +153,7 @@ def test_statistics_of_groups_are_kept_beside_those_of_neurons_and_are_not_misse
     assert statistics.groups is not None
     np.testing.assert_array_equal(twice.groups, 2 * statistics.groups)
     with pytest.raises(LopError, match="lop calibrate"):
-        of_groups(tiny_statistics)
+        of_groups(tiny_statistics, "activation")
 
 
 @torch.inference_mode()

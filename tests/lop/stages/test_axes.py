@@ -9,22 +9,26 @@ import pytest
 from lop.checkpoint.inspection import inspect
 from lop.errors import LopError
 from lop.model.statistics import load_statistics
+from lop.report.compare import compare
 from lop.run.choice import choose
 from lop.run.config import Config, find_config, load_config
 from lop.run.prediction import predictor_for
 from lop.run.results import read_search
 from lop.run.run import Run
 from lop.search.watch import print_ledger
-from lop.space.allocation import dense
+from lop.space.allocation import Allocation, dense
 from lop.space.size import Target
 from lop.stages.calibrate import calibrate_stage, features_stage
 from lop.stages.compare import compare_stage
+from lop.stages.distil import distil_stage
 from lop.stages.local import Local
-from lop.stages.prune import prune_stage
+from lop.stages.prune import export_allocation, prune_stage
 from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage, started
+from lop.stages.surveys import survey_stage
 from lop.stages.train import train_stage
 from tests.groups import GROUPS, grouped_tiny
+from tests.lop.distil.conftest import QUICK
 from tests.lop.stages.samples_few import few_samples
 
 LAYERS, NEURONS = 12, 160
@@ -117,6 +121,29 @@ def test_a_target_becomes_a_checkpoint_of_as_many_parameters(both: Run, tmp_path
     assert (found.groups or (GROUPS,) * LAYERS) == choice.allocation.widths[LAYERS:]
 
 
+@pytest.mark.parametrize("form", ["hf", "padded"])
+def test_what_is_left_of_both_parts_learns_from_the_dense_model(form: str, both: Run, tmp_path: Path) -> None:
+    widths = (80,) * LAYERS + (0, 2, 3) * (LAYERS // 3)
+    start = tmp_path / "start"
+    export_allocation(both, Allocation(widths), start, target=0.5, format=form, recovery="none")
+    settings = load_config(both.folder / "config.yaml", QUICK)
+    manifest = distil_stage(settings, start, tmp_path / "out", work=tmp_path / "work")
+    found = inspect(tmp_path / "out")
+    assert (found.widths + (found.groups or ()), found.damage) == (widths, "")
+    learnt = manifest["distilled"][-1]["reward_kl"]
+    assert learnt["end"] < 0.6 * learnt["start"]
+
+
+def test_fewer_bits_take_as_many_bytes_as_was_said(both: Run, tmp_path: Path) -> None:
+    target = Target(ratio=0.3)
+    choice = choose(both, both.config, target, bits=4)
+    prune_stage(both, both.config, target, tmp_path / "hf", bits=4)
+    found = inspect(tmp_path / "hf")
+    assert (found.bits, found.bytes) == (4, choice.footprint.bytes(choice.allocation.widths))
+    assert found.widths == choice.allocation.widths[:LAYERS]
+    assert found.manifest["quantised"]["rounding"] == "compensated"
+
+
 def test_the_report_compares_methods_that_know_ffns_alone(both: Run) -> None:
     compare_stage(both, Local())
     rows = json.loads((both.folder / "results.json").read_text())["averages"]
@@ -125,6 +152,21 @@ def test_the_report_compares_methods_that_know_ffns_alone(both: Run) -> None:
     assert widths["dense"] == list(dense(both.space).widths)
     assert "groups of attention heads" in both.report_file.read_text()
     assert (both.folder / "allocations.png").stat().st_size > 0
+
+
+def test_methods_that_prune_heads_are_compared(base: Path, both: Run) -> None:
+    names = ["flap", "flap-heads", "llm-pruner-heads", "llm-pruner-heads-vector"]
+    start = f"search.start={both.config.search.start}"
+    run = Run(config(base, *BOTH, start, f"compare.methods=[{', '.join(names)}]"), both.folder)
+    survey_stage(run, Local(), names, progress=False)
+    found = {average.method: average.widths for average in compare(run, progress=False).averages}
+    budget = run.space.budget(0.3)
+    for name in names:
+        assert run.space.cost(found[name]) <= budget
+    assert found["flap-heads"][LAYERS:] != found["flap"][LAYERS:] == (GROUPS,) * LAYERS
+    assert found["llm-pruner-heads"][LAYERS:] != (GROUPS,) * LAYERS
+    own, theirs = run.groups_by(run.config.importance), run.groups_by("flap-heads")
+    assert not np.array_equal(own, theirs)
 
 
 def test_the_predictor_for_all_models_keeps_attention_dense(base: Path, both: Run) -> None:
@@ -147,8 +189,6 @@ def test_a_ratio_is_of_the_parameters_of_what_is_open(ffns: Run, both: Run) -> N
 def test_what_knows_ffns_alone_is_refused(base: Path, both: Run, ffns: Run) -> None:
     with pytest.raises(LopError, match="evolution knows FFNs alone"):
         rivals_stage(both, Local(), rivals=["random", "evolution"], progress=False)
-    with pytest.raises(LopError, match="8 bits do not go with pruned attention"):
-        choose(both, both.config, Target(ratio=0.3), bits=8)
     with pytest.raises(LopError, match="parts open that are not among ffn"):
         started(Run(config(base, f"search.start={both.folder}"), base / "other"))
     small = config(base, *BOTH, f"search.start={ffns.folder}", "search.targets={first: 0.6, last: 0.6, step: 0.1}")

@@ -1,5 +1,6 @@
 """A profile of `tiny` with times that are made up: what was put in comes out, and what is written is read."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,31 @@ from lop.model.adapter import open_model
 from lop.model.find import assets
 from lop.model.sources import family_of
 from lop.run.prediction import read_profile
-from lop.space.allocation import Space
+from lop.space.allocation import Attention, Space
 from lop.stages import profile
 from lop.stages.profile import HostClock, measure
+from tests.groups import GROUPS, grouped_tiny
 
 SPACE = Space(12, 160, 8, 0.95)
 
 
 class MadeUp:
-    """A clock that goes on as parts are computed: so much for an FFN's neuron, an attention and the head."""
+    """A clock that goes on as parts are computed: so much for a neuron, an attention or a group of it, and the head."""
 
     NEURON, ATTENTION, HEAD = 0.5, 100.0, 1000.0
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, *, by_group: bool = False) -> None:
         self._now = 0.0
         backbone = network.get_submodule("model.language_model")
+        group = backbone.layers[0].self_attn.o_proj.in_features // GROUPS if by_group else None
         for layer in backbone.layers:
             layer.mlp.down_proj.register_forward_hook(
                 lambda module, given, _: self._go(self.NEURON * given[0].shape[-1] * given[0].shape[1])
             )
             layer.self_attn.o_proj.register_forward_hook(
-                lambda module, given, _: self._go(self.ATTENTION * given[0].shape[1])
+                lambda module, given, _: self._go(
+                    self.ATTENTION * given[0].shape[1] * (given[0].shape[-1] / group if group else 1)
+                )
             )
         network.get_submodule("lm_head").register_forward_hook(lambda *_: self._go(self.HEAD))
 
@@ -67,6 +72,25 @@ def test_the_parts_are_what_they_took(network: Any, monkeypatch: pytest.MonkeyPa
             assert row["predicted"] == pytest.approx(row["measured"], rel=0.02)
     # The model is as it was.
     after = network.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_groups_of_attention_are_timed_where_it_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "_ROUNDS", 1)
+    source = grouped_tiny(tmp_path)
+    network = open_model(source, device="cpu", dtype="float32")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    space = replace(SPACE, attention=Attention(GROUPS, 100, 216), vanishing=True)
+    phases, checks = measure(network, family_of(source), space, 16, clock=MadeUp(network, by_group=True))
+    for phase, times in phases.items():
+        assert times.groups == (0, 1, 2, 3)
+        assert times.of_groups == pytest.approx([MadeUp.ATTENTION * groups for groups in times.groups])
+        assert (times.widths[0], times.ffn[0]) == (0, 0)  # What is skipped takes no time.
+        assert times.ffn == pytest.approx([MadeUp.NEURON * width for width in times.widths])
+        for row in checks[phase]:
+            assert row["predicted"] == pytest.approx(row["measured"], rel=0.02)
+    after = network.state_dict()
+    assert after.keys() == before.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 

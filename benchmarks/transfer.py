@@ -3,8 +3,9 @@
 Each model of the zoo (`training/zoo`), `tiny` and `smol` is left out in turn, and the predictor learns from the others.
 What its allocations cost with 0, 10 and 30 evaluations on the model that was left out is held against uniform, the
 published allocations, the additive programme over all measured layers, and the model's own search of 200 evaluations a
-target (`smol`: 24 with races, `benchmarks/smol.py`). Widths alone are compared: everybody has the same order of neurons
-and the same refit (`smol`'s published methods: their own order). KL in nats on test samples.
+target (`python -m training.zoo.make --search`; `smol`: 24 with races, `benchmarks/smol.py`). Widths alone are compared:
+everybody has the same order of neurons and the same refit (`smol`'s published methods: their own order). KL in nats on
+test samples.
 
 Scores are kept under `results/transfer`, one file a model; what is missing is measured, for which `--work` must hold
 the zoo's weights (`python -m training.zoo.make`). `--check N` measures N scores again, of models that are at hand.
@@ -29,9 +30,9 @@ from bench import LOP, Bench, Chosen
 
 from lop.errors import LopError
 from lop.model.find import EMBEDDED
-from lop.predictor.curves import PLAIN, Curves, Rule, rising
-from lop.predictor.general import load_general
-from lop.predictor.general_training import Measured, fit_general, leave_one_out
+from lop.predictor.curves import PLAIN, Curves, rising
+from lop.predictor.general import General
+from lop.predictor.general_training import Measured, leave_one_out
 from lop.predictor.probing import few, probe, small_tree
 from lop.run.config import find_config, load_config
 from lop.search.evaluation import Evaluation
@@ -40,7 +41,7 @@ from lop.space.allocation import Allocation, Space, uniform
 from lop.space.features import Features
 from lop.storage.files import read_json, write_json
 from lop.storage.fingerprint import fingerprint
-from training.zoo.data import load_members
+from training.zoo.data import load_members, load_searches
 from training.zoo.fit import KIND, RULE, agreement
 from training.zoo.make import lab
 from training.zoo.measure import PUBLISHED, TARGETS, Lab
@@ -93,17 +94,6 @@ class Scores:
         found = self._get(f"{method} {target}", lambda: list(self.lab.published(method, target).widths))
         return Allocation(tuple(found))
 
-    def searched(self, target: float) -> Allocation | None:
-        """What the model's own search found; None where it was not run."""
-        found = self.known.get(f"search {target}")
-        return None if found is None else Allocation(tuple(found))
-
-    def search(self, first: float, last: float) -> None:
-        """Runs the model's own search for two targets."""
-        if f"search {first}" not in self.known:
-            for target, allocation in self.lab.searched(first, last).items():
-                self._get(f"search {target}", lambda allocation=allocation: list(allocation.widths))
-
     def _get(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self.known:
             self.known[key] = make()
@@ -120,37 +110,36 @@ def space_of(name: str) -> Space:
     return Space(shape.layers, shape.neurons, MEMBERS[name].granularity, _MAX_RATIO)
 
 
-def costs(scores: Scores, member: Measured, curves: Curves, rule: Rule = RULE) -> dict[str, dict[float, float]]:
+def costs(scores: Scores, member: Measured, general: General) -> dict[str, dict[float, float]]:
     """The KL on test samples by method and target."""
+    searched = load_searches(member.name)
     measured = Curves(rising(np.log(member.damages.clip(1e-6))), np.zeros_like(member.damages))
     found: dict[str, dict[float, float]] = {}
     for target in TARGETS:
         budget = scores.space.budget(target)
-        chosen: dict[str, Allocation | None] = {"uniform": uniform(scores.space, budget)}
+        chosen = {"uniform": uniform(scores.space, budget)}
         chosen |= {method: scores.published(method, target) for method in PUBLISHED}
         chosen["programme"] = measured.allocate(scores.space, budget, PLAIN)
         for count in COUNTS:
-            chosen[f"{count} probes"] = probed(scores, curves, rule, budget, count)
-        chosen["search"] = scores.searched(target)
+            chosen[f"{count} probes"] = probed(scores, general, member.features, budget, count)
+        if target in searched:
+            chosen["search"] = searched[target][0]
         for method, allocation in chosen.items():
-            if allocation is not None:
-                found.setdefault(method, {})[target] = scores.score("test", allocation)
+            found.setdefault(method, {})[target] = scores.score("test", allocation)
     return found
 
 
-def probed(scores: Scores, curves: Curves, rule: Rule, budget: int, count: int) -> Allocation:
+def probed(scores: Scores, general: General, features: Features, budget: int, count: int) -> Allocation:
     """What so many evaluations on the reward samples come to, as `lop probe --target` spends them."""
     if not count:
-        return curves.allocate(scores.space, budget, rule)
+        return general.answering(features)(scores.space, budget)
     alone, compared = few(count)
-    probes = probe(curves, scores.space, alone, scores.reward)
+    probes = probe(general.curves(features), scores.space, alone, scores.reward)
     options = load_config(find_config(EMBEDDED)).search.tree_options()
     tree = small_tree(
-        curves,
-        probes,
+        [general.answering(features, known)(scores.space, budget) for known in (probes, ())],
         scores.space,
         budget,
-        rule,
         compared,
         options,
         seed=0,
@@ -163,20 +152,18 @@ def probed(scores: Scores, curves: Curves, rule: Rule, budget: int, count: int) 
     return tree.best[0]
 
 
-def smol_costs(runs: Path | None, kind: str) -> dict[str, dict[float, float]]:
+def smol_costs(runs: Path | None, general: General) -> dict[str, dict[float, float]]:
     """`smol`'s, from what `benchmarks/smol.py` has scored, and the zero-probe allocations on the same items.
 
     Args:
         runs: its statistics; what is missing is not measured without.
     """
     (member,) = load_members(["smol"])
-    others = [other for other in load_members() if other.name != member.name]
-    curves = fit_general(kind, others).curves(member.features)
     bench = None if runs is None else Bench("smol", runs, 0, [RESULTS, SMOL])
     found: dict[str, dict[float, float]] = {}
     for target in TARGETS:
         budget = SMOL_SPACE.budget(target)
-        chosen = {"0 probes": curves.allocate(SMOL_SPACE, budget, RULE).widths, "uniform": None}
+        chosen = {"0 probes": general.answering(member.features)(SMOL_SPACE, budget).widths, "uniform": None}
         for method in (*chosen, *PUBLISHED, LOP):
             widths, importance = chosen.get(method), "activation"
             if widths is None:
@@ -195,15 +182,15 @@ def smol_costs(runs: Path | None, kind: str) -> dict[str, dict[float, float]]:
     return found
 
 
-def milliseconds() -> float:
+def milliseconds(general: General) -> float:
     """The median time of an allocation of 28 layers of 18,944 neurons, with features at hand."""
-    general, member = load_general(), load_members([EMBEDDED])[0]
+    (member,) = load_members([EMBEDDED])
     chosen = np.arange(28) * 12 // 28
     features = Features(member.features.curves[:, chosen], member.features.scalars[chosen])
     space, times = Space(28, 18944, 128, _MAX_RATIO), []
     for target in np.linspace(0.1, 0.7, 101):
         start = time.perf_counter()
-        general.curves(features).allocate(space, space.budget(float(target)), general.rule)
+        general.answering(features)(space, space.budget(float(target)))
         times.append(time.perf_counter() - start)
     return 1000 * float(np.median(times))
 
@@ -215,14 +202,16 @@ def mean_ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 def summary(work: Path | None, smol_runs: Path | None, kind: str) -> dict[str, Any]:
     """Makes what is missing, prints it, and returns the last line."""
-    members = load_members()
-    left_out = leave_one_out(kind, members)
+    everybody = load_members()
+    left_out = leave_one_out(kind, everybody, rule=RULE)
+    members = [member for member in everybody if member.is_measured]
     best, over_search, over_programme, agreements = [], [], [], []
     by_probes: dict[str, list[tuple[float, float]]] = {f"{count} probes": [] for count in COUNTS}
     for member in members:
-        agreements.append(agreement(left_out[member.name], member))
+        general = left_out[member.name]
+        agreements.append(agreement(general.curves(member.features), member))
         print(f"{member.name:<9}", " ".join(f"{key} {value:.3f}" for key, value in agreements[-1].items()))
-        found = costs(Scores(member.name, space_of(member.name), work), member, left_out[member.name])
+        found = costs(Scores(member.name, space_of(member.name), work), member, general)
         for method, row in found.items():
             print(f"{member.name:<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()), flush=True)
         for target in TARGETS:
@@ -233,7 +222,7 @@ def summary(work: Path | None, smol_runs: Path | None, kind: str) -> dict[str, A
                 pairs.append((found[name][target], found["uniform"][target]))
             if target in found.get("search", {}):
                 over_search.append((many, found["search"][target]))
-    smol = smol_costs(smol_runs, kind)
+    smol = smol_costs(smol_runs, left_out["smol"])
     for method, row in smol.items():
         print(f"{'smol':<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()))
     zero = {t: kl for t, kl in smol.get("0 probes", {}).items() if t in smol.get("uniform", {})}
@@ -249,7 +238,7 @@ def summary(work: Path | None, smol_runs: Path | None, kind: str) -> dict[str, A
         "zero_over_programme": mean_ratio(over_programme),
         "over_uniform": {name: mean_ratio(pairs) for name, pairs in by_probes.items()},
         **means,
-        "milliseconds": milliseconds(),
+        "milliseconds": milliseconds(left_out[EMBEDDED]),
     }
 
 
@@ -274,15 +263,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="the folder of the zoo's weights")
     parser.add_argument("--smol-runs", type=Path, help="the folder of smol's statistics, to score what is missing")
     parser.add_argument("--kind", default=KIND, help="of predictor")
-    parser.add_argument("--search", nargs="*", metavar="MODEL", help="run the own searches of models, and end")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="measure N scores again")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.search is not None:
-        for first, last in ((0.3, 0.5), (0.2, 0.6)):
-            for name in options.search:
-                Scores(name, space_of(name), options.work).search(first, last)
-        return
     found = (
         check(options.work, options.check) if options.check else summary(options.work, options.smol_runs, options.kind)
     )

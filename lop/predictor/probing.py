@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lop.predictor.curves import Curves, Rule, rising
+from lop.predictor.curves import Curves, rising
 from lop.search.evaluation import Evaluation
 from lop.search.tree import SearchTree, TreeOptions
 from lop.space.allocation import Allocation, Space
@@ -117,22 +117,20 @@ def few(count: int) -> tuple[int, int]:
 
 
 def small_tree(
-    curves: Curves,
-    probes: Sequence[Probe],
+    starts: Sequence[Allocation],
     space: Space,
     budget: int,
-    rule: Rule,
     evaluations: int,
     options: TreeOptions,
     *,
     seed: int,
     reward: Callable[[Evaluation], float],
 ) -> SearchTree:
-    """A search of a few evaluations, from what the curves come to with what the probes say, and without.
+    """A search of a few evaluations.
 
     Args:
+        starts: what is expected with what the probes say, and without.
         options: of a search; the tree has its moves, guided by all results so far, and fewer evaluations.
     """
-    starts = [found.allocate(space, budget, rule) for found in (corrected(curves, probes), curves)]
     small = replace(options, evaluations=evaluations, simulations=2 * evaluations, guided=True)
     return SearchTree(space, starts, small, seed=(seed, budget), budget=budget, reward=reward)

@@ -75,16 +75,15 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
             bar.update()
             return -found[allocation].worth("divergence")
 
-        curves, best = general.curves(features), dict(before.best)
+        best = dict(before.best)
         alone, compared = (count, 0) if ratio is None else few(count)
-        probes = probe(curves, run.space, alone, measure)
+        probes = probe(general.curves(features), run.space, alone, measure)
         if ratio is not None:
+            budget = run.space.budget(ratio)
             tree = small_tree(
-                curves,
-                probes,
+                [general.answering(features, known)(run.space, budget) for known in (probes, ())],
                 run.space,
-                run.space.budget(ratio),
-                general.rule,
+                budget,
                 compared,
                 run.config.search.tree_options(),
                 seed=run.config.seed,
@@ -92,7 +91,7 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
             )
             run_search({ratio: tree}, workers, ledger, watcher=_Shown(bar))
             made.update(tree.results)
-            best[tree.budget] = tree.best[0]
+            best[budget] = tree.best[0]
     found = Probed(tuple(probes), best, len(made))
     save_probes(run, found)
     log.info("probe: %d layers alone, %d evaluations in all", len(probes), found.evaluations)

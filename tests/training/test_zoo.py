@@ -1,12 +1,16 @@
 """The zoo that the general predictor learns from: who is in it, and what is kept of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 pytest.importorskip("easy_vqa")
 
+from lop.predictor.general_training import Measured
+from lop.space.allocation import Allocation
 from lop.space.features import PRUNED, SCALARS
-from training.zoo.data import load_members
+from training.zoo.data import load_members, load_searches, save_searches
 from training.zoo.fit import kendall
 from training.zoo.members import MEMBERS, Member
 
@@ -30,7 +34,7 @@ def test_members_differ_in_depth_width_heads_and_seed() -> None:
 
 
 def test_what_is_kept_of_them_is_whole_and_they_had_learned_something() -> None:
-    for member in load_members():
+    for member in (member for member in load_members() if member.is_measured):
         layers = member.features.layers
         assert member.features.curves.shape == (3, layers, len(PRUNED))
         assert member.features.scalars.shape == (layers, len(SCALARS))
@@ -46,3 +50,26 @@ def test_tau_counts_the_pairs_that_are_ordered_alike() -> None:
     assert kendall(first, first) == 1
     assert kendall(first, -first) == -1
     assert kendall(first, np.array([1.0, 3.0, 2.0])) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    "member", [member for member in load_members() if member.pairs], ids=lambda member: member.name
+)
+def test_what_is_kept_of_searches_meets_their_targets(member: Measured) -> None:
+    for target, best in load_searches(member.name).items():
+        assert len(set(best)) == len(best) >= 1
+        assert all(len(allocation.widths) == member.features.layers for allocation in best)
+        assert len({allocation.budget for allocation in best}) == 1
+        (ratio,) = {round(pair.target, 9) for pair in member.pairs if abs(pair.target - target) < 0.02}
+        assert target <= ratio + 1e-9  # Budgets are rounded down.
+
+
+def test_searches_for_other_targets_are_kept_beside_those_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.zoo.data._SEARCHES", tmp_path / "searches")
+    save_searches("new", {0.5: [Allocation((8, 8))], 0.3: [Allocation((12, 10)), Allocation((11, 11))]})
+    save_searches("new", {0.2: [Allocation((14, 12))]})
+    assert list(load_searches("new")) == [0.2, 0.3, 0.5]
+    assert load_searches("new")[0.3] == [Allocation((12, 10)), Allocation((11, 11))]
+    assert load_searches("nobody") == {}

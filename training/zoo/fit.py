@@ -45,9 +45,12 @@ def kendall(first: np.ndarray, second: np.ndarray) -> float:
 def compare(members: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]]:
     """By kind and member left out."""
     found = {}
+    measured = [member for member in members if member.is_measured]
     for kind in FITS:
         left_out = leave_one_out(kind, members)
-        found[kind] = {member.name: agreement(left_out[member.name], member) for member in members}
+        found[kind] = {
+            member.name: agreement(left_out[member.name].curves(member.features), member) for member in measured
+        }
     return found
 
 

@@ -19,8 +19,7 @@ intervals) and `milliseconds` (an allocation at 28 layers with features at hand)
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,9 @@ import numpy as np
 import torch
 from bench import LOP, Bench, Chosen
 
-from lop.errors import LopError
 from lop.model.find import EMBEDDED
 from lop.predictor.curves import PLAIN, Curves, rising
-from lop.predictor.general import General
+from lop.predictor.general import General, load_general
 from lop.predictor.general_training import Measured, leave_one_out
 from lop.predictor.probing import few, probe, small_tree
 from lop.run.config import find_config, load_config
@@ -39,75 +37,17 @@ from lop.search.evaluation import Evaluation
 from lop.search.racing import unpack_values
 from lop.space.allocation import Allocation, Space, uniform
 from lop.space.features import Features
-from lop.storage.files import read_json, write_json
+from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint
 from training.zoo.data import load_members, load_searches
-from training.zoo.fit import KIND, RULE, agreement
-from training.zoo.make import lab
-from training.zoo.measure import PUBLISHED, TARGETS, Lab
+from training.zoo.fit import RULE, agreement
+from training.zoo.measure import PUBLISHED, TARGETS
 from training.zoo.members import MEMBERS
+from training.zoo.scores import MAX_RATIO, RESULTS, Scores
 
-RESULTS = Path(__file__).parent.parent / "results" / "transfer"
 COUNTS = (0, 10, 30)
-_MAX_RATIO = 0.95
 SMOL = RESULTS.parent / "smol"
-SMOL_SPACE = Space(30, 1536, 32, _MAX_RATIO)
-
-
-@dataclass
-class Scores:
-    """What is known of a model's allocations, and how to measure more."""
-
-    name: str
-    space: Space
-    work: Path | None
-
-    def __post_init__(self) -> None:
-        self.path = RESULTS / f"{self.name}.json"
-        self.known: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
-        self._lab: Lab | None = None
-
-    @property
-    def lab(self) -> Lab:
-        """The model itself."""
-        if self._lab is None:
-            if self.work is None and self.name != EMBEDDED:
-                raise LopError(f"a score of {self.name} is missing, and its weights are: name --work")
-            self._lab = lab(self.name, (self.work or Path("runs/zoo")).resolve())
-        return self._lab
-
-    def score(self, split: str, allocation: Allocation) -> float:
-        """The mean KL on `reward` or `test` samples."""
-        key = f"{split} " + " ".join(map(str, allocation.widths))
-        return float(self._get(key, lambda: float(f"{self.measure(split, allocation):.5g}")))
-
-    def measure(self, split: str, allocation: Allocation) -> float:
-        """The same, measured now."""
-        return float(getattr(self.lab, split)(allocation))
-
-    def reward(self, allocation: Allocation) -> float:
-        """The mean KL on the samples that searches see."""
-        return self.score("reward", allocation)
-
-    def published(self, method: str, target: float) -> Allocation:
-        """What a method reads off the model's statistics."""
-        found = self._get(f"{method} {target}", lambda: list(self.lab.published(method, target).widths))
-        return Allocation(tuple(found))
-
-    def _get(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self.known:
-            self.known[key] = make()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.known)
-        return self.known[key]
-
-
-def space_of(name: str) -> Space:
-    """The allocations of a member of the zoo or of `tiny`."""
-    if name == EMBEDDED:
-        return Space(12, 160, 8, _MAX_RATIO)
-    shape = MEMBERS[name].shape
-    return Space(shape.layers, shape.neurons, MEMBERS[name].granularity, _MAX_RATIO)
+SMOL_SPACE = Space(30, 1536, 32, MAX_RATIO)
 
 
 def costs(scores: Scores, member: Measured, general: General) -> dict[str, dict[float, float]]:
@@ -187,7 +127,7 @@ def milliseconds(general: General) -> float:
     (member,) = load_members([EMBEDDED])
     chosen = np.arange(28) * 12 // 28
     features = Features(member.features.curves[:, chosen], member.features.scalars[chosen])
-    space, times = Space(28, 18944, 128, _MAX_RATIO), []
+    space, times = Space(28, 18944, 128, MAX_RATIO), []
     for target in np.linspace(0.1, 0.7, 101):
         start = time.perf_counter()
         general.answering(features)(space, space.budget(float(target)))
@@ -211,7 +151,7 @@ def summary(work: Path | None, smol_runs: Path | None, kind: str) -> dict[str, A
         general = left_out[member.name]
         agreements.append(agreement(general.curves(member.features), member))
         print(f"{member.name:<9}", " ".join(f"{key} {value:.3f}" for key, value in agreements[-1].items()))
-        found = costs(Scores(member.name, space_of(member.name), work), member, general)
+        found = costs(Scores(member.name, work), member, general)
         for method, row in found.items():
             print(f"{member.name:<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()), flush=True)
         for target in TARGETS:
@@ -245,7 +185,7 @@ def summary(work: Path | None, smol_runs: Path | None, kind: str) -> dict[str, A
 def check(work: Path | None, count: int) -> dict[str, Any]:
     """Measures some of the scores again."""
     names = [EMBEDDED, *(name for name in MEMBERS if work and (work / name / "config.json").exists())]
-    tables = [Scores(name, space_of(name), work) for name in names]
+    tables = [Scores(name, work) for name in names]
     keys = [(scores, key) for scores in tables for key in scores.known if key.startswith(("reward", "test"))]
     agree = 0
     for index in np.random.default_rng().permutation(len(keys))[:count]:
@@ -262,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Allocations for models that were never searched.")
     parser.add_argument("--work", type=Path, help="the folder of the zoo's weights")
     parser.add_argument("--smol-runs", type=Path, help="the folder of smol's statistics, to score what is missing")
-    parser.add_argument("--kind", default=KIND, help="of predictor")
+    parser.add_argument("--kind", default=load_general().kind, help="of predictor")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="measure N scores again")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -76,7 +76,11 @@ def fit_general(
 def leave_one_out(
     kind: str, members: Sequence[Measured], *, strength: float | None = None, rule: Rule = PLAIN, seed: int = 0
 ) -> dict[str, General]:
-    """For each member a predictor that learned from all others, its intervals as wide as the others say."""
+    """For each member a predictor that learned from all others, its intervals as wide as the others say.
+
+    Raises:
+        LopError: there is no other to learn from.
+    """
     left_out = [_general(kind, _but(members, member), strength, seed) for member in members]
     found = {}
     for index, (member, general) in enumerate(zip(members, left_out)):
@@ -87,7 +91,10 @@ def leave_one_out(
 
 def _general(kind: str, members: Sequence[Measured], strength: float | None, seed: int) -> General:
     known = [member for member in members if _teaches(kind, member)]
-    arrays = FITS[kind](known, STRENGTHS[kind] if strength is None else strength, seed)
+    if not known:
+        raise LopError(f"{kind} has no model to learn from")
+    given = members if kind in WRITERS else known
+    arrays = FITS[kind](given, STRENGTHS[kind] if strength is None else strength, seed)
     return General(kind, arrays, PLAIN, tuple(member.name for member in known))
 
 
@@ -160,9 +167,10 @@ def _regress(members: Sequence[Measured], strength: float) -> Arrays:
 
 
 def _direct(members: Sequence[Measured], strength: float, seed: int) -> Arrays:
-    """What writes ratios, and second order's curves by the members that were measured."""
+    """What writes ratios, by those that were searched, and second order's curves, by those that were measured."""
     curves = _second_order([member for member in members if member.is_measured], strength, seed)
-    return {**curves, **fit_direct([Lesson(member.features, member.pairs) for member in members], strength, seed)}
+    lessons = [Lesson(member.features, member.pairs) for member in members if member.pairs]
+    return {**curves, **fit_direct(lessons, strength, seed)}
 
 
 class CurveNetwork(nn.Module):

@@ -50,7 +50,7 @@ SMOL = RESULTS.parent / "smol"
 SMOL_SPACE = Space(30, 1536, 32, MAX_RATIO)
 
 
-def costs(scores: Scores, member: Measured, general: General) -> dict[str, dict[float, float]]:
+def costs(scores: Scores, member: Measured, general: General, counts: Sequence[int]) -> dict[str, dict[float, float]]:
     """The KL on test samples by method and target."""
     searched = load_searches(member.name)
     measured = Curves(rising(np.log(member.damages.clip(1e-6))), np.zeros_like(member.damages))
@@ -60,7 +60,7 @@ def costs(scores: Scores, member: Measured, general: General) -> dict[str, dict[
         chosen = {"uniform": uniform(scores.space, budget)}
         chosen |= {method: scores.published(method, target) for method in PUBLISHED}
         chosen["programme"] = measured.allocate(scores.space, budget, PLAIN)
-        for count in COUNTS:
+        for count in counts:
             chosen[f"{count} probes"] = probed(scores, general, member.features, budget, count)
         if target in searched:
             chosen["search"] = searched[target][0]
@@ -140,28 +140,28 @@ def mean_ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(np.exp(np.mean([np.log(a / b) for a, b in pairs]))) if pairs else None
 
 
-def summary(work: Path | None, smol_runs: Path | None, kind: str) -> dict[str, Any]:
+def summary(work: Path | None, smol_runs: Path | None, kind: str, counts: Sequence[int]) -> dict[str, Any]:
     """Makes what is missing, prints it, and returns the last line."""
     everybody = load_members()
     left_out = leave_one_out(kind, everybody, rule=RULE)
     members = [member for member in everybody if member.is_measured]
     best, over_search, over_programme, agreements = [], [], [], []
-    by_probes: dict[str, list[tuple[float, float]]] = {f"{count} probes": [] for count in COUNTS}
+    by_probes: dict[str, list[tuple[float, float]]] = {f"{count} probes": [] for count in counts}
     for member in members:
         general = left_out[member.name]
         agreements.append(agreement(general.curves(member.features), member))
         print(f"{member.name:<9}", " ".join(f"{key} {value:.3f}" for key, value in agreements[-1].items()))
-        found = costs(Scores(member.name, work), member, general)
+        found = costs(Scores(member.name, work), member, general, counts)
         for method, row in found.items():
             print(f"{member.name:<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()), flush=True)
         for target in TARGETS:
-            zero, many = found["0 probes"][target], found["30 probes"][target]
+            zero = found["0 probes"][target]
             best.append((zero, min(found[method][target] for method in ("uniform", *PUBLISHED))))
             over_programme.append((zero, found["programme"][target]))
             for name, pairs in by_probes.items():
                 pairs.append((found[name][target], found["uniform"][target]))
-            if target in found.get("search", {}):
-                over_search.append((many, found["search"][target]))
+            if "30 probes" in found and target in found.get("search", {}):
+                over_search.append((found["30 probes"][target], found["search"][target]))
     smol = smol_costs(smol_runs, left_out["smol"])
     for method, row in smol.items():
         print(f"{'smol':<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()))
@@ -203,12 +203,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="the folder of the zoo's weights")
     parser.add_argument("--smol-runs", type=Path, help="the folder of smol's statistics, to score what is missing")
     parser.add_argument("--kind", default=load_general().kind, help="of predictor")
+    parser.add_argument(
+        "--probes", type=int, nargs="+", default=COUNTS, metavar="N", help="0, and how many else (10 30)"
+    )
     parser.add_argument("--check", type=int, default=0, metavar="N", help="measure N scores again")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = (
-        check(options.work, options.check) if options.check else summary(options.work, options.smol_runs, options.kind)
-    )
+    if options.check:
+        found = check(options.work, options.check)
+    else:
+        found = summary(options.work, options.smol_runs, options.kind, sorted({0, *options.probes}))
     print(json.dumps(found))
 
 

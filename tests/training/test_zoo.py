@@ -1,5 +1,6 @@
 """The zoo that the general predictor learns from: who is in it, and what is kept of them."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,17 @@ import pytest
 
 pytest.importorskip("easy_vqa")
 
+from lop.predictor.general import load_general
 from lop.predictor.general_training import Measured
-from lop.space.allocation import Allocation
+from lop.run.config import find_config, load_config
+from lop.space.allocation import Allocation, uniform
 from lop.space.features import PRUNED, SCALARS
+from lop.stages.local import Local
 from training.zoo.data import load_members, load_searches, save_searches
-from training.zoo.fit import kendall
+from training.zoo.fit import Recipe, Tried, kendall, main, scored
+from training.zoo.measure import TARGETS
 from training.zoo.members import MEMBERS, Member
+from training.zoo.scores import Scores
 
 
 @pytest.mark.parametrize("member", MEMBERS.values(), ids=lambda member: member.name)
@@ -73,3 +79,34 @@ def test_searches_for_other_targets_are_kept_beside_those_that_are_there(
     assert list(load_searches("new")) == [0.2, 0.3, 0.5]
     assert load_searches("new")[0.3] == [Allocation((12, 10)), Allocation((11, 11))]
     assert load_searches("nobody") == {}
+
+
+def test_the_score_of_a_kind_is_the_mean_ratio_to_uniform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.zoo.scores.RESULTS", tmp_path)
+    scores = Scores("tiny", None)
+    even = [uniform(scores.space, scores.space.budget(target)) for target in TARGETS]
+    better = [Allocation((one.widths[0] - 8, one.widths[1] + 8, *one.widths[2:])) for one in even[:-1]] + even[-1:]
+    for one in even:
+        scores.keep("reward", one, 0.8)
+    for one in better[:-1]:
+        scores.keep("reward", one, 0.1)
+    tried = [Tried(Recipe("ridge", None), {}, {"tiny": found}) for found in (even, better)]
+    config = load_config(find_config("tiny"), workers=0)
+    assert [found["tiny"] for found in scored(tried, Local(), tmp_path, config)] == pytest.approx([1.0, 8**-0.75])
+
+
+def test_what_costs_least_on_models_left_out_is_written_from_scores_that_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "predictor.safetensors"
+    monkeypatch.setattr(sys, "argv", ["fit", "--workers", "0", "--work", str(tmp_path), "--out", str(out)])
+    monkeypatch.setattr("training.zoo.fit.STRENGTHS", {"second-order": (None,), "ridge": (None,)})
+    main()
+    first, second, written = capsys.readouterr().out.splitlines()
+    assert first.startswith("ridge ")
+    assert second.startswith("second-order ")
+    assert written == f"{out}: ridge"
+    made, ships = load_general(out), load_general()
+    assert (made.kind, made.members, made.rule) == (ships.kind, ships.members, ships.rule)
+    for name, array in ships.arrays.items():
+        np.testing.assert_allclose(made.arrays[name], array, rtol=1e-6, atol=1e-9)

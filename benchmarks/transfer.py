@@ -3,8 +3,9 @@
 Each model of the zoo (`training/zoo`), `tiny` and `smol` is left out in turn, and the predictor learns from the others.
 What its allocations cost with 0, 10 and 30 evaluations on the model that was left out is held against uniform, the
 published allocations, the additive programme over all measured layers, and the model's own search of 200 evaluations a
-target (`smol`: 24 with races, `benchmarks/smol.py`). Widths alone are compared: everybody has the same order of neurons
-and the same refit (`smol`'s published methods: their own order). KL in nats on test samples.
+target (`python -m training.zoo.make --search`; `smol`: 24 with races, `benchmarks/smol.py`). Widths alone are compared:
+everybody has the same order of neurons and the same refit (`smol`'s published methods: their own order). KL in nats on
+test samples.
 
 Scores are kept under `results/transfer`, one file a model; what is missing is measured, for which `--work` must hold
 the zoo's weights (`python -m training.zoo.make`). `--check N` measures N scores again, of models that are at hand.
@@ -18,8 +19,7 @@ intervals) and `milliseconds` (an allocation at 28 layers with features at hand)
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,119 +27,50 @@ import numpy as np
 import torch
 from bench import LOP, Bench, Chosen
 
-from lop.errors import LopError
 from lop.model.find import EMBEDDED
-from lop.predictor.curves import PLAIN, Curves, Rule, rising
-from lop.predictor.general import load_general
-from lop.predictor.general_training import Measured, fit_general, leave_one_out
+from lop.predictor.curves import PLAIN, Curves, rising
+from lop.predictor.general import General, load_general
+from lop.predictor.general_training import Measured, leave_one_out
 from lop.predictor.probing import small_tree, surest
 from lop.run.config import find_config, load_config
-from lop.search.evaluation import Evaluation
-from lop.search.racing import pack_values, unpack_values
+from lop.search.racing import unpack_values
 from lop.space.allocation import Allocation, Space, uniform
 from lop.space.features import Features
-from lop.storage.files import read_json, write_json
+from lop.storage.files import read_json
 from lop.storage.fingerprint import fingerprint
-from training.zoo.data import load_members
-from training.zoo.fit import KIND, RULE, agreement
-from training.zoo.make import lab
-from training.zoo.measure import PUBLISHED, TARGETS, Lab
+from training.zoo.data import load_members, load_searches
+from training.zoo.fit import RULE, agreement
+from training.zoo.measure import PUBLISHED, TARGETS
 from training.zoo.members import MEMBERS
+from training.zoo.scores import MAX_RATIO, RESULTS, Scores
 
-RESULTS = Path(__file__).parent.parent / "results" / "transfer"
 COUNTS = (0, 10, 30)
-_MAX_RATIO = 0.95
 SMOL = RESULTS.parent / "smol"
-SMOL_SPACE = Space(30, 1536, 32, _MAX_RATIO)
+SMOL_SPACE = Space(30, 1536, 32, MAX_RATIO)
 
 
-@dataclass
-class Scores:
-    """What is known of a model's allocations, and how to measure more."""
-
-    name: str
-    space: Space
-    work: Path | None
-
-    def __post_init__(self) -> None:
-        self.path = RESULTS / f"{self.name}.json"
-        self.known: dict[str, Any] = read_json(self.path) if self.path.exists() else {}
-        self._lab: Lab | None = None
-
-    @property
-    def lab(self) -> Lab:
-        """The model itself."""
-        if self._lab is None:
-            if self.work is None and self.name != EMBEDDED:
-                raise LopError(f"a score of {self.name} is missing, and its weights are: name --work")
-            self._lab = lab(self.name, (self.work or Path("runs/zoo")).resolve())
-        return self._lab
-
-    def test(self, allocation: Allocation) -> float:
-        """The mean KL on the test samples."""
-        key = "test " + " ".join(map(str, allocation.widths))
-        return float(self._get(key, lambda: float(f"{self.lab.test(allocation):.5g}")))
-
-    def evaluation(self, allocation: Allocation) -> Evaluation:
-        """The KL of each of the samples that searches see."""
-        key = "itemised " + " ".join(map(str, allocation.widths))
-        values = self._get(key, lambda: pack_values(-self.lab.itemised(allocation)))
-        mean = -float(unpack_values(values).mean())
-        return Evaluation(accuracy=0.0, log_probability=0.0, divergence=mean, values=values)
-
-    def published(self, method: str, target: float) -> Allocation:
-        """What a method reads off the model's statistics."""
-        found = self._get(f"{method} {target}", lambda: list(self.lab.published(method, target).widths))
-        return Allocation(tuple(found))
-
-    def searched(self, target: float) -> Allocation | None:
-        """What the model's own search found; None where it was not run."""
-        found = self.known.get(f"search {target}")
-        return None if found is None else Allocation(tuple(found))
-
-    def search(self, first: float, last: float) -> None:
-        """Runs the model's own search for two targets."""
-        if f"search {first}" not in self.known:
-            for target, allocation in self.lab.searched(first, last).items():
-                self._get(f"search {target}", lambda allocation=allocation: list(allocation.widths))
-
-    def _get(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self.known:
-            self.known[key] = make()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.known)
-        return self.known[key]
-
-
-def space_of(name: str) -> Space:
-    """The allocations of a member of the zoo or of `tiny`."""
-    if name == EMBEDDED:
-        return Space(12, 160, 8, _MAX_RATIO)
-    shape = MEMBERS[name].shape
-    return Space(shape.layers, shape.neurons, MEMBERS[name].granularity, _MAX_RATIO)
-
-
-def costs(scores: Scores, member: Measured, curves: Curves, rule: Rule = RULE) -> dict[str, dict[float, float]]:
+def costs(scores: Scores, member: Measured, general: General, counts: Sequence[int]) -> dict[str, dict[float, float]]:
     """The KL on test samples by method and target."""
+    searched = load_searches(member.name)
     measured = Curves(rising(np.log(member.damages.clip(1e-6))), np.zeros_like(member.damages))
     found: dict[str, dict[float, float]] = {}
     for target in TARGETS:
         budget = scores.space.budget(target)
-        chosen: dict[str, Allocation | None] = {"uniform": uniform(scores.space, budget)}
+        chosen = {"uniform": uniform(scores.space, budget)}
         chosen |= {method: scores.published(method, target) for method in PUBLISHED}
         chosen["programme"] = measured.allocate(scores.space, budget, PLAIN)
-        for count in COUNTS:
-            chosen[f"{count} probes"] = probed(scores, curves, rule, budget, count)
-        chosen["search"] = scores.searched(target)
+        for count in counts:
+            chosen[f"{count} probes"] = probed(scores, general, member.features, budget, count)
+        if target in searched:
+            chosen["search"] = searched[target][0]
         for method, allocation in chosen.items():
-            if allocation is not None:
-                found.setdefault(method, {})[target] = scores.test(allocation)
+            found.setdefault(method, {})[target] = scores.test(allocation)
     return found
 
 
-def probed(scores: Scores, curves: Curves, rule: Rule, budget: int, count: int) -> Allocation:
+def probed(scores: Scores, general: General, features: Features, budget: int, count: int) -> Allocation:
     """What so many evaluations on the reward samples come to, as `lop probe --target` spends them."""
-    start = curves.allocate(scores.space, budget, rule)
+    start = general.answering(features)(scores.space, budget)
     if not count:
         return start
     options = load_config(find_config(EMBEDDED)).search.tree_options()
@@ -152,20 +83,18 @@ def probed(scores: Scores, curves: Curves, rule: Rule, budget: int, count: int) 
     return surest(tree)
 
 
-def smol_costs(runs: Path | None, kind: str) -> dict[str, dict[float, float]]:
+def smol_costs(runs: Path | None, general: General) -> dict[str, dict[float, float]]:
     """`smol`'s, from what `benchmarks/smol.py` has scored, and the zero-probe allocations on the same items.
 
     Args:
         runs: its statistics; what is missing is not measured without.
     """
     (member,) = load_members(["smol"])
-    others = [other for other in load_members() if other.name != member.name]
-    curves = fit_general(kind, others).curves(member.features)
     bench = None if runs is None else Bench("smol", runs, 0, [RESULTS, SMOL])
     found: dict[str, dict[float, float]] = {}
     for target in TARGETS:
         budget = SMOL_SPACE.budget(target)
-        chosen = {"0 probes": curves.allocate(SMOL_SPACE, budget, RULE).widths, "uniform": None}
+        chosen = {"0 probes": general.answering(member.features)(SMOL_SPACE, budget).widths, "uniform": None}
         for method in (*chosen, *PUBLISHED, LOP):
             widths, importance = chosen.get(method), "activation"
             if widths is None:
@@ -184,15 +113,15 @@ def smol_costs(runs: Path | None, kind: str) -> dict[str, dict[float, float]]:
     return found
 
 
-def milliseconds() -> float:
+def milliseconds(general: General) -> float:
     """The median time of an allocation of 28 layers of 18,944 neurons, with features at hand."""
-    general, member = load_general(), load_members([EMBEDDED])[0]
+    (member,) = load_members([EMBEDDED])
     chosen = np.arange(28) * 12 // 28
     features = Features(member.features.curves[:, chosen], member.features.scalars[chosen])
-    space, times = Space(28, 18944, 128, _MAX_RATIO), []
+    space, times = Space(28, 18944, 128, MAX_RATIO), []
     for target in np.linspace(0.1, 0.7, 101):
         start = time.perf_counter()
-        general.curves(features).allocate(space, space.budget(float(target)), general.rule)
+        general.answering(features)(space, space.budget(float(target)))
         times.append(time.perf_counter() - start)
     return 1000 * float(np.median(times))
 
@@ -202,27 +131,29 @@ def mean_ratio(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float(np.exp(np.mean([np.log(a / b) for a, b in pairs]))) if pairs else None
 
 
-def summary(work: Path | None, smol_runs: Path | None, kind: str) -> dict[str, Any]:
+def summary(work: Path | None, smol_runs: Path | None, kind: str, counts: Sequence[int]) -> dict[str, Any]:
     """Makes what is missing, prints it, and returns the last line."""
-    members = load_members()
-    left_out = leave_one_out(kind, members)
+    everybody = load_members()
+    left_out = leave_one_out(kind, everybody, rule=RULE)
+    members = [member for member in everybody if member.is_measured]
     best, over_search, over_programme, agreements = [], [], [], []
-    by_probes: dict[str, list[tuple[float, float]]] = {f"{count} probes": [] for count in COUNTS}
+    by_probes: dict[str, list[tuple[float, float]]] = {f"{count} probes": [] for count in counts}
     for member in members:
-        agreements.append(agreement(left_out[member.name], member))
+        general = left_out[member.name]
+        agreements.append(agreement(general.curves(member.features), member))
         print(f"{member.name:<9}", " ".join(f"{key} {value:.3f}" for key, value in agreements[-1].items()))
-        found = costs(Scores(member.name, space_of(member.name), work), member, left_out[member.name])
+        found = costs(Scores(member.name, work), member, general, counts)
         for method, row in found.items():
             print(f"{member.name:<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()), flush=True)
         for target in TARGETS:
-            zero, many = found["0 probes"][target], found["30 probes"][target]
+            zero = found["0 probes"][target]
             best.append((zero, min(found[method][target] for method in ("uniform", *PUBLISHED))))
             over_programme.append((zero, found["programme"][target]))
             for name, pairs in by_probes.items():
                 pairs.append((found[name][target], found["uniform"][target]))
-            if target in found.get("search", {}):
-                over_search.append((many, found["search"][target]))
-    smol = smol_costs(smol_runs, kind)
+            if "30 probes" in found and target in found.get("search", {}):
+                over_search.append((found["30 probes"][target], found["search"][target]))
+    smol = smol_costs(smol_runs, left_out["smol"])
     for method, row in smol.items():
         print(f"{'smol':<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()))
     zero = {t: kl for t, kl in smol.get("0 probes", {}).items() if t in smol.get("uniform", {})}
@@ -238,14 +169,14 @@ def summary(work: Path | None, smol_runs: Path | None, kind: str) -> dict[str, A
         "zero_over_programme": mean_ratio(over_programme),
         "over_uniform": {name: mean_ratio(pairs) for name, pairs in by_probes.items()},
         **means,
-        "milliseconds": milliseconds(),
+        "milliseconds": milliseconds(left_out[EMBEDDED]),
     }
 
 
 def check(work: Path | None, count: int) -> dict[str, Any]:
     """Measures some of the scores again."""
     names = [EMBEDDED, *(name for name in MEMBERS if work and (work / name / "config.json").exists())]
-    tables = [Scores(name, space_of(name), work) for name in names]
+    tables = [Scores(name, work) for name in names]
     keys = [(scores, key) for scores in tables for key in scores.known if key.startswith("test ")]
     agree = 0
     for index in np.random.default_rng().permutation(len(keys))[:count]:
@@ -261,19 +192,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Allocations for models that were never searched.")
     parser.add_argument("--work", type=Path, help="the folder of the zoo's weights")
     parser.add_argument("--smol-runs", type=Path, help="the folder of smol's statistics, to score what is missing")
-    parser.add_argument("--kind", default=KIND, help="of predictor")
-    parser.add_argument("--search", nargs="*", metavar="MODEL", help="run the own searches of models, and end")
+    parser.add_argument("--kind", default=load_general().kind, help="of predictor")
+    parser.add_argument(
+        "--probes", type=int, nargs="+", default=COUNTS, metavar="N", help="0, and how many else (10 30)"
+    )
     parser.add_argument("--check", type=int, default=0, metavar="N", help="measure N scores again")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.search is not None:
-        for first, last in ((0.3, 0.5), (0.2, 0.6)):
-            for name in options.search:
-                Scores(name, space_of(name), options.work).search(first, last)
-        return
-    found = (
-        check(options.work, options.check) if options.check else summary(options.work, options.smol_runs, options.kind)
-    )
+    if options.check:
+        found = check(options.work, options.check)
+    else:
+        found = summary(options.work, options.smol_runs, options.kind, sorted({0, *options.probes}))
     print(json.dumps(found))
 
 

@@ -1,9 +1,8 @@
 """A `Compute` on a Ray cluster: the one it was submitted to, or one on this machine."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from lop.predictor.training import Fit, Pair
 from lop.run.building import Materials
 from lop.run.compute import Item, Result
 from lop.run.config import Config
@@ -11,10 +10,11 @@ from lop.run.run import Run
 from lop.search.loop import Workers
 from lop.search.progress import Sink
 from lop.stages.local import Local
+from lop.storage.location import Location
 from ray_jobs.evaluators import evaluator_fleet
 from ray_jobs.metrics import metrics_sink
 from ray_jobs.pool import map_on_actors
-from ray_jobs.tuning import tune_fits
+from ray_jobs.tuning import tune_each
 
 
 class OnRay:
@@ -32,12 +32,16 @@ class OnRay:
             return map_on_actors(build, items, config)
         return Local().map(build, items, config)
 
-    def fits(self, run: Run, training: Sequence[Pair], validation: Sequence[Pair], *, progress: bool) -> list[Fit]:
-        """A trial of Ray Tune for each fit."""
-        storage = (run.location / "tune").uri
-        return tune_fits(
-            training, validation, run.config.train, seed=run.config.seed, storage=storage, progress=progress
-        )
+    def tune(
+        self,
+        trial: Callable[[Item], tuple[float, Result]],
+        items: Mapping[str, Item],
+        storage: Location,
+        *,
+        progress: bool,
+    ) -> list[Result]:
+        """Trials of Ray Tune."""
+        return tune_each(trial, items, storage, progress=progress)
 
     def sinks(self) -> list[Sink]:
         """The cluster's metrics."""

@@ -1,64 +1,57 @@
-"""Predictors trained by Ray Tune: one trial for each architecture and learning rate."""
+"""Trainings to choose among, as trials of Ray Tune."""
 
 import os
+import pickle
 import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from ray import tune
 from tqdm import tqdm
 
-from lop.predictor.training import Fit, Pair, fit
-from lop.run.settings import TrainSettings
 from lop.storage.location import Location
 from ray_jobs.cluster import connected
 from ray_jobs.needs import ONE_CPU, Wait
 
-_FILE = "fit.pt"
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_FILE = "result.pickle"
 # Tune's own loggers (CSV, JSON, TensorBoard) would write the same numbers three more times; and its new output prints
-# a table to stdout, whatever the verbosity. At Ctrl-C Tune would save its state and go on with half of the fits.
+# a table to stdout, whatever the verbosity. At Ctrl-C Tune would save its state and go on with half of the trials.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 
-def tune_fits(
-    training: Sequence[Pair],
-    validation: Sequence[Pair],
-    settings: TrainSettings,
+def tune_each(
+    trial: Callable[[Item], tuple[float, Result]],
+    items: Mapping[str, Item],
+    storage: Location,
     *,
-    seed: int,
-    storage: str,
     progress: bool = True,
-) -> list[Fit]:
-    """One fit for each architecture and learning rate, as `lop.predictor.training.fit` makes of the same arguments.
+) -> list[Result]:
+    """What trials make of items, in their order; see `lop.run.compute.Compute.tune`.
 
     Args:
-        storage: an absolute path or URI for Tune's own records, one that all machines of the cluster share. They are
-            in a folder of their own, which goes when the fits have been read: two trainings at once do not meet.
+        storage: for Tune's own records. They are in a folder of their own, which goes when the results have been read:
+            two trainings at once do not meet.
 
     Raises:
         LopError: the cluster cannot be reached, or has no CPU for a trial and never will.
     """
-    trainable = tune.with_parameters(
-        _trial, training=list(training), validation=list(validation), settings=settings, seed=seed
-    )
-    bar = _Progress(len(settings.architectures) * len(settings.learning_rates))
-    with _scratch(Location.parse(storage)) as records, connected(), closing(bar):
+    trainable = tune.with_parameters(_run, trial=trial, items=dict(items))
+    bar = _Progress(len(items))
+    with _scratch(storage) as records, connected(), closing(bar):
         ONE_CPU.check()
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": ONE_CPU.cpus}),
-            param_space={
-                "architecture": tune.grid_search(list(settings.architectures)),
-                "learning_rate": tune.grid_search(list(settings.learning_rates)),
-            },
-            tune_config=tune.TuneConfig(metric="validation_error", mode="min", reuse_actors=True),
+            param_space={"name": tune.grid_search(list(items))},
+            tune_config=tune.TuneConfig(metric="error", mode="min", reuse_actors=True),
             run_config=tune.RunConfig(
-                name="predictors",
+                name="trials",
                 storage_path=records.uri,
                 verbose=0,
                 callbacks=[_Reminder(), *([bar] if progress else [])],
@@ -66,9 +59,8 @@ def tune_fits(
                 checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             ),
         )
-        results = tuner.fit()
-        fits = [_read(result) for result in results]
-    return sorted(fits, key=lambda found: (settings.architectures.index(found.architecture), found.learning_rate))  # type: ignore[arg-type]
+        found = dict(map(_read, tuner.fit()))
+    return [found[name] for name in items]
 
 
 @contextmanager
@@ -112,30 +104,19 @@ class _Progress(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: Sequence[Any], trial: Any, **info: Any) -> None:
         assert self.bar is not None
-        self.bar.set_postfix_str(f"{trial.config['architecture']}: {trial.last_result['validation_error']:.2e}")
+        self.bar.set_postfix_str(f"{trial.config['name']}: {trial.last_result['error']:.2e}")
         self.bar.update()
 
 
-def _trial(
-    config: dict[str, Any], *, training: list[Pair], validation: list[Pair], settings: TrainSettings, seed: int
-) -> None:
-    found = fit(
-        config["architecture"],
-        training,
-        validation,
-        epochs=settings.epochs,
-        batch=settings.batch,
-        learning_rate=config["learning_rate"],
-        seed=seed,
-    )
+def _run(config: dict[str, Any], *, trial: Callable[[Item], tuple[float, Result]], items: Mapping[str, Item]) -> None:
+    error, found = trial(items[config["name"]])
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(vars(found), Path(folder) / _FILE)
-        checkpoint = tune.Checkpoint.from_directory(folder)
-        tune.report({"validation_error": found.validation_error}, checkpoint=checkpoint)
+        (Path(folder) / _FILE).write_bytes(pickle.dumps(found))
+        tune.report({"error": error}, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def _read(result: Any) -> Fit:
+def _read(result: Any) -> tuple[str, Any]:
     if result.error:
         raise result.error
     with result.checkpoint.as_directory() as folder:
-        return Fit(**torch.load(Path(folder) / _FILE, weights_only=False))
+        return result.config["name"], pickle.loads((Path(folder) / _FILE).read_bytes())

@@ -45,10 +45,7 @@ class Curves:
 
     def at(self, shares: np.ndarray) -> np.ndarray:
         """[L, n] the expected logarithms at pruned shares [n], linear in the logarithm of the share."""
-        where = np.log(shares)
-        left = np.clip(np.searchsorted(_AT, where) - 1, 0, len(_AT) - 2)
-        part = (where - _AT[left]) / (_AT[left + 1] - _AT[left])
-        return self.mean[:, left] + part * (self.mean[:, left + 1] - self.mean[:, left])
+        return read_at(self.mean, shares)
 
     def allocate(self, space: Space, budget: int, rule: Rule) -> Allocation:
         """The allocation of `budget` that costs least.
@@ -58,6 +55,14 @@ class Curves:
         """
         damages = np.exp(rule.power * self.at(pruned_shares(space)))
         return least_damage(space, damages, budget, max_share=space.ratio(budget) + rule.cap)
+
+
+def read_at(values: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """[..., n] what has the values [..., 9] at `PRUNED`, at shares [n]: linear in the logarithm of the share."""
+    where = np.log(shares)
+    left = np.clip(np.searchsorted(_AT, where) - 1, 0, len(_AT) - 2)
+    part = (where - _AT[left]) / (_AT[left + 1] - _AT[left])
+    return np.asarray(values[..., left] + part * (values[..., left + 1] - values[..., left]))
 
 
 def rising(mean: np.ndarray) -> np.ndarray:

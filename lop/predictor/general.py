@@ -1,11 +1,12 @@
 """One predictor for models that it has never seen: from the features of a model's layers to their damage curves.
 
 What a curve would be by second order (`lop.space.features.Features`, `fisher`) is corrected by what was learned from
-the models of a zoo. Nothing here needs torch.
+the models of a zoo. One kind writes ratios directly, without curves. Nothing here needs torch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from safetensors.numpy import save_file
 
 from lop.errors import LopError
 from lop.predictor.curves import Curves, Rule, rising
+from lop.predictor.direct import ratios
+from lop.predictor.probing import Probe, corrected
+from lop.space.allocation import Allocation, Space, project
 from lop.space.features import PRUNED, SCALARS, Features
 from lop.storage.files import atomic_file
 
@@ -22,6 +26,8 @@ SHIPPED = Path(str(files("lop"))) / "assets" / "general" / "predictor.safetensor
 Arrays = Mapping[str, np.ndarray]
 # Mean [L, 9] and variance [L, 9] of the correction.
 Corrector = Callable[[Arrays, Features], tuple[np.ndarray, np.ndarray]]
+# Pruning ratios [L] for a target.
+Writer = Callable[[Arrays, Features, float], np.ndarray]
 # A correction is no greater than this, however unlike the zoo a model is.
 _MOST = 5.0
 
@@ -31,7 +37,7 @@ class General:
     """A trained predictor.
 
     Attributes:
-        kind: of `CORRECTORS`.
+        kind: of `CORRECTORS`, and of `WRITERS` if it writes ratios.
         arrays: its weights.
         rule: how curves become allocations.
         members: the names of the models that it was trained on.
@@ -46,6 +52,16 @@ class General:
         """What it expects of a model's layers."""
         mean, variance = CORRECTORS[self.kind](self.arrays, features)
         return Curves(rising(features.curve("fisher") + mean.clip(-_MOST, _MOST)), np.sqrt(variance))
+
+    def answering(self, features: Features, probes: Sequence[Probe] = ()) -> Callable[[Space, int], Allocation]:
+        """From a space and a budget to the allocation for a model: once layers were probed, always by its curves."""
+        if self.kind in WRITERS and not probes:
+            return partial(self._written, features)
+        return partial(corrected(self.curves(features), probes).allocate, rule=self.rule)
+
+    def _written(self, features: Features, space: Space, budget: int) -> Allocation:
+        """The allocation of the budget that is nearest to the ratios it writes."""
+        return project(WRITERS[self.kind](self.arrays, features, space.ratio(budget)), space, budget)
 
     def save(self, path: Path) -> None:
         """Writes one file."""
@@ -140,4 +156,6 @@ def _none(arrays: Arrays, features: Features) -> tuple[np.ndarray, np.ndarray]:
     return np.broadcast_to(arrays["shift"], shape), np.broadcast_to(arrays["noise"], shape)
 
 
-CORRECTORS: dict[str, Corrector] = {"ridge": _ridge, "attention": _attention, "second-order": _none}
+# The curves of the kind that writes ratios are second order's: for probes, which correct curves.
+CORRECTORS: dict[str, Corrector] = {"second-order": _none, "ridge": _ridge, "attention": _attention, "direct": _none}
+WRITERS: dict[str, Writer] = {"direct": ratios}

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lop.errors import LopError
-from lop.predictor.curves import PLAIN, Curves, Rule
-from lop.predictor.general import Arrays, General, layer_inputs, point_inputs
+from lop.predictor.curves import PLAIN, Rule
+from lop.predictor.direct_training import Lesson, fit_direct
+from lop.predictor.general import WRITERS, Arrays, General, layer_inputs, point_inputs
+from lop.predictor.training import Pair
 from lop.space.features import PRUNED, Features
 
 # Below this, in nats, a damage is rounding.
@@ -18,7 +20,7 @@ _FLOOR = 1e-5
 # As many rows as a member counts in a regression, however deep it is: a curve's points say much the same.
 _ROWS = 12
 _RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-_ENSEMBLE, _WIDTH, _EPOCHS, _RATE, _DECAY, _BLUR = 5, 16, 200, 5e-3, 0.1, 0.2
+_ENSEMBLE, _WIDTH, _EPOCHS, _RATE, _BLUR = 5, 16, 200, 5e-3, 0.2
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,18 @@ class Measured:
 
     Attributes:
         damages: [L, 9] in nats, of each layer alone at `PRUNED`; NaN where it was not measured.
+        pairs: targets with allocations that its own search found good for them; none if it was not searched.
     """
 
     name: str
     features: Features
     damages: np.ndarray
+    pairs: tuple[Pair, ...] = ()
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the damage of some layer is known."""
+        return bool(np.isfinite(self.damages).any())
 
     @property
     def logs(self) -> np.ndarray:
@@ -45,72 +54,91 @@ class Measured:
         return self.logs - self.features.curve("fisher")
 
 
-def fit_general(kind: str, members: Sequence[Measured], *, rule: Rule = PLAIN, seed: int = 0) -> General:
+def fit_general(
+    kind: str, members: Sequence[Measured], *, strength: float | None = None, rule: Rule = PLAIN, seed: int = 0
+) -> General:
     """Trains a predictor of a kind; its intervals are as wide as leaving out each of its members in turn says.
 
+    Args:
+        members: of which those are learned from that the kind can learn from.
+        strength: of what keeps weights small; by default the kind's own.
+
     Raises:
-        LopError: there are fewer than three members.
+        LopError: there are fewer than three members to learn from.
     """
-    if len(members) < 3:
-        raise LopError(f"{len(members)} models to learn from: to leave one out takes three")
-    arrays = FITS[kind](members, seed)(members)
-    noise = _noise(members, _left_out(kind, members, seed))
-    names = tuple(member.name for member in members)
-    return General(kind, {**arrays, "noise": arrays["noise"] * noise}, rule, names)
+    known = [member for member in members if _teaches(kind, member)]
+    if len(known) < 3:
+        raise LopError(f"{len(known)} models to learn from: to leave one out takes three")
+    left_out = [_general(kind, _but(known, member), strength, seed) for member in known]
+    return _scaled(replace(_general(kind, known, strength, seed), rule=rule), known, left_out)
 
 
-def leave_one_out(kind: str, members: Sequence[Measured], *, seed: int = 0) -> dict[str, Curves]:
-    """What a predictor trained on all others expects of each member, its intervals as wide as the others say."""
-    found, curves = {}, _left_out(kind, members, seed)
-    for index, member in enumerate(members):
-        rest = [*range(index), *range(index + 1, len(members))]
-        noise = _noise([members[i] for i in rest], [curves[i] for i in rest])
-        found[member.name] = replace(curves[index], deviation=curves[index].deviation * np.sqrt(noise))
+def leave_one_out(
+    kind: str, members: Sequence[Measured], *, strength: float | None = None, rule: Rule = PLAIN, seed: int = 0
+) -> dict[str, General]:
+    """For each member a predictor that learned from all others, its intervals as wide as the others say.
+
+    Raises:
+        LopError: there is no other to learn from.
+    """
+    left_out = [_general(kind, _but(members, member), strength, seed) for member in members]
+    found = {}
+    for index, (member, general) in enumerate(zip(members, left_out)):
+        others = [*left_out[:index], *left_out[index + 1 :]]
+        found[member.name] = _scaled(replace(general, rule=rule), _but(members, member), others)
     return found
 
 
-def _left_out(kind: str, members: Sequence[Measured], seed: int) -> list[Curves]:
-    """Each member's curves by a predictor that has not seen it, before its intervals are scaled."""
-    found = []
-    for index, member in enumerate(members):
-        others = [*members[:index], *members[index + 1 :]]
-        found.append(General(kind, FITS[kind](others, seed)(others), PLAIN, ()).curves(member.features))
-    return found
+def _general(kind: str, members: Sequence[Measured], strength: float | None, seed: int) -> General:
+    known = [member for member in members if _teaches(kind, member)]
+    if not known:
+        raise LopError(f"{kind} has no model to learn from")
+    given = members if kind in WRITERS else known
+    arrays = FITS[kind](given, STRENGTHS[kind] if strength is None else strength, seed)
+    return General(kind, arrays, PLAIN, tuple(member.name for member in known))
 
 
-def _noise(members: Sequence[Measured], curves: Sequence[Curves]) -> np.ndarray:
-    """[9] by how much the squared errors of left-out members exceed the variances, at each of `PRUNED`."""
-    ratios = [((member.logs - found.mean) / found.deviation) ** 2 for member, found in zip(members, curves)]
+def _teaches(kind: str, member: Measured) -> bool:
+    return bool(member.pairs) if kind in WRITERS else member.is_measured
+
+
+def _but(members: Sequence[Measured], left_out: Measured) -> list[Measured]:
+    return [member for member in members if member is not left_out]
+
+
+def _scaled(general: General, members: Sequence[Measured], left_out: Sequence[General]) -> General:
+    """With variances scaled by how much the squared errors of left-out members exceed theirs, at each of `PRUNED`."""
+    ratios = []
+    for member, other in zip(members, left_out):
+        if member.is_measured:
+            found = other.curves(member.features)
+            ratios.append(((member.logs - found.mean) / found.deviation) ** 2)
     with warnings.catch_warnings():  # Of some members nothing was measured at some shares.
         warnings.simplefilter("ignore", RuntimeWarning)
         noise = np.nanmean([np.nanmean(ratio, axis=0) for ratio in ratios], axis=0)
-    return np.where(np.isnan(noise), np.nanmax(noise), noise)
+    noise = np.where(np.isnan(noise), np.nanmax(noise), noise)
+    return replace(general, arrays={**general.arrays, "noise": general.arrays["noise"] * noise})
 
 
-Fit = Callable[[Sequence[Measured]], Arrays]
+def _second_order(members: Sequence[Measured], strength: float, seed: int) -> Arrays:
+    shift = np.nanmean(np.concatenate([member.corrections for member in members]), axis=0)
+    return {"shift": shift, "noise": np.ones(len(PRUNED))}
 
 
-def _shift(members: Sequence[Measured], seed: int) -> Fit:
-    def fit(chosen: Sequence[Measured]) -> Arrays:
-        rows = [member.corrections for member in chosen]
-        shift = np.nanmean(np.concatenate(rows), axis=0)
-        return {"shift": shift, "noise": np.ones(len(PRUNED))}
-
-    return fit
+def _ridge(members: Sequence[Measured], strength: float, seed: int) -> Arrays:
+    """Without a strength, of the one that leaving out each member in turn finds best."""
+    return _regress(members, strength or _best_ridge(members))
 
 
-def _ridge(members: Sequence[Measured], seed: int) -> Fit:
-    """Of the strength that leaving out each member in turn finds best."""
+def _best_ridge(members: Sequence[Measured]) -> float:
     errors = {}
     for strength in _RIDGES:
         found = []
-        for index, member in enumerate(members):
-            arrays = _regress([*members[:index], *members[index + 1 :]], strength)
-            curves = General("ridge", arrays, PLAIN, ()).curves(member.features)
+        for member in members:
+            curves = General("ridge", _regress(_but(members, member), strength), PLAIN, ()).curves(member.features)
             found.append(np.nanmean((member.logs - curves.mean) ** 2))
         errors[strength] = float(np.mean(found))
-    best = min(errors, key=errors.__getitem__)
-    return lambda chosen: _regress(chosen, best)
+    return min(errors, key=errors.__getitem__)
 
 
 def _regress(members: Sequence[Measured], strength: float) -> Arrays:
@@ -136,6 +164,13 @@ def _regress(members: Sequence[Measured], strength: float) -> Arrays:
         "weights": covariance @ sums,
         "noise": np.ones(len(PRUNED)),
     }
+
+
+def _direct(members: Sequence[Measured], strength: float, seed: int) -> Arrays:
+    """What writes ratios, by those that were searched, and second order's curves, by those that were measured."""
+    curves = _second_order([member for member in members if member.is_measured], strength, seed)
+    lessons = [Lesson(member.features, member.pairs) for member in members if member.pairs]
+    return {**curves, **fit_direct(lessons, strength, seed)}
 
 
 class CurveNetwork(nn.Module):
@@ -182,32 +217,29 @@ class CurveNetwork(nn.Module):
         return {name: array[:, 0] if name.endswith("bias") else array for name, array in found.items()}
 
 
-def _attention(members: Sequence[Measured], seed: int) -> Fit:
-    def fit(chosen: Sequence[Measured]) -> Arrays:
-        inputs = [layer_inputs(member.features) for member in chosen]
-        rows = np.concatenate(inputs)
-        centre, scale = rows.mean(0), rows.std(0) + 1e-6
-        depth = max(map(len, inputs))
-        x = torch.zeros(len(chosen), depth, rows.shape[1])
-        y = torch.full((len(chosen), depth, len(PRUNED)), torch.nan)
-        for index, (found, member) in enumerate(zip(inputs, chosen)):
-            x[index, : len(found)] = torch.from_numpy(((found - centre) / scale).clip(-4, 4))
-            y[index, : len(found)] = torch.from_numpy(member.corrections)
-        there = torch.arange(depth) < torch.tensor([len(found) for found in inputs])[:, None]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = _trained(CurveNetwork(x.shape[-1], len(PRUNED)), x, y, there)
-        return {"centre": centre, "scale": scale, "noise": np.ones(len(PRUNED)), **network.arrays()}
-
-    return fit
+def _attention(members: Sequence[Measured], strength: float, seed: int) -> Arrays:
+    inputs = [layer_inputs(member.features) for member in members]
+    rows = np.concatenate(inputs)
+    centre, scale = rows.mean(0), rows.std(0) + 1e-6
+    depth = max(map(len, inputs))
+    x = torch.zeros(len(members), depth, rows.shape[1])
+    y = torch.full((len(members), depth, len(PRUNED)), torch.nan)
+    for index, (found, member) in enumerate(zip(inputs, members)):
+        x[index, : len(found)] = torch.from_numpy(((found - centre) / scale).clip(-4, 4))
+        y[index, : len(found)] = torch.from_numpy(member.corrections)
+    there = torch.arange(depth) < torch.tensor([len(found) for found in inputs])[:, None]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _trained(CurveNetwork(x.shape[-1], len(PRUNED)), x, y, there, strength)
+    return {"centre": centre, "scale": scale, "noise": np.ones(len(PRUNED)), **network.arrays()}
 
 
-def _trained(network: CurveNetwork, x: Tensor, y: Tensor, there: Tensor) -> CurveNetwork:
+def _trained(network: CurveNetwork, x: Tensor, y: Tensor, there: Tensor, decay: float) -> CurveNetwork:
     """By the likelihood of what was measured, models counting alike; inputs are blurred against learning by heart."""
     known = ~y.isnan()
     weights = known / known.sum((1, 2), keepdim=True) / len(y)
     target = y.nan_to_num()
-    optimiser = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=_DECAY)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _EPOCHS)
     for _ in range(_EPOCHS):
         mean, log = network(x + _BLUR * torch.randn(_ENSEMBLE, *x.shape), there)
@@ -219,9 +251,12 @@ def _trained(network: CurveNetwork, x: Tensor, y: Tensor, there: Tensor) -> Curv
     return network
 
 
-# From all models at hand, to choose settings with, and a seed to what trains on some of them.
-FITS: dict[str, Callable[[Sequence[Measured], int], Fit]] = {
-    "second-order": _shift,
+# From members, the strength of what keeps weights small, and a seed.
+FITS: dict[str, Callable[[Sequence[Measured], float, int], Arrays]] = {
+    "second-order": _second_order,
     "ridge": _ridge,
     "attention": _attention,
+    "direct": _direct,
 }
+# Unless another is asked for; 0 where there is none, or where the kind finds it.
+STRENGTHS = {"second-order": 0.0, "ridge": 0.0, "attention": 0.1, "direct": 1.0}

@@ -43,7 +43,7 @@ def mlp(weights: Weights, layers: int, target: Vector) -> Vector:
     """`lop.predictor.networks.Mlp`."""
     x = _relu(_linear(weights, "body.0", target))
     x = _relu(_linear(weights, "body.2", x))
-    return _sigmoid(_linear(weights, "out", x) + _log_odds(target))
+    return sigmoid(_linear(weights, "out", x) + log_odds(target))
 
 
 def lstm(weights: Weights, layers: int, target: Vector) -> Vector:
@@ -52,21 +52,21 @@ def lstm(weights: Weights, layers: int, target: Vector) -> Vector:
     forth = _lstm(weights, layers, x, "l0")
     back = _lstm(weights, layers, x, "l0_reverse")
     states = np.concatenate([forth, back[::-1]], axis=1)
-    return _sigmoid(_linear(weights, "out", states)[:, 0] + _log_odds(target))
+    return sigmoid(_linear(weights, "out", states)[:, 0] + log_odds(target))
 
 
 def transformer(weights: Weights, layers: int, target: Vector) -> Vector:
     """`networks.ArTransformer`, each ratio fed back into the next step; earlier steps' keys and values are kept."""
     x = _relu(_linear(weights, "target.0", target))
     tokens = _linear(weights, "target.2", x) + weights["position"]
-    feed, log_odds = weights["ratio.weight"][:, 0], _log_odds(target)
+    feed, odds = weights["ratio.weight"][:, 0], log_odds(target)
     steps = [_block(weights, f"blocks.{index}", len(tokens)) for index in range(ENCODER_LAYERS)]
     ratios = np.zeros(len(tokens), np.float32)
     for layer, token in enumerate(tokens):
         x = token + feed * ratios[layer - 1] if layer else token
         for step in steps:
             x = step(x, layer)
-        ratios[layer] = _sigmoid(_linear(weights, "out", _norm(weights, "norm", x)) + log_odds)[0]
+        ratios[layer] = sigmoid(_linear(weights, "out", _norm(weights, "norm", x)) + odds)[0]
     return ratios
 
 
@@ -83,8 +83,8 @@ def _lstm(weights: Weights, layers: int, x: Vector, name: str) -> np.ndarray:
     states = []
     for _ in range(layers):
         entry, forget, candidate, out = np.split(given + again @ hidden, 4)
-        cell = _sigmoid(forget) * cell + _sigmoid(entry) * np.tanh(candidate)
-        hidden = _sigmoid(out) * np.tanh(cell)
+        cell = sigmoid(forget) * cell + sigmoid(entry) * np.tanh(candidate)
+        hidden = sigmoid(out) * np.tanh(cell)
         states.append(hidden)
     return np.stack(states)
 
@@ -139,11 +139,12 @@ def _erf(x: Vector) -> Vector:
     return np.copysign(1 - series * np.exp(-size * size), x)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """The logistic function."""
     return 0.5 + 0.5 * np.tanh(0.5 * x)  # Which overflows nowhere.
 
 
-def _log_odds(target: Vector) -> Vector:
+def log_odds(target: Vector) -> Vector:
     """Added to what a network says, so that it learns in which direction a layer differs from uniform.
 
     Clamped, as the log-odds of nothing and of everything are infinite; the projection makes up for the difference.

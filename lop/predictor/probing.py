@@ -127,6 +127,7 @@ def small_tree(
     """A search of a few evaluations from what the curves come to.
 
     Args:
+        starts: what is expected with what the probes say, and without.
         options: of a search; the tree has its moves, guided by all results so far, and fewer evaluations.
     """
     small = replace(options, evaluations=evaluations, simulations=2 * evaluations, guided=True, itemised=True)

@@ -1,10 +1,9 @@
 """What answers targets for a model: its own predictor, or, where it was never searched, the general one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lop.predictor.curves import Curves, Rule
 from lop.space.allocation import Allocation, Space, of_ffns
 from lop.space.size import ModelSize
 
@@ -37,15 +36,13 @@ class Unsearched:
     """A model that was calibrated, and at most probed.
 
     Attributes:
-        curves: what its layers are expected to cost.
-        rule: how that becomes an allocation.
+        of_neurons: the allocation of a budget, of FFNs alone.
         fingerprints: of what the features were made from.
         probes: evaluations that were spent on it.
         best: by budget, the best of a few allocations that were compared.
     """
 
-    curves: Curves
-    rule: Rule
+    of_neurons: Callable[[Space, int], Allocation]
     space: Space
     size: ModelSize
     fingerprints: Mapping[str, str]
@@ -58,7 +55,7 @@ class Unsearched:
         return f"general, {self.probes} probes"
 
     def allocate(self, budget: int) -> Allocation:
-        """The allocation of `budget` that costs least by the curves, of FFNs alone, or did where some were compared.
+        """The allocation of `budget` that is expected to cost least, or did where some were compared.
 
         Raises:
             LopError: the budget is not one of the space's.
@@ -66,4 +63,4 @@ class Unsearched:
         known = self.best.get(budget)
         if known is not None and max(known.widths) <= self.space.max_width(budget):
             return known
-        return of_ffns(self.space, budget, lambda space, neurons: self.curves.allocate(space, neurons, self.rule))
+        return of_ffns(self.space, budget, self.of_neurons)

@@ -270,6 +270,8 @@ def _predictor_table(predictors: dict[str, Any]) -> str:
         [p["architecture"], f"{p['parameters']:,}", f"{p['validation_error']:.5f}", f"{p['reward']:.4f}"]
         for p in predictors["architectures"]
     ]
+    # Which was not trained for this model; runs made before do not know it.
+    rows += [[other["source"], "", "", f"{other['reward']:.4f}"] for other in predictors.get("others", [])]
     return _table(["architecture", "parameters", "validation MSE", "mean reward"], rows)
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from lop.run.config import Config
 from lop.run.run import Run
+from lop.storage.location import Location
 
 if TYPE_CHECKING:
-    from lop.predictor.training import Fit, Pair
     from lop.search.loop import Workers
     from lop.search.progress import Sink
 
@@ -45,13 +45,23 @@ class Compute(Protocol):
             LopError: what a worker raised, or workers cannot be had.
         """
 
-    def fits(
-        self, run: Run, training: "Sequence[Pair]", validation: "Sequence[Pair]", *, progress: bool
-    ) -> "list[Fit]":
-        """One fit for each architecture and learning rate of the run's config.
+    def tune(
+        self,
+        trial: Callable[[Item], tuple[float, Result]],
+        items: Mapping[str, Item],
+        storage: Location,
+        *,
+        progress: bool,
+    ) -> list[Result]:
+        """What trials make of items, in their order: trainings on one CPU each, to choose among.
+
+        Args:
+            trial: an item's error and result; picklable, as are both.
+            items: by what they are called.
+            storage: where records are kept meanwhile that all machines of a cluster share.
 
         Raises:
-            LopError: workers cannot be had.
+            LopError: what a trial raised, or workers cannot be had.
         """
 
     def sinks(self) -> "list[Sink]":

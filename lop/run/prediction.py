@@ -7,7 +7,6 @@ from lop.errors import LopError
 from lop.model.shape import read_shape
 from lop.predictor.general import SHIPPED, load_general
 from lop.predictor.predictor import Predictor, load_predictor
-from lop.predictor.probing import corrected
 from lop.predictor.unsearched import Answering, Unsearched
 from lop.run.config import Config
 from lop.run.features import features_file, load_features
@@ -48,8 +47,7 @@ def unsearched(run: Run) -> Unsearched:
         raise LopError(f"{features_file(run)} is damaged: it has {features.layers} layers, not {run.space.layers}")
     known = load_probes(run)
     return Unsearched(
-        corrected(general.curves(features), known.probes),
-        general.rule,
+        general.answering(features, known.probes),
         run.space,
         run.size,
         run.calibration_fingerprints,

@@ -1,17 +1,15 @@
 """A `Compute` that does everything in this process, one thing after the other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
-
-from lop.predictor.training import Fit, Pair, fit
 from lop.run.building import Materials, build_scorer
 from lop.run.compute import Item, Result
 from lop.run.config import Config
 from lop.run.run import Run
 from lop.search.loop import InProcess, Workers
 from lop.search.progress import Sink
+from lop.storage.location import Location
 
 
 class Local:
@@ -32,23 +30,16 @@ class Local:
         for item in items:
             yield item, work(item)
 
-    def fits(self, run: Run, training: Sequence[Pair], validation: Sequence[Pair], *, progress: bool) -> list[Fit]:
-        """Each fit after the one before it."""
-        settings = run.config.train
-        torch.set_num_threads(run.config.threads)
-        return [
-            fit(
-                architecture,
-                training,
-                validation,
-                epochs=settings.epochs,
-                batch=settings.batch,
-                learning_rate=rate,
-                seed=run.config.seed,
-            )
-            for architecture in settings.architectures
-            for rate in settings.learning_rates
-        ]
+    def tune(
+        self,
+        trial: Callable[[Item], tuple[float, Result]],
+        items: Mapping[str, Item],
+        storage: Location,
+        *,
+        progress: bool,
+    ) -> list[Result]:
+        """Each trial after the one before it; nothing is stored."""
+        return [trial(item)[1] for item in items.values()]
 
     def sinks(self) -> list[Sink]:
         """None."""

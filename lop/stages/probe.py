@@ -6,7 +6,7 @@ from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.predictor.general import load_general
-from lop.predictor.probing import alone, corrected, probe, small_tree, surest
+from lop.predictor.probing import alone, probe, small_tree, surest
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.probes import Probed, load_probes, save_probes
@@ -75,15 +75,14 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
             bar.update()
             return -found[allocation].worth("divergence")
 
-        curves, probes, best = general.curves(features), list(before.probes), dict(before.best)
+        probes, best = list(before.probes), dict(before.best)
         if ratio is None:
-            probes = probe(curves, run.space, count, measure)
+            probes = probe(general.curves(features), run.space, count, measure)
         else:
             budget = run.space.budget(ratio)
-            start = corrected(curves, probes).allocate(run.space, budget, general.rule)
             tree = small_tree(
                 run.space,
-                start,
+                general.answering(features, probes)(run.space, budget),
                 budget,
                 count,
                 run.config.search.tree_options(),

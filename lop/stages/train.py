@@ -2,15 +2,20 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 
 from tqdm import tqdm
 
 from lop.predictor.predictor import Predictor
-from lop.predictor.training import Fit, Pair, split_pairs
+from lop.predictor.training import Fit, Pair, fit, split_pairs
+from lop.predictor.unsearched import Answering
 from lop.run.compute import Compute
+from lop.run.features import features_file
+from lop.run.prediction import unsearched
 from lop.run.results import Found, read_search
 from lop.run.run import Run
+from lop.run.settings import TrainSettings
 from lop.search.evaluation import Evaluation
 from lop.search.loop import evaluate_each
 from lop.search.racing import Candidate
@@ -22,10 +27,35 @@ from lop.storage.fingerprint import fingerprint, fingerprint_file
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Trains a network of an architecture and a learning rate."""
+
+    training: Sequence[Pair]
+    validation: Sequence[Pair]
+    settings: TrainSettings
+    seed: int
+
+    def __call__(self, item: tuple[str, float]) -> tuple[float, Fit]:
+        """The validation error, and the fit."""
+        architecture, learning_rate = item
+        found = fit(
+            architecture,
+            self.training,
+            self.validation,
+            epochs=self.settings.epochs,
+            batch=self.settings.batch,
+            learning_rate=learning_rate,
+            seed=self.seed,
+        )
+        return found.validation_error, found
+
+
 def train_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
     """Trains each architecture on the search's pairs, keeps the best of each, and of those the one that scores best.
 
-    Writes `predictors/<architecture>`, `predictor` (the best one) and `predictors.json` (the comparison).
+    Writes `predictors/<architecture>`, `predictor` (the best one) and `predictors.json` (the comparison). Where the
+    model's features are known, the general predictor is compared, too; what was trained for the model answers.
 
     Raises:
         LopError: the search has not been run, or has too few targets to hold one out.
@@ -41,12 +71,15 @@ def train_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
     settings = run.config.train
     with timed(run, "train"):
         training, validation = split_pairs(_pairs(run, found), settings.validation_share)
-        fits = compute.fits(run, training, validation, progress=progress)
+        trial = Trial(training, validation, settings, run.config.seed)
+        fits = compute.tune(trial, _trials(settings), run.location / "tune", progress=progress)
         best = [min(group, key=lambda fit: fit.validation_error) for group in _by_architecture(fits)]
         predictors = [Predictor(fit.architecture, fit.weights, run.space, run.size, fingerprints) for fit in best]
         # At all targets, trained on or held out: the networks differ most at the ends of the range, which are never
         # held out, and a handful of targets does not tell them apart.
-        rewards = _rewards(run, compute, predictors, [result.target for result in found], progress=progress)
+        others = [unsearched(run)] if features_file(run).exists() else []
+        scored: list[Answering] = [*predictors, *others]
+        rewards = _rewards(run, compute, scored, [result.target for result in found], progress=progress)
         for predictor in predictors:
             predictor.save(run.predictors_folder / predictor.architecture)
         chosen = max(range(len(best)), key=lambda index: (rewards[index], -best[index].validation_error))
@@ -68,6 +101,7 @@ def train_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
                 }
                 for fit, reward in zip(best, rewards)
             ],
+            "others": [{"source": of.source, "reward": reward} for of, reward in zip(others, rewards[len(best) :])],
         },
     )
 
@@ -87,13 +121,17 @@ def _pairs(run: Run, found: Sequence[Found]) -> list[Pair]:
     return pairs
 
 
+def _trials(settings: TrainSettings) -> dict[str, tuple[str, float]]:
+    return {f"{name} {rate}": (name, rate) for name in settings.architectures for rate in settings.learning_rates}
+
+
 def _by_architecture(fits: Sequence[Fit]) -> list[list[Fit]]:
     names = dict.fromkeys(fit.architecture for fit in fits)
     return [[fit for fit in fits if fit.architecture == name] for name in names]
 
 
 def _rewards(
-    run: Run, compute: Compute, predictors: Sequence[Predictor], targets: Sequence[float], *, progress: bool
+    run: Run, compute: Compute, predictors: Sequence[Answering], targets: Sequence[float], *, progress: bool
 ) -> list[float]:
     """Each predictor's mean reward over targets, on the reward samples."""
     predicted = [[predictor.allocate(run.space.budget(target)) for target in targets] for predictor in predictors]

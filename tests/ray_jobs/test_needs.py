@@ -20,15 +20,13 @@ from lop.run.building import Materials
 from lop.run.compute import on_worker
 from lop.run.config import Config, find_config, load_config
 from lop.run.run import Run
-from lop.run.settings import TrainSettings
+from lop.storage.location import Location
 from ray_jobs import needs
 from ray_jobs.compute import OnRay
 from ray_jobs.evaluators import evaluator_fleet
 from ray_jobs.fleet import Fleet
 from ray_jobs.needs import Needs
-from ray_jobs.tuning import tune_fits
 from tests.lop.search.test_loop import make_trees
-from tests.ray_jobs.test_train import TRAINING, VALIDATION
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def _on_worker(config: Config, folder: Path) -> None:
 
 
 def _tune(config: Config, folder: Path) -> None:
-    tune_fits(TRAINING, VALIDATION, TrainSettings(), seed=0, storage=str(folder))
+    OnRay().tune(lambda item: (0.0, item), {"one": 1}, Location.parse(folder), progress=False)
 
 
 @pytest.mark.parametrize(

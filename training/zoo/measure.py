@@ -19,6 +19,7 @@ from lop.model.repair import Refits, factors
 from lop.model.samples import Sample, load_sample_sets
 from lop.run.building import Materials, Workshop
 from lop.run.config import Config, find_config, load_config
+from lop.run.results import read_search
 from lop.run.run import Run
 from lop.run.surveys import statistics_for
 from lop.search.evaluator import Evaluator
@@ -33,6 +34,8 @@ from training.tiny.make_samples import write
 TARGETS = (0.2, 0.3, 0.5, 0.6)
 # Of `tiny`'s reward and test samples, drawn once: a zoo is measured ten thousand times.
 REWARD, TEST = 240, 600
+# So many of a search's allocations are kept.
+_BEST = 5
 PUBLISHED = ("flap", "owl", "alphapruning")
 
 
@@ -138,15 +141,18 @@ class Lab:
         given = Given(self.space, self.run.config.importance, statistics_for(self.run, found, progress=False))
         return found(given, self.space.budget(target)).allocation
 
-    def searched(self, first: float, last: float) -> dict[float, Allocation]:
-        """What the model's own search of 200 evaluations a target finds for two targets."""
+    def searched(self, first: float, last: float) -> dict[float, list[Allocation]]:
+        """The best that the model's own search of 200 evaluations a target finds for two targets, the best first."""
         targets = f"search.targets={{first: {first}, last: {last}, step: {round(last - first, 3)}}}"
         run = Run(self._config(targets), self.work / f"{self.name}-{first}-{last}")
         run.folder.mkdir(parents=True, exist_ok=True)
         run.statistics_file.write_bytes(self.run.statistics_file.read_bytes())
         search_stage(run, Local(), progress=False)
-        found = read_json(run.search_file)["targets"]
-        return {target["target"]: Allocation(tuple(target["best"]["widths"])) for target in found}
+        best = {}
+        for found in read_search(run):
+            others = sorted(found.evaluations, key=lambda pair: pair[1].worth("divergence"), reverse=True)
+            best[found.target] = list(dict.fromkeys([found.best, *(pair[0] for pair in others)]))[:_BEST]
+        return best
 
     def record(self, path: Path) -> dict[str, Any]:
         """The features and damages as plain JSON values, kept in a file."""

@@ -1,17 +1,20 @@
 """The predictor for models that it has never seen, on models that are made up, and on the one that ships."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lop.errors import LopError
-from lop.predictor.curves import Curves, Rule, rising
-from lop.predictor.general import load_general
+from lop.predictor.curves import PLAIN, Curves, Rule, rising
+from lop.predictor.direct import ratios
+from lop.predictor.general import General, load_general
 from lop.predictor.general_training import FITS, Measured, fit_general, leave_one_out
 from lop.predictor.probing import Probe, corrected, next_probe
-from lop.space.allocation import Space
+from lop.predictor.training import Pair
+from lop.space.allocation import Allocation, Space, uniform
 from lop.space.features import PRUNED, SCALARS, Features
 from lop.storage.files import read_json
 
@@ -25,8 +28,19 @@ def made_up(seed: int, layers: int) -> Measured:
     fisher = level + 2 * np.log(SHARES)
     refit, energy = (np.log(SHARES) * slope + np.zeros((layers, 1)) for slope in (1.5, 1.2))
     scalars = random.normal(size=(layers, len(SCALARS)))
-    damages = np.exp(fisher + 1 + scalars[:, 2:3] + random.normal(0, 0.1, fisher.shape))
-    return Measured(f"made{seed}", Features(np.stack([energy, refit, fisher]), scalars), damages)
+    logs = fisher + 1 + scalars[:, 2:3] + random.normal(0, 0.1, fisher.shape)
+    pairs = tuple(Pair(target, best(logs, target).ratios(space_of(layers))) for target in (0.3, 0.5))
+    return Measured(f"made{seed}", Features(np.stack([energy, refit, fisher]), scalars), np.exp(logs), pairs)
+
+
+def space_of(layers: int) -> Space:
+    return Space(layers, 160, 8, 0.95)
+
+
+def best(logs: np.ndarray, target: float) -> Allocation:
+    """What a search would find, were these the damages and did they add up."""
+    space = space_of(len(logs))
+    return Curves(logs, np.ones_like(logs)).allocate(space, space.budget(target), PLAIN)
 
 
 ZOO = [made_up(seed, layers) for seed, layers in enumerate((6, 8, 12, 10, 16, 9))]
@@ -36,17 +50,56 @@ def error(curves: Curves, member: Measured) -> float:
     return float(np.sqrt(np.nanmean((curves.mean - member.logs) ** 2)))
 
 
+def distance(first: Allocation, second: Allocation) -> float:
+    return float(np.abs(np.subtract(first.widths, second.widths)).mean())
+
+
 @pytest.mark.parametrize("kind", ["ridge", "attention"])
 def test_what_the_zoo_teaches_holds_for_a_model_left_out(kind: str) -> None:
     learned, plain = (leave_one_out(name, ZOO[:4]) for name in (kind, "second-order"))
-    assert sum(error(learned[m.name], m) for m in ZOO[:4]) < 0.75 * sum(error(plain[m.name], m) for m in ZOO[:4])
+    errors = [sum(error(found[m.name].curves(m.features), m) for m in ZOO[:4]) for found in (learned, plain)]
+    assert errors[0] < 0.75 * errors[1]
+
+
+def test_what_searches_found_is_written_for_a_model_left_out_at_targets_never_searched() -> None:
+    learned = leave_one_out("direct", ZOO)
+    written, even = [], []
+    for member in ZOO:
+        space = space_of(member.features.layers)
+        budget, wanted = space.budget(0.4), best(np.log(member.damages), 0.4)
+        written.append(distance(learned[member.name].answering(member.features)(space, budget), wanted))
+        even.append(distance(uniform(space, budget), wanted))
+    assert sum(written) < 0.6 * sum(even)
+
+
+def test_a_ratio_depends_on_those_before_it() -> None:
+    general, features = fit_general("direct", ZOO[:4]), ZOO[4].features
+    changed = {**general.arrays, "enter.weight": general.arrays["enter.weight"].copy()}
+    changed["enter.weight"][..., -1] += 1.0
+    before, after = ratios(general.arrays, features, 0.4), ratios(changed, features, 0.4)
+    assert before[0] == after[0]
+    assert (before[1:] != after[1:]).all()
+
+
+def test_once_probed_the_kind_that_writes_ratios_answers_by_curves() -> None:
+    general, features = fit_general("direct", ZOO[:4]), ZOO[4].features
+    space = space_of(features.layers)
+    budget, probes = space.budget(0.4), [Probe(3, 0.5, 100.0)]
+    wanted = corrected(general.curves(features), probes).allocate(space, budget, general.rule)
+    assert general.answering(features, probes)(space, budget) == wanted
+    assert general.answering(features)(space, budget) != wanted
+
+
+def test_without_searches_there_is_nothing_to_write_by() -> None:
+    with pytest.raises(LopError, match="2 models to learn from"):
+        fit_general("direct", [*ZOO[:2], replace(ZOO[2], pairs=())])
 
 
 def test_intervals_hold_about_what_they_say() -> None:
     left_out = leave_one_out("ridge", ZOO)
     inside = []
     for member in ZOO:
-        low, high = left_out[member.name].interval()
+        low, high = left_out[member.name].curves(member.features).interval()
         inside.append(((low <= member.damages) & (member.damages <= high)).mean())
     assert 0.75 < np.mean(inside) <= 1
 
@@ -62,6 +115,9 @@ def test_what_is_saved_answers_as_before(kind: str, tmp_path: Path) -> None:
     assert np.array_equal(mine.deviation, theirs.deviation)
     assert (np.diff(mine.mean, axis=1) >= 0).all()
     assert (mine.deviation > 0).all()
+    space = space_of(ZOO[5].features.layers)
+    answers = [found.answering(ZOO[5].features)(space, space.budget(0.45)) for found in (made, read)]
+    assert answers[0] == answers[1]
 
 
 def test_what_was_not_measured_teaches_nothing_and_breaks_nothing() -> None:
@@ -104,13 +160,14 @@ def test_probes_pull_their_layer_and_its_neighbours_and_are_made_once() -> None:
     assert len({(probe.layer, probe.share) for probe in made}) == len(made) == 8 * 3
 
 
-def test_an_allocation_of_28_layers_takes_two_milliseconds() -> None:
-    general, space = load_general(), Space(28, 18944, 128, 0.95)
+@pytest.mark.parametrize("general", [load_general(), fit_general("direct", ZOO[:3])], ids=["ships", "direct"])
+def test_an_allocation_of_28_layers_takes_two_milliseconds(general: General) -> None:
+    space = Space(28, 18944, 128, 0.95)
     features = made_up(0, 28).features
     times = []
     for target in np.linspace(0.1, 0.6, 9):
         budget, start = space.budget(float(target)), time.perf_counter()
-        found = general.curves(features).allocate(space, budget, general.rule)
+        found = general.answering(features)(space, budget)
         times.append(time.perf_counter() - start)
         assert found.budget == budget
     assert min(times) < 0.002

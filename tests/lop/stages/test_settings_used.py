@@ -14,7 +14,6 @@ from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.model.find import assets
 from lop.model.samples import SampleSets
 from lop.model.statistics import NeuronStatistics
-from lop.predictor.training import Fit
 from lop.report.cells import Cell, CellWorker
 from lop.report.compare import comparison_fingerprints
 from lop.report.entries import given, lop_entries
@@ -53,7 +52,7 @@ class TrainedError(Exception):
 )
 def test_predictors_of_other_settings_are_trained_anew(setting: str, run: Callable[..., Run]) -> None:
     class Refusing(Local):
-        def fits(self, *arguments: Any, **named: Any) -> list[Fit]:
+        def tune(self, *arguments: Any, **named: Any) -> list[Any]:
             raise TrainedError
 
     train_stage(run(), Refusing(), progress=False)  # As it is, it is there already.

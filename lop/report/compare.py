@@ -163,11 +163,12 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
     recovered: dict[tuple[str, float, Recovery], np.ndarray] = {}
     scores: dict[tuple[str, Allocation, Recovery], np.ndarray] = {}
 
-    def scored(importance: str, allocation: Allocation, recovery: Recovery) -> np.ndarray:
+    def scored(importance: str, allocation: Allocation, recovery: Recovery, *, is_there: bool = False) -> np.ndarray:
         # LOP's search and predictor often choose the same.
         key = (importance, allocation, recovery)
         if key not in scores:
-            recover(allocation, recovery)
+            if not is_there:
+                recover(allocation, recovery)
             scores[key] = scoring.scores().correct
         return scores[key]
 
@@ -185,7 +186,7 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
             first = calibrate_seconds if Need.ACTIVATIONS in METHODS[name].needs else 0.0
             pruned = time.perf_counter() - sorted_at
             spent[name].append(Seconds(first + extra[name], choice.seconds, sorted_at - start, pruned))
-            hits[name, target] = scored(choice.importance, choice.allocation, own)
+            hits[name, target] = scored(choice.importance, choice.allocation, own, is_there=True)
             widths[name, target] = choice.allocation.widths
         if target in recovery_targets:
             for recovery in recoveries:

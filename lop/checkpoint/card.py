@@ -117,7 +117,9 @@ def _removed(manifest: Mapping[str, Any]) -> str:
     widths, layers = manifest["widths"], manifest.get("layers")
     if layers:
         return f"{layers['of'] - len(layers['kept'])} of its {layers['of']} layers removed"
-    return f"{1 - sum(widths) / (len(widths) * manifest['neurons']):.1%} of its FFN neurons pruned"
+    neurons = f"{1 - sum(widths) / (len(widths) * manifest['neurons']):.1%} of its FFN neurons"
+    groups, whole = manifest.get("groups"), len(widths) * manifest.get("dense_groups", 0)
+    return f"{neurons} and {1 - sum(groups) / whole:.1%} of its attention pruned" if groups else f"{neurons} pruned"
 
 
 def _rows(manifest: Mapping[str, Any]) -> str:

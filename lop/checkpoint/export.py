@@ -205,7 +205,10 @@ def convert(
     place = Location.parse(out)
     made: dict[str, Any] = verify(source) if (source / MANIFEST).exists() else {"source": str(source)}
     if "groups" in made and not FORMATS[made["format"]].is_padded:
-        check_heads(format)
+        raise LopError(
+            f"{source} has a number of heads of its own in each layer, which no GGUF file has: prune the dense model "
+            f"again, to {format.replace('-true', '')!r}"
+        )
     found = [info.shape[1] for _, info in down_projections(tensors)]
     widths = made.get("widths", found)
     cuts = cut_tensors(tensors, [np.arange(width) for width in found], widths, format=format, recovered={})

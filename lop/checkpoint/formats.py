@@ -66,7 +66,7 @@ class Layout:
     """How a format stores layers.
 
     Attributes:
-        is_padded: each as wide as the widest, filled up with zeros.
+        is_padded: each as wide as the widest, and with all heads, filled up with zeros.
         holds_bias: there is a place for a bias of `down_proj`.
         gguf: the type of the weights in GGUF files, a key of `KINDS`; None for safetensors, of the dense model's type.
     """
@@ -123,9 +123,11 @@ def check_heads(format: Format) -> None:
     Raises:
         LopError: it does not.
     """
-    if FORMATS[format].gguf:
+    if FORMATS[format].gguf and not FORMATS[format].is_padded:
+        padded = format.replace("-true", "")
         raise LopError(
-            f"format {format!r} has as many heads in all layers: with attention pruned take 'hf' or 'padded'"
+            f"format {format!r} stores true widths of FFNs, and all heads in all layers: with attention pruned take "
+            f"{padded!r}, which fills both up with zeros, or 'hf'"
         )
 
 

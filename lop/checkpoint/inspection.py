@@ -168,6 +168,8 @@ def _of_gguf(folder: Path, manifest: Mapping[str, Any], files: int, damage: str)
         bits=None,
         parameters=facts["parameters"],
         bytes=facts["bytes"],
+        groups=tuple(manifest.get("groups", ())),
+        dense_groups=manifest.get("dense_groups", 0),
         manifest=manifest,
         checked=files,
         damage=damage,

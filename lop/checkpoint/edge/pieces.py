@@ -130,7 +130,7 @@ def _values(cut: Cut, start: int, stop: int) -> np.ndarray:
     if cut.rows is not None:
         found = _floats(source[cut.rows[start:stop]])
         missing = stop - start - len(found)
-        return np.pad(found, ((0, missing), (0, 0))) if missing else found
+        return np.pad(found, [(0, missing), (0, 0)][: found.ndim]) if missing else found
     found = _floats(source[start:stop])
     if cut.columns is not None:
         found = found[:, cut.columns]

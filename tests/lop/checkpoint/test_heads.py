@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import AutoModelForImageTextToText
 
 import lop
@@ -260,11 +261,34 @@ def test_attention_that_keeps_all_is_left_as_it_is(source: Path, orders: dict[st
 
 def test_what_does_not_go_with_it_is_refused_before(source: Path) -> None:
     tensors = read_tensors(source)
-    with pytest.raises(LopError, match="format 'gguf' has as many heads in all layers"):
-        Footprint(model_size(tensors), "gguf", attention=Attention(GROUPS, 100, 200))
+    with pytest.raises(LopError, match="all heads in all layers: with attention pruned take 'gguf-q8_0'"):
+        Footprint(model_size(tensors), "gguf-true-q8_0", attention=Attention(GROUPS, 100, 200))
 
 
-def test_it_is_not_converted(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(LopError, match="as many heads in all layers"):
-        convert(checkpoint, tmp_path / "out", format="gguf")
+@pytest.mark.parametrize("form", ["gguf", "gguf-q8_0"])
+def test_llama_cpp_gets_zeros_in_the_place_of_heads(
+    form: str, source: Path, checkpoint: Path, orders: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    exported(source, tmp_path / "padded", orders, format="padded")
+    convert(tmp_path / "padded", tmp_path / "converted", format=form)
+    manifest = exported(source, tmp_path / "direct", orders, format=form)
+    language = manifest["gguf"]["files"][0]
+    theirs, ours = (
+        {tensor.name: tensor for tensor in GGUFReader(tmp_path / name / language).tensors}
+        for name in ("converted", "direct")
+    )
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(theirs[name].data, ours[name].data) for name in ours)
+    assert list(ours["blk.1.attn_output.weight"].shape) == [72, 72]
+    assert inspect(tmp_path / "direct").groups == KEPT
+    assert "of its attention pruned" in (tmp_path / "direct" / "README.md").read_text()
+    size, tensors = model_size(read_tensors(source)), read_tensors(source)
+    attention = Attention(GROUPS, group_parameters(tensors, GROUPS), size.neuron_parameters)
+    told = Footprint(size, form, source=source, attention=attention)
+    assert told.bytes(ALLOCATION.widths) == manifest["gguf"]["bytes"]
+
+
+def test_a_checkpoint_without_those_heads_is_not_converted(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(LopError, match="prune the dense model again, to 'gguf'"):
+        convert(checkpoint, tmp_path / "out", format="gguf-true")
     assert not (tmp_path / "out").exists()

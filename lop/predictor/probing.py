@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from lop.predictor.curves import Curves, Rule, rising
 from lop.search.evaluation import Evaluation
 from lop.search.tree import SearchTree, TreeOptions
-from lop.space.allocation import Allocation, Space
+from lop.space.allocation import Allocation, Space, dense, of_ffns
 from lop.space.features import PRUNED
 
 # Shares at which layers are probed: where targets are, and far enough apart to say different things.
@@ -86,9 +87,9 @@ def _alike(layers: np.ndarray, logs: np.ndarray, others: np.ndarray, theirs: np.
 
 
 def alone(space: Space, layer: int, share: float) -> Allocation:
-    """The allocation that prunes one layer by the share, or as near to it as its widths come."""
+    """The allocation that prunes one layer's FFN by the share, or as near to it as its widths come."""
     units = round((1 - share) * space.neurons / space.granularity)
-    widths = [space.neurons] * space.layers
+    widths = list(dense(space).widths)
     widths[layer] = min(max(units * space.granularity, space.min_width), space.neurons)
     return Allocation(tuple(widths))
 
@@ -133,6 +134,8 @@ def small_tree(
     Args:
         options: of a search; the tree has its moves, guided by all results so far, and fewer evaluations.
     """
-    starts = [found.allocate(space, budget, rule) for found in (corrected(curves, probes), curves)]
+    # The curves are of FFNs; where attention is open, the tree moves it, too.
+    known = (corrected(curves, probes), curves)
+    starts = [of_ffns(space, budget, partial(found.allocate, rule=rule)) for found in known]
     small = replace(options, evaluations=evaluations, simulations=2 * evaluations, guided=True)
     return SearchTree(space, starts, small, seed=(seed, budget), budget=budget, reward=reward)

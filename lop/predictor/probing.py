@@ -9,7 +9,7 @@ from lop.predictor.curves import Curves, rising
 from lop.search.evaluation import Evaluation
 from lop.search.racing import unpack_values
 from lop.search.tree import SearchTree, TreeOptions
-from lop.space.allocation import Allocation, Space
+from lop.space.allocation import Allocation, Space, dense
 from lop.space.features import PRUNED
 
 # Shares at which layers are probed: where targets are, and far enough apart to say different things.
@@ -89,9 +89,9 @@ def _alike(layers: np.ndarray, logs: np.ndarray, others: np.ndarray, theirs: np.
 
 
 def alone(space: Space, layer: int, share: float) -> Allocation:
-    """The allocation that prunes one layer by the share, or as near to it as its widths come."""
+    """The allocation that prunes one layer's FFN by the share, or as near to it as its widths come."""
     units = round((1 - share) * space.neurons / space.granularity)
-    widths = [space.neurons] * space.layers
+    widths = list(dense(space).widths)
     widths[layer] = min(max(units * space.granularity, space.min_width), space.neurons)
     return Allocation(tuple(widths))
 
@@ -127,7 +127,7 @@ def small_tree(
     """A search of a few evaluations from what the curves come to.
 
     Args:
-        starts: what is expected with what the probes say, and without.
+        start: what is predicted.
         options: of a search; the tree has its moves, guided by all results so far, and fewer evaluations.
     """
     small = replace(options, evaluations=evaluations, simulations=2 * evaluations, guided=True, itemised=True)

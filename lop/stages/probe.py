@@ -15,7 +15,7 @@ from lop.search.ledger import Ledger
 from lop.search.loop import Workers, evaluate_recorded, run_search
 from lop.search.racing import Candidate
 from lop.search.tree import SearchTree
-from lop.space.allocation import Allocation
+from lop.space.allocation import Allocation, of_ffns
 from lop.stages.calibrate import features_stage
 from lop.stages.timing import timed
 
@@ -82,7 +82,7 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
             budget = run.space.budget(ratio)
             tree = small_tree(
                 run.space,
-                general.answering(features, probes)(run.space, budget),
+                of_ffns(run.space, budget, general.answering(features, probes)),
                 budget,
                 count,
                 run.config.search.tree_options(),

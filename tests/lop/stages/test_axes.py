@@ -22,6 +22,7 @@ from lop.stages.calibrate import calibrate_stage, features_stage
 from lop.stages.compare import compare_stage
 from lop.stages.distil import distil_stage
 from lop.stages.local import Local
+from lop.stages.probe import probe_stage
 from lop.stages.prune import export_allocation, prune_stage
 from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage, started
@@ -178,6 +179,19 @@ def test_the_predictor_for_all_models_keeps_attention_dense(base: Path, both: Ru
     found = predictor_for(run, run.config).allocate(budget)
     assert found.widths[LAYERS:] == (GROUPS,) * LAYERS
     assert 0 <= budget - run.space.cost(found.widths) < run.space.parts[0].cost * run.space.granularity
+
+
+def test_probes_measure_ffns_and_their_small_search_moves_attention_too(base: Path, both: Run) -> None:
+    run = Run(config(base, *BOTH), base / "probed")
+    run.folder.mkdir()
+    run.statistics_file.write_bytes(both.statistics_file.read_bytes())
+    found = probe_stage(run, Local(), 6, 0.3, progress=False)
+    budget = run.space.budget(0.3)
+    assert len(found.probes) == 2
+    best = found.best[budget]
+    assert len(best.widths) == 2 * LAYERS
+    assert 0 <= budget - run.space.cost(best.widths) < run.space.parts[0].cost * run.space.granularity
+    assert predictor_for(run, run.config).allocate(budget) == best
 
 
 def test_a_ratio_is_of_the_parameters_of_what_is_open(ffns: Run, both: Run) -> None:

@@ -259,4 +259,4 @@ FITS: dict[str, Callable[[Sequence[Measured], float, int], Arrays]] = {
     "direct": _direct,
 }
 # Unless another is asked for; 0 where there is none, or where the kind finds it.
-STRENGTHS = {"second-order": 0.0, "ridge": 0.0, "attention": 0.1, "direct": 1.0}
+STRENGTHS = {"second-order": 0.0, "ridge": 0.0, "attention": 0.1, "direct": 3.0}

@@ -185,9 +185,11 @@ def test_probes_measure_ffns_and_their_small_search_moves_attention_too(base: Pa
     run = Run(config(base, *BOTH), base / "probed")
     run.folder.mkdir()
     run.statistics_file.write_bytes(both.statistics_file.read_bytes())
+    alone = probe_stage(run, Local(), 2, progress=False).probes
     found = probe_stage(run, Local(), 6, 0.3, progress=False)
     budget = run.space.budget(0.3)
-    assert len(found.probes) == 2
+    assert found.probes == alone
+    assert len(alone) == 2
     best = found.best[budget]
     assert len(best.widths) == 2 * LAYERS
     assert 0 <= budget - run.space.cost(best.widths) < run.space.parts[0].cost * run.space.granularity

@@ -128,10 +128,11 @@ def _recorded(run: Path) -> int:
 
 
 def results(run: Path) -> list[Any]:
-    """What a run's stages found; not how long they took."""
+    """What a run's stages found; not how long they took, nor what only runs have whose calibration measured features."""
     comparison = json.loads((run / "results.json").read_text())
     del comparison["seconds"]
-    predictors = {key: value for key, value in _json(run / "predictors.json").items() if key != "fingerprints"}
+    kept = _json(run / "predictors.json").items()
+    predictors = {key: value for key, value in kept if key not in ("fingerprints", "others")}
     return [_json(run / "search.json")["targets"], sorted(read_ledger(run / "ledger")), predictors, comparison["rows"]]
 
 

@@ -128,7 +128,7 @@ def _recorded(run: Path) -> int:
 
 
 def results(run: Path) -> list[Any]:
-    """What a run's stages found; not how long they took, nor what only runs have whose calibration measured features."""
+    """What a run's stages found; not how long they took, nor what only measured features bring."""
     comparison = json.loads((run / "results.json").read_text())
     del comparison["seconds"]
     kept = _json(run / "predictors.json").items()

@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_workers(probe)
     probe.add_argument("--budget", type=int, default=30, metavar="N", help="evaluations in all (30)")
-    probe.add_argument("--target", type=float, metavar="RATIO", help="compare allocations of this target, too")
+    probe.add_argument("--target", type=float, metavar="RATIO", help="spend them on allocations of this target")
     measure = add("measure", "measure pruned and quantised models, for --bytes to choose by", commands.measure)
     _add_workers(measure)
     quantise = add("quantise", "write a checkpoint again with weights of fewer bits", commands.quantise, common=False)

@@ -25,7 +25,7 @@ from lop.methods.registry import METHODS
 from lop.model.elastic import Repair
 from lop.model.repair import Biases, Refits, factors, reordered
 from lop.model.samples import Sample, fingerprint_samples
-from lop.report.intervals import Interval, paired_bootstrap
+from lop.report.intervals import Interval, keyed_bootstrap
 from lop.run.building import Materials, Workshop
 from lop.run.config import Config, find_config, load_config
 from lop.run.prediction import open_predictor
@@ -180,8 +180,7 @@ class Bench:
 
     def interval(self, values: np.ndarray) -> Interval:
         """The mean of a value for each item [n], with the 95% interval of a bootstrap over images and texts."""
-        images = np.unique([sample.keys[0] for sample in self.items], return_inverse=True)[1]
-        return paired_bootstrap(values, np.zeros(len(images), dtype=np.int64), images)
+        return keyed_bootstrap(values, [sample.keys[0] for sample in self.items])
 
     def check(self, count: int, methods: Sequence[str], recoveries: Sequence[Recovery] = (REFIT,)) -> Iterator[bool]:
         """Makes scores of some methods again, chosen at random, and says whether they agree."""

@@ -29,7 +29,7 @@ from lop.checkpoint.packing import stored_dtype
 from lop.checkpoint.recovery import CATCH_UP
 from lop.model.rounding import Rounding
 from lop.model.samples import fingerprint_samples
-from lop.report.intervals import paired_bootstrap
+from lop.report.intervals import keyed_bootstrap
 from lop.run.choice import packing_of
 from lop.search.evaluator import Evaluator
 from lop.search.racing import pack_values, unpack_values
@@ -109,8 +109,7 @@ class Smaller:
 
     def lead(self, pair: Pair, rival: Pair) -> dict[str, Any]:
         """By how much a rival's KL is above the pair's."""
-        images = np.unique([sample.keys[0] for sample in self.items], return_inverse=True)[1]
-        found = paired_bootstrap(self.kl(rival) - self.kl(pair), np.zeros(len(images), dtype=np.int64), images)
+        found = keyed_bootstrap(self.kl(rival) - self.kl(pair), [sample.keys[0] for sample in self.items])
         about = {"ratio": rival[0], "bits": rival[1], "bytes": self.bytes(rival)}
         return {**about, "lead": found.value, "interval": [found.low, found.high]}
 

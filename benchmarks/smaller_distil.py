@@ -32,7 +32,7 @@ from lop.distil.training import Judge
 from lop.model.adapter import QwenVL, load_model
 from lop.model.encoding import encode
 from lop.model.samples import Sample, fingerprint_samples
-from lop.report.intervals import Interval, paired_bootstrap
+from lop.report.intervals import Interval, keyed_bootstrap
 from lop.run.config import Config, find_config, load_config
 from lop.search.racing import pack_values, unpack_values
 from lop.search.scoring import Scoring
@@ -106,16 +106,15 @@ def summary(
 ) -> dict[str, Any]:
     """Makes the cells that are missing, prints a table, and returns the last line."""
     distilling = distilling or make()
-    images = np.unique([sample.keys[0] for sample in distilling.items], return_inverse=True)[1]
-    one = np.zeros(len(images), dtype=np.int64)
+    keys = [sample.keys[0] for sample in distilling.items]
 
     def interval(values: np.ndarray) -> Interval:
-        return paired_bootstrap(values, one, images)
+        return keyed_bootstrap(values, keys)
 
     lines: dict[str, Any] = {
         "benchmark": "smaller_distil",
         "tokens": distilling.config.distil.tokens,
-        "items": len(images),
+        "items": len(keys),
         **{name: {} for name in ("distilled_back", "interval", "kl", "curve")},
     }
     for ratio in ratios:

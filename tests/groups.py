@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -25,3 +26,10 @@ def grouped_tiny(folder: Path) -> Path:
             tensors[name] = torch.cat([value] * GROUPS).contiguous()
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
+
+
+def random_orders(layers: int, neurons: int) -> dict[str, np.ndarray]:
+    """Some order of each layer's neurons, and of its groups."""
+    random = np.random.default_rng(5)
+    rows = {"order": neurons, "groups": GROUPS}
+    return {name: random.permuted(np.tile(np.arange(n), (layers, 1)), axis=1) for name, n in rows.items()}

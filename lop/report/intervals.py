@@ -57,6 +57,12 @@ def paired_bootstrap(
     return percentile_interval(mean_over_forms(values, forms), _resampled_means(draws, values, forms, images))
 
 
+def keyed_bootstrap(values: np.ndarray, keys: Sequence[str]) -> Interval:
+    """The mean of `values` [n], with the 95% interval of `paired_bootstrap` over keys: of images and texts."""
+    groups = np.unique(keys, return_inverse=True)[1]
+    return paired_bootstrap(values, np.zeros(len(groups), dtype=np.int64), groups)
+
+
 class Resampler:
     """Bootstraps over images, the same draws for everything measured on them, so that differences are paired.
 

@@ -26,7 +26,7 @@ from lop.model.samples import Sample, load_sample_sets
 from lop.model.smol import NAME, find_source, read_backbone
 from lop.model.statistics import calibrate
 from lop.model.tensors import model_size
-from lop.report.intervals import paired_bootstrap
+from lop.report.intervals import keyed_bootstrap
 from lop.search.evaluator import Evaluator
 from lop.space.allocation import Allocation, Space, dense, uniform
 from lop.storage.headers import read_tensors
@@ -197,8 +197,7 @@ def _against(samples: Sequence[Sample], pruned: Figures, dense: Figures) -> list
 def _interval(samples: Sequence[Sample], values: np.ndarray, chosen: np.ndarray, form: str) -> str:
     """The mean over the chosen samples with its interval: samples of one image or text are drawn together."""
     keys = [sample.keys[0] for sample, mine in zip(samples, chosen, strict=True) if mine]
-    groups = np.unique(keys, return_inverse=True)[1]
-    found = paired_bootstrap(values[chosen], np.zeros(len(groups), dtype=np.int64), groups)
+    found = keyed_bootstrap(values[chosen], keys)
     return form.format(found.value, found.low, found.high)
 
 

@@ -28,7 +28,7 @@ from lop.space.latency import Profile, Times
 from lop.space.memory import Load
 from lop.space.size import Target
 from lop.storage.headers import read_tensors
-from tests.groups import GROUPS, grouped_tiny
+from tests.groups import GROUPS, grouped_tiny, random_orders
 
 LAYERS, NEURONS = 12, 160
 # The first layer has no attention, which caches ask first; the third has nothing at all.
@@ -43,9 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def orders() -> dict[str, np.ndarray]:
-    random = np.random.default_rng(5)
-    rows = {"order": NEURONS, "groups": GROUPS}
-    return {name: random.permuted(np.tile(np.arange(n), (LAYERS, 1)), axis=1) for name, n in rows.items()}
+    return random_orders(LAYERS, NEURONS)
 
 
 def exported(source: Path, out: Path, orders: dict[str, np.ndarray], **options: Any) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lop.model.tensors import group_parameters, model_size
 from lop.space.allocation import Allocation, Attention, Space, dense, leanest, project
 from lop.space.size import Target
 from lop.storage.headers import read_tensors
-from tests.groups import GROUPS, grouped_tiny
+from tests.groups import GROUPS, grouped_tiny, random_orders
 from tests.lop.checkpoint.test_heads import ALLOCATION, KEPT, LAYERS, NEURONS, logits
 
 pytest.importorskip("transformers", minversion="5.24")
@@ -44,9 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def orders() -> dict[str, np.ndarray]:
-    random = np.random.default_rng(5)
-    rows = {"order": NEURONS, "groups": GROUPS}
-    return {name: random.permuted(np.tile(np.arange(n), (LAYERS, 1)), axis=1) for name, n in rows.items()}
+    return random_orders(LAYERS, NEURONS)
 
 
 def packed(source: Path, bits: int) -> Packing:

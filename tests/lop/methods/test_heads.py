@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from lop.methods.flap import over_both_parts
 from lop.methods.llm_pruner import middle_layers
@@ -24,7 +23,7 @@ from lop.model.walk import Walk
 from lop.space.allocation import Attention, Space
 from tests.groups import GROUPS, grouped_tiny
 from tests.lop.methods.test_baselines import HAND
-from tests.lop.model.test_taylor import PASSAGES, in_dense_order, prose
+from tests.lop.model.test_taylor import PASSAGES, answer_backward, in_dense_order, prose
 
 SPACE = Space(2, 4, 1, 0.75, None, Attention(2, group_parameters=5, neuron_parameters=2), vanishing=True)
 # Columns of two groups, the metrics squared 1, 4, 9 and 16 in both layers: mean 7.5, unbiased deviation √43.
@@ -98,12 +97,7 @@ def test_the_terms_of_groups_are_those_of_transformers_own_gradients(grouped: Qw
     linears = [[getattr(each, f"{name}_proj") for name in "qkvo"] for each in attentions]
     for linear in (linear for layer in linears for linear in layer):
         linear.weight.requires_grad_()
-    tokenizer = grouped.processor.tokenizer
-    for question, answer in PASSAGES:
-        before = tokenizer(question, add_special_tokens=False)["input_ids"] or [tokenizer.pad_token_id]
-        after = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        logits = grouped.model(input_ids=torch.tensor([[*before, *after]])).logits[0, len(before) - 1 : -1]
-        F.cross_entropy(logits.float(), torch.tensor(after), reduction="sum").backward()
+    answer_backward(grouped)
     element, vector = torch.zeros(2, len(linears), GROUPS, dtype=torch.float64)
     for index, layer in enumerate(linears):
         for number, linear in enumerate(layer):

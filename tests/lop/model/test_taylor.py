@@ -23,6 +23,16 @@ def in_dense_order(model: QwenVL) -> ElasticModel:
     return ElasticModel(model, np.tile(np.arange(neurons), (layers, 1)))
 
 
+def answer_backward(model: QwenVL) -> None:
+    """The gradients of the loss of each passage's answer, added up, by transformers' own pass."""
+    tokenizer = model.processor.tokenizer
+    for question, answer in PASSAGES:
+        before = tokenizer(question, add_special_tokens=False)["input_ids"] or [tokenizer.pad_token_id]
+        after = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        logits = model.model(input_ids=torch.tensor([[*before, *after]])).logits[0, len(before) - 1 : -1]
+        F.cross_entropy(logits.float(), torch.tensor(after), reduction="sum").backward()
+
+
 def test_the_terms_worked_by_hand() -> None:
     # One neuron of two inputs: products are (3, −2), (−1, −1) and (4, −4).
     weights = [torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0], [4.0]])]
@@ -36,12 +46,7 @@ def test_the_terms_are_those_of_transformers_own_gradients(tiny: QwenVL) -> None
     matrices = [(ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight) for ffn in tiny.ffns]
     for weight in (weight for layer in matrices for weight in layer):
         weight.requires_grad_()
-    tokenizer = tiny.processor.tokenizer
-    for question, answer in PASSAGES:
-        before = tokenizer(question, add_special_tokens=False)["input_ids"] or [tokenizer.pad_token_id]
-        after = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        logits = tiny.model(input_ids=torch.tensor([[*before, *after]])).logits[0, len(before) - 1 : -1]
-        F.cross_entropy(logits.float(), torch.tensor(after), reduction="sum").backward()
+    answer_backward(tiny)
     # As the published code has it: rows of gate and up, columns of down, summed over the group.
     salience = [[weight * weight.grad for weight in layer] for layer in matrices]  # type: ignore[operator]
     element = [gate.abs().sum(1) + up.abs().sum(1) + down.abs().sum(0) for gate, up, down in salience]

@@ -1,13 +1,15 @@
 """What distillation brings back after pruning on `smol`: `python benchmarks/smaller_distil.py`.
 
 Each training is a small file under `results/smaller`, with the fingerprint of what it was made from. What is missing
-is made: on one core to itself some 10 ms a token of training, looks at the reward samples included (20 minutes for
-100,000); before the first one 10 minutes for statistics, test items and what the teacher says, 4 for each refit.
+is made: on one core to itself some 10 ms a token of training, looks at the reward samples included; before the first
+one 20 minutes for statistics, test items and what the teacher says, 4 for each refit.
 Then the summary is printed from the files.
 
 Widths are those of `benchmarks/smol.py`. A pruned checkpoint is exported with `refit` and learns as `lop distil` has it
-learn, with config `smol`, from its calibration samples; nothing differs between methods but the widths. KL to the dense
-model is measured before and after, on 300 of that benchmark's test items (the first that its seed draws), as there.
+learn, with config `smol`, from its calibration samples and from those of `training/smol/lessons.py`, ten times as many,
+which are made at first (`--samples calibration` leaves them out); nothing differs between methods but the widths. KL to
+the dense model is measured before and after, on 300 of that benchmark's test items (the first that its seed draws), as
+there.
 
 The last line is JSON, by method and ratio: `distilled_back`, the share of the KL to dense that training brings back;
 its 95% `interval` (paired bootstrap over images and texts); `kl` before and after; and `curve`, on the way: pairs of
@@ -45,7 +47,8 @@ RESULTS = Path(__file__).parent.parent / "results" / "smaller"
 METHODS = (LOP, "uniform")
 RATIOS = (0.3, 0.5)
 ITEMS = 300
-TOKENS = 100_000
+TOKENS = 300_000
+SAMPLES = ("calibration", "more")
 
 
 class Distilling:
@@ -54,12 +57,13 @@ class Distilling:
     Args:
         bench: of `benchmarks/smol.py`, for widths, statistics and test items.
         folder: of pruned checkpoints and of what the teacher says.
+        has_more: whether students learn from more than the calibration samples.
         settings: on top of config `smol`.
     """
 
-    def __init__(self, bench: Bench, folder: Path, settings: Sequence[str]) -> None:
+    def __init__(self, bench: Bench, folder: Path, has_more: bool, settings: Sequence[str]) -> None:
         self.bench = bench
-        self._folder = folder
+        self._folder, self._has_more = folder, has_more
         self.config: Config = load_config(find_config("smol"), ["workers=0", *settings])
 
     @cached_property
@@ -67,6 +71,19 @@ class Distilling:
         """The test items."""
         test = self.bench.run.samples.test
         return [test[index] for index in sorted(np.random.default_rng(0).permutation(len(test))[:ITEMS])]
+
+    @cached_property
+    def lessons(self) -> list[Path]:
+        """Folders of samples that students learn from besides the calibration samples."""
+        if not self._has_more:
+            return []
+        # Where it is needed: its sources are other packages than LOP's.
+        from training.smol.lessons import write_lessons
+
+        folder = self._folder / "lessons"
+        if not folder.exists():
+            write_lessons(folder)
+        return [folder]
 
     @cached_property
     def judge(self) -> Judge:
@@ -84,7 +101,7 @@ class Distilling:
         end = start.with_name(start.name.replace("refit", "distil"))
         shutil.rmtree(end, ignore_errors=True)
         began = time.perf_counter()
-        manifest = distil_stage(self.config, start, end, work=self._folder / "work")
+        manifest = distil_stage(self.config, start, end, folders=self.lessons, work=self._folder / "work")
         seconds = time.perf_counter() - began
         before, after = (pack_values(self.judge.divergences(self._load(place))) for place in (start, end))
         return {"before": before, "after": after, "seconds": seconds, "distilled": manifest["distilled"][-1]}
@@ -97,8 +114,13 @@ class Distilling:
         chosen = self.bench.choose(method, ratio)
         settings = self.config.distil.model_dump(mode="json")
         made_from = fingerprint([self.bench.made_from, chosen.widths, settings, fingerprint_samples(self.items)])
-        name = f"distil-{method}-{ratio}-{self.config.distil.tokens}-{self.config.seed}.json"
-        return cell(RESULTS / name, made_from, lambda: self.train(chosen))
+        return cell(RESULTS / f"distil-{method}-{ratio}-{self.kind}.json", made_from, lambda: self.train(chosen))
+
+    @property
+    def kind(self) -> str:
+        """What the names of trainings end in that differ in widths alone."""
+        samples = SAMPLES[self._has_more]
+        return f"{samples}-{self.config.distil.tokens}-{self.config.seed}"
 
 
 def summary(
@@ -113,7 +135,7 @@ def summary(
 
     lines: dict[str, Any] = {
         "benchmark": "smaller_distil",
-        "tokens": distilling.config.distil.tokens,
+        "trainings": distilling.kind,
         "items": len(keys),
         **{name: {} for name in ("distilled_back", "interval", "kl", "curve")},
     }
@@ -140,24 +162,31 @@ def summary(
 def check(count: int, distilling: Distilling | None = None) -> tuple[int, int]:
     """Makes `count` of the trainings again, chosen at random; how many were checked, and how many agree."""
     distilling = distilling or make()
-    tokens, seed = distilling.config.distil.tokens, distilling.config.seed
-    names = [path.stem.split("-") for path in sorted(RESULTS.glob(f"distil-*-{tokens}-{seed}.json"))]
+    names = [path.stem for path in sorted(RESULTS.glob(f"distil-*-{distilling.kind}.json"))]
     agree = checked = 0
     for index in np.random.default_rng().permutation(len(names))[:count]:
-        *method, ratio, _, _ = names[index][1:]
-        chosen = distilling.bench.choose("-".join(method), float(ratio))
-        known, again = distilling.cell("-".join(method), float(ratio)), distilling.train(chosen)
+        method, ratio = names[index].removeprefix("distil-").removesuffix(f"-{distilling.kind}").rsplit("-", 1)
+        chosen = distilling.bench.choose(method, float(ratio))
+        known, again = distilling.cell(method, float(ratio)), distilling.train(chosen)
         values = [unpack_values(found["after"]).mean() for found in (known, again)]
-        print(f"{'-'.join(method)} at {float(ratio):.0%}: KL {values[0]:.4f}, again {values[1]:.4f}")
+        print(f"{method} at {float(ratio):.0%}: KL {values[0]:.4f}, again {values[1]:.4f}")
         checked += 1
         agree += bool(np.isclose(*values, rtol=0.02))
     return checked, agree
 
 
-def make(*, tokens: int = TOKENS, seed: int = 0, runs: Path = Path("runs"), settings: Sequence[str] = ()) -> Distilling:
+def make(
+    *,
+    tokens: int = TOKENS,
+    samples: str = SAMPLES[True],
+    seed: int = 0,
+    runs: Path = Path("runs"),
+    settings: Sequence[str] = (),
+) -> Distilling:
     """What trainings of so many tokens need; nothing of it is computed yet but the statistics."""
     bench = Bench("smol", runs / "benchmark-smol", seed, [RESULTS.parent / "smol"])
-    return Distilling(bench, runs / "benchmark-smaller", [f"distil.tokens={tokens}", f"seed={seed}", *settings])
+    changed = [f"distil.tokens={tokens}", f"seed={seed}", *settings]
+    return Distilling(bench, runs / "benchmark-smaller", samples == SAMPLES[True], changed)
 
 
 def main() -> None:
@@ -166,13 +195,16 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--tokens", type=int, default=TOKENS, help="read in training")
+    parser.add_argument("--samples", choices=SAMPLES, default=SAMPLES[True], help="what is learnt from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", type=int, default=0, metavar="N", help="make N trainings again")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints and notes are kept")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     options = parser.parse_args()
     set_up_logging()
-    distilling = make(tokens=options.tokens, seed=options.seed, runs=options.runs, settings=options.set)
+    distilling = make(
+        tokens=options.tokens, samples=options.samples, seed=options.seed, runs=options.runs, settings=options.set
+    )
     if options.check:
         checked, agree = check(options.check, distilling)
         print(json.dumps({"benchmark": "smaller_distil", "checked": checked, "agree": agree}))

@@ -89,3 +89,17 @@ def test_the_shipped_sets_are_made_again(sets: SampleSets) -> None:
     from training.smol.make_samples import make_sets
 
     assert make_sets() == sets
+
+
+@needs_packages
+@needs_sources
+def test_what_is_learnt_from_has_no_group_of_reward_or_test(sets: SampleSets) -> None:
+    from training.smol.lessons import make_lessons
+    from training.smol.make_samples import Dealt
+
+    lessons = tuple(make_lessons())
+    SampleSets((*sets.calibration, *lessons), sets.reward, sets.test)  # Checks it.
+    assert len(lessons) == len(set(lessons)) > 7000
+    assert not set(lessons) & set(sets.calibration)
+    held = {sample.image_id for sample in (*sets.reward, *sets.test) if not sample.image}
+    assert not held & {fact.group for fact in Dealt.all().facts_of("training")}

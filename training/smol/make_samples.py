@@ -10,7 +10,7 @@ import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -67,26 +67,41 @@ def main() -> None:
         print(name, len(samples), dict(Counter(sample.form for sample in samples)))
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """All facts and passages, and the set that each group belongs to; `training` are those of no set."""
+
+    facts: list[Fact]
+    passages: list[Passage]
+    sets: dict[str, str]
+
+    @classmethod
+    def all(cls) -> "Dealt":
+        """Dealt together: some passages are of the same groups as facts (a word and an example of its use)."""
+        asked, told = facts(), passages(SEED)
+        return cls(asked, told, deal([fact.group for fact in asked] + [passage.chapter for passage in told]))
+
+    def facts_of(self, *sets: str) -> list[Fact]:
+        """The facts of some sets, in order."""
+        return [fact for fact in self.facts if self.sets[fact.group] in sets]
+
+    def passages_of(self, *sets: str) -> list[Passage]:
+        """The passages of some sets, in order."""
+        return [passage for passage in self.passages if self.sets[passage.chapter] in sets]
+
+
 def make_sets() -> SampleSets:
     """The three sets, which share no group, image or text."""
-    asked, told, seen = facts(), passages(SEED), load_sample_sets(ASSETS / "tiny" / "samples")
-    sets = deal([fact.group for fact in asked] + [passage.chapter for passage in told])
+    dealt, seen = Dealt.all(), load_sample_sets(ASSETS / "tiny" / "samples")
     found: dict[str, tuple[Sample, ...]] = {}
     for number, name in enumerate(SETS):
         random = np.random.default_rng([SEED, number])
         found[name] = (
-            *_asked([fact for fact in asked if sets[fact.group] == name], number, random),
-            *_told([passage for passage in told if sets[passage.chapter] == name], number, random),
+            *_asked(dealt.facts_of(name), number, random),
+            *_told(dealt.passages_of(name), number, random),
             *_shown(getattr(seen, name), number),
         )
     return SampleSets(**found)
-
-
-def training_facts() -> list[Fact]:
-    """The facts of no set: what a model may be shown so that it learns the form of the questions."""
-    asked = facts()
-    sets = deal([fact.group for fact in asked])
-    return [fact for fact in asked if sets[fact.group] == "training"]
 
 
 def deal(groups: Iterable[str]) -> dict[str, str]:
@@ -115,6 +130,12 @@ def ask(fact: Fact, form: str, random: np.random.Generator) -> Sample | None:
     return Sample(b"", fact.group, fact.source, fact.kind, form, fact.question, options, answer)
 
 
+def tell(passage: Passage) -> Sample:
+    """A passage as prose to continue."""
+    source = "wordnet" if passage.kind == "example" else "books"
+    return Sample(b"", passage.chapter, source, passage.kind, PROSE, passage.context, (), passage.text)
+
+
 def write(samples: Iterable[Sample], path: Path) -> None:
     """One row a sample; an image asked about more than once is stored once."""
     rows = [{**asdict(sample), "image": sample.image or None} for sample in samples]
@@ -138,9 +159,7 @@ def _told(found: list[Passage], number: int, random: np.random.Generator) -> Ite
     for kind, counts in _PASSAGES.items():
         mine = [passage for passage in found if passage.kind == kind]
         for index in random.permutation(len(mine))[: counts[number]]:
-            passage = mine[index]
-            source = "wordnet" if kind == "example" else "books"
-            yield Sample(b"", passage.chapter, source, kind, PROSE, passage.context, (), passage.text)
+            yield tell(mine[index])
 
 
 def _shown(samples: Iterable[Sample], number: int) -> Iterator[Sample]:

@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lop.model.samples import LETTERS, Sample, prompt_text
 from training.smol.knowledge import Fact
-from training.smol.make_samples import SEED, deal, training_facts
+from training.smol.make_samples import Dealt
 from training.smol.make_samples import ask as ask_fact
-from training.smol.prose import passages
 from training.tiny.images import Picture
 from training.tiny.questions import ask, is_negated, values_of
 
@@ -61,13 +60,12 @@ class Text:
     """Questions about words and countries, and prose, that are in none of the sets of samples."""
 
     def __init__(self) -> None:
+        dealt = Dealt.all()
         self._facts: dict[str, list[Fact]] = {}
-        for fact in training_facts():
+        for fact in dealt.facts_of("training"):
             self._facts.setdefault(fact.kind, []).append(fact)
         self._weights = np.sqrt([len(facts) for facts in self._facts.values()])
-        told = passages(SEED)
-        sets = deal(passage.chapter for passage in told)
-        self._passages = [passage.text for passage in told if sets[passage.chapter] == "training"]
+        self._passages = [passage.text for passage in dealt.passages_of("training")]
 
     def passage(self, random: np.random.Generator) -> str:
         """A random piece of prose."""

@@ -34,6 +34,7 @@ from lop.run.surveys import SURVEYS, statistics_for
 from lop.search.evaluator import Evaluator
 from lop.search.loop import InProcess
 from lop.search.racing import Candidate, pack_values, unpack_values
+from lop.search.scoring import Scoring
 from lop.space.allocation import Allocation
 from lop.stages.calibrate import calibrate_stage
 from lop.stages.local import Local
@@ -169,14 +170,20 @@ class Bench:
 
     def score(self, chosen: Chosen, recovery: Recovery = REFIT) -> dict[str, Any]:
         """What an allocation says to the test items."""
-        evaluator = Evaluator(
-            self.workshop.elastic,
-            self.workshop.encode(self.items),
-            repair=self.repair(chosen.importance, recovery),
-            divergence=True,
-        )
-        found = evaluator.compared(Allocation(chosen.widths))
+        repair = self.repair(chosen.importance, recovery)
+        with self.workshop.elastic.pruned(Allocation(chosen.widths), repair):
+            found = self._scoring.scores(self._dense)
         return {"divergence": pack_values(found.divergence), "hits": pack_values(found.correct)}
+
+    @cached_property
+    def _scoring(self) -> Scoring:
+        """Of the test items."""
+        return Scoring(self.workshop.elastic.backbone, self.workshop.encode(self.items))
+
+    @cached_property
+    def _dense(self) -> list[torch.Tensor]:
+        """What the dense model says to them."""
+        return self._scoring.all_tails()
 
     def interval(self, values: np.ndarray) -> Interval:
         """The mean of a value for each item [n], with the 95% interval of a bootstrap over images and texts."""

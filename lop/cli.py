@@ -308,7 +308,3 @@ def set_up_logging() -> None:
 def _complain(message: str) -> int:
     say(f"lop: {message}")
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

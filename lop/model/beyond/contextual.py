@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lop.model.backbone import Backbone
+from lop.model.beyond.learning import learn
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Encoded
-from lop.model.learning import learn
 
 _EPOCHS = 20
 _RATE = 1e-2

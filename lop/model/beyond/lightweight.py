@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lop.model.backbone import Backbone, Heads, Layer
-from lop.model.depth import led
+from lop.model.beyond.depth import led
+from lop.model.beyond.learning import learn
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Batch, Encoded
-from lop.model.learning import learn
 
 # Chosen on the reward samples of `tiny`, where twice the steps gain little more; wider layers take smaller steps.
 _STEPS = 800

@@ -23,7 +23,7 @@ from lop.methods.method import Given, Reward, Root
 from lop.methods.puzzletron import library
 from lop.methods.registry import METHODS
 from lop.model.elastic import Repair
-from lop.model.repair import Biases, Refits, factors, reordered
+from lop.model.repair import Biases, Refits, factor, factors
 from lop.model.samples import Sample, fingerprint_samples
 from lop.report.intervals import Interval, keyed_bootstrap
 from lop.run.building import Materials, Workshop
@@ -224,7 +224,7 @@ class Bench:
             orders = zip(run.group_order, groups, strict=True)
             moves += [((np.argsort(ours)[theirs] * len(held))[:, None] + held).ravel() for ours, theirs in orders]
         made = [
-            c if np.array_equal(move, range(len(move))) else reordered(c, torch.from_numpy(move))
+            c if np.array_equal(move, range(len(move))) else _reordered(c, torch.from_numpy(move))
             for c, move in zip(known, moves, strict=True)
         ]
         return Refits(made, cache_bytes=1 << 30)
@@ -321,3 +321,14 @@ class Bench:
         (found,) = search.run(run.space, reward, [run.space.budget(ratio)], self.seed)
         seconds = time.perf_counter() - start
         return Chosen(name, ratio, found.best.widths, importance, round(found.curve[-1][0] * share * whole), seconds)
+
+
+def _reordered(made: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
+    """The factor of the same sums with the neurons in another order.
+
+    Args:
+        made: [F, F], C (`lop.model.repair.factors`).
+        move: [F], which of C's neurons comes first to last.
+    """
+    rows = made[move].double()
+    return factor(rows @ rows.T, ridge=0.0)

@@ -11,9 +11,9 @@ import torch
 from bench import Bench, Chosen
 
 from lop.methods.registry import CONTEXTUAL, DROPPINGS, RESHAPINGS
-from lop.model.contextual import ContextualFfn
+from lop.model.beyond.contextual import ContextualFfn
+from lop.model.beyond.flops import flops
 from lop.model.encoding import Encoded
-from lop.model.flops import flops
 from lop.search.dropping import DroppingScoring
 from lop.search.racing import pack_values, unpack_values
 from lop.search.scoring import Scores, Scoring

@@ -145,7 +145,7 @@ def busy_share(workers: int, seconds: float, rounds: int) -> dict[str, float]:
         Ledger(folder / "ledger", {}) as ledger,
     ):
         cpu, start = time.process_time(), time.monotonic()
-        run_search(trees, fleet, ledger, watcher=counting)
+        run_search(trees.values(), fleet, ledger, watcher=counting)
         cpu, wall = time.process_time() - cpu, time.monotonic() - start
     # From when the first evaluations began, to the end: trees that run out count as idleness.
     began = next(moment for moment, done in counting.times if done) - seconds
@@ -167,7 +167,7 @@ def commits_per_second(trees: int, rounds: int, simulations: int) -> list[float]
             Fleet(partial(Sleeps, 0.0), count=2) as fleet,
             Ledger(folder / "ledger", {}) as ledger,
         ):
-            run_search(make_trees(trees, simulations=simulations), fleet, ledger, watcher=counting)
+            run_search(make_trees(trees, simulations=simulations).values(), fleet, ledger, watcher=counting)
         first, last = next(entry for entry in counting.times if entry[1]), counting.times[-1]
         found.append((last[1] - first[1]) / (last[0] - first[0]))
     return found
@@ -206,11 +206,11 @@ def replay_seconds(evaluations: int) -> float:
     with _folder() as folder:
         sizes = {"simulations": evaluations // count, "evaluations": evaluations // count}
         with Ledger(folder / "ledger", {}) as ledger:
-            run_search(make_trees(count, **sizes), AtOnce(), ledger)
+            run_search(make_trees(count, **sizes).values(), AtOnce(), ledger)
         trees, counting = make_trees(count, **sizes), Counting()
         start = time.perf_counter()
         with Ledger(folder / "ledger", {}) as ledger:
-            run_search(trees, _Nobody(), ledger, watcher=counting)
+            run_search(trees.values(), _Nobody(), ledger, watcher=counting)
         seconds = time.perf_counter() - start
         assert counting.done == len(ledger)
         return seconds
@@ -228,7 +228,7 @@ def by_trees(counts: list[int], simulations: int) -> list[dict[str, float]]:
         with _folder() as folder, Ledger(folder / "ledger", {}) as ledger:
             trees, counting = make_trees(count, simulations=simulations), Counting()
             before, cpu, start = psutil.Process().memory_info().rss, time.process_time(), time.perf_counter()
-            run_search(trees, AtOnce(), ledger, watcher=counting)
+            run_search(trees.values(), AtOnce(), ledger, watcher=counting)
             cpu, wall = time.process_time() - cpu, time.perf_counter() - start
             grown = max(0, psutil.Process().memory_info().rss - before)
         rows.append(

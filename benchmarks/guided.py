@@ -86,7 +86,7 @@ class Bench:
         tree = SearchTree(self.space, [start], options, seed=(seed,), reward=lambda e: e.worth("divergence"))
         started = time.perf_counter()
         with TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger", {}) as ledger:
-            run_search({0.0: tree}, InProcess(self._raced if way == "raced" else self._whole), ledger)
+            run_search([tree], InProcess(self._raced if way == "raced" else self._whole), ledger)
         seconds = time.perf_counter() - started
         best, evaluation = tree.best
         samples = sum(self.count if result.scored is None else result.scored for result in tree.results.values())

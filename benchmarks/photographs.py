@@ -119,7 +119,7 @@ def main() -> None:
         for name in options.commands:
             if name == "prune":
                 make_predictor(config, folder / "run")
-            summary[name] = found = measure([sys.executable, "-m", "lop.cli", *commands[name]])
+            summary[name] = found = measure([sys.executable, "-m", "lop", *commands[name]])
             found["over_weights_gib"] = found["peak_rss_gib"] - weights
             print(f"{name:>9}: {', '.join(f'{key} {value:.2f}' for key, value in found.items())}", flush=True)
         if "calibrate" in summary:

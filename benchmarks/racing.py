@@ -88,7 +88,7 @@ def search(config: Config) -> Searched:
     trees = build_trees(run)
     started = time.perf_counter()
     with TemporaryDirectory() as folder, Ledger(Path(folder) / "ledger", {}) as ledger:
-        run_search(trees, InProcess(evaluator), ledger)
+        run_search(trees.values(), InProcess(evaluator), ledger)
     seconds = time.perf_counter() - started
     return Searched(evaluator.scored, seconds, tuple(tree.best[1].accuracy for tree in trees.values()))
 

@@ -18,6 +18,7 @@ from lop.errors import LopError
 from lop.interrupt import Interrupted, interruptible
 from lop.methods.registry import RESHAPINGS
 from lop.model.find import EMBEDDED, SHIPPED
+from lop.options import at_run
 from lop.space.latency import PHASES
 from lop.terminal import prepare_streams, say, settle_streams
 
@@ -45,7 +46,7 @@ def run_stages(options: argparse.Namespace) -> int:
         LopError, OSError: one of them fails; the others after it are not run.
     """
     for stage in options.stages:
-        with commands.at_run(options):
+        with at_run(options):
             stage(options)
     return 0
 
@@ -308,7 +309,3 @@ def set_up_logging() -> None:
 def _complain(message: str) -> int:
     say(f"lop: {message}")
     return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from lop.cli import COMPUTING, build_parser, exit_code, run_stages, set_up_logging
-from lop.commands import settle
+from lop.options import settle
 from lop.terminal import prepare_streams
 from ray_jobs.cluster import connected
 from ray_jobs.pool import map_on_actors

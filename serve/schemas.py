@@ -1,20 +1,15 @@
 """What requests and answers look like; the OpenAPI document is made of these."""
 
-from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
-from lop.errors import LopError
-from lop.space.latency import PHASES, Profile
-from lop.space.memory import Load
-from lop.space.size import Target
 from serve.exporting import FORMATS, RECOVERIES
 from serve.job import State
 from serve.settings import Name
+from serve.targets import AnyTarget, Request, offered
 
-_LARGEST = 2**63 - 1
 _EXAMPLE: JsonDict = {"model": "tiny", "target": {"ratio": 0.3}}
 # Answers about a model of four layers, which is small enough to be read.
 _EXPECTED: JsonDict = {"value": 0.97, "low": 0.964, "high": 0.976, "recovery": "refit"}
@@ -87,118 +82,23 @@ def _examples(example: JsonDict) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [example]})
 
 
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-def _offered(names: Collection[str]) -> Callable[[str], str]:
-    def check(name: str) -> str:
-        if name not in names:
-            raise ValueError(f"is not one of {', '.join(names)}")
-        return name
-
-    return check
-
-
-class RatioTarget(_Request):
-    """Share of the FFN neurons to remove; where attention is pruned, too, of the parameters of both."""
-
-    ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False, examples=[0.3])]
-
-    def target(self, profiles: Mapping[str, Profile]) -> Target:
-        return Target(ratio=self.ratio)
-
-
-class ParametersTarget(_Request):
-    """Parameters of the whole checkpoint, at most."""
-
-    parameters: Annotated[int, Field(ge=1, le=_LARGEST, examples=[2_500_000])]
-
-    def target(self, profiles: Mapping[str, Profile]) -> Target:
-        return Target(parameters=self.parameters)
-
-
-class BytesTarget(_Request):
-    """Bytes of all of the checkpoint's tensors, at most."""
-
-    bytes: Annotated[int, Field(ge=1, le=_LARGEST, examples=[5_000_000])]
-
-    def target(self, profiles: Mapping[str, Profile]) -> Target:
-        return Target(bytes=self.bytes)
-
-
-_Count = Annotated[int, Field(ge=1, le=2**32)]
-
-
-class MemoryTarget(_Request):
-    """Bytes that are held while the model answers, at most: weights, KV cache, activations and the vision tower's."""
-
-    memory: Annotated[int, Field(ge=1, le=_LARGEST, examples=[24 * 2**30])]
-    context: Annotated[_Count, Field(description="tokens of one sequence, images and answer included")]
-    images: Annotated[int, Field(ge=0, le=2**32, description="in each sequence")] = 0
-    batch: Annotated[_Count, Field(description="sequences at once")] = 1
-    pixels: Annotated[_Count, Field(description="of each image, before the processor scales it")] = 2**20
-
-    def target(self, profiles: Mapping[str, Profile]) -> Target:
-        return Target(memory=self.memory, load=Load(self.context, self.images, self.batch, self.pixels))
-
-
-class LatencyTarget(_Request):
-    """Seconds a token, at most, on a device that the service has a profile of."""
-
-    latency: Annotated[float, Field(gt=0, allow_inf_nan=False, examples=[0.04])]
-    device: Annotated[Name, Field(description="one of the model's `devices`")]
-    phase: Annotated[str, AfterValidator(_offered(PHASES)), Field(json_schema_extra={"enum": list(PHASES)})] = PHASES[0]
-
-    def target(self, profiles: Mapping[str, Profile]) -> Target:
-        """Raises LopError: there is no such device."""
-        if self.device not in profiles:
-            there = ", ".join(profiles) or "none"
-            raise LopError(f"the service has no profile of device {self.device!r} for this model, it has: {there}")
-        return Target(latency=self.latency, profile=profiles[self.device], phase=self.phase)
-
-
-_KINDS = ("ratio", "parameters", "bytes", "memory", "latency")
-
-
-def _kind(target: object) -> str | None:
-    """Which target a request means: by the only key that names one."""
-    keys = target.keys() if isinstance(target, dict) else getattr(type(target), "model_fields", {})
-    kinds = [kind for kind in _KINDS if kind in keys]
-    return kinds[0] if len(kinds) == 1 else None
-
-
-AnyTarget = Annotated[
-    Annotated[RatioTarget, Tag("ratio")]
-    | Annotated[ParametersTarget, Tag("parameters")]
-    | Annotated[BytesTarget, Tag("bytes")]
-    | Annotated[MemoryTarget, Tag("memory")]
-    | Annotated[LatencyTarget, Tag("latency")],
-    Discriminator(
-        _kind,
-        custom_error_type="target",
-        custom_error_message=f"name exactly one target: {', '.join(_KINDS[:-1])} or {_KINDS[-1]}",
-    ),
-]
-
-
 _Recovery = Annotated[
-    Annotated[str, AfterValidator(_offered(RECOVERIES)), Field(json_schema_extra={"enum": list(RECOVERIES)})] | None,
+    Annotated[str, AfterValidator(offered(RECOVERIES)), Field(json_schema_extra={"enum": list(RECOVERIES)})] | None,
     Field(description="what makes up for the pruned neurons; by default the run's `recovery`"),
 ]
 
 
-class AllocationRequest(_Request):
+class AllocationRequest(Request):
     """What `POST /v1/allocations` takes; what a checkpoint weighs depends on its format and recovery, too."""
 
     model_config = _examples(_EXAMPLE)
     model: Name
     target: AnyTarget
-    format: Annotated[str, AfterValidator(_offered(FORMATS)), Field(json_schema_extra={"enum": list(FORMATS)})] = next(
+    format: Annotated[str, AfterValidator(offered(FORMATS)), Field(json_schema_extra={"enum": list(FORMATS)})] = next(
         iter(FORMATS)
     )
     recovery: _Recovery = None

@@ -21,5 +21,5 @@ FEW = (
 
 def lop_command(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs one command to its end."""
-    command = [sys.executable, "-m", "lop.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "lop", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)

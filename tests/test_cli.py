@@ -90,7 +90,7 @@ def stop(command: Sequence[str | Path], log: Path, is_there: Callable[[], bool],
     """Runs a command until something is there, and stops it as a user does: Ctrl-C is for all of a terminal's group."""
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lop.cli", *map(str, command)],
+            [sys.executable, "-m", "lop", *map(str, command)],
             stdout=subprocess.DEVNULL,
             stderr=file,
             start_new_session=True,

@@ -23,11 +23,11 @@ COMMANDS = (
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "lop.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "lop", *map(str, arguments)]
 
 
 def shell(line: str, **extra: str) -> subprocess.CompletedProcess[bytes]:
-    program = f"{sys.executable} -m lop.cli"
+    program = f"{sys.executable} -m lop"
     environment = {**os.environ, **extra}
     return subprocess.run(
         ["bash", "-c", line.replace("lop ", f"{program} ")], capture_output=True, env=environment, timeout=120

@@ -26,7 +26,7 @@ _RANK = 1 / 4
 
 def predicted_neurons(backbone: "Backbone", encoded: "Encoded", widths: Sequence[int]) -> "Backbone":
     """With a predictor for each layer, which uses so many [L] neurons for a token."""
-    from lop.model.contextual import contextual
+    from lop.model.beyond.contextual import contextual
 
     return contextual(backbone, encoded, widths, round(_RANK * len(backbone.norm)))
 

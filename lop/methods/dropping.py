@@ -9,7 +9,7 @@ from lop.methods.method import Need
 
 if TYPE_CHECKING:
     from lop.model.backbone import Backbone
-    from lop.model.dropping import Plan, Reading
+    from lop.model.beyond.dropping import Plan, Reading
     from lop.model.encoding import Encoded
 
 Opened = Callable[["Backbone", Callable[[], "Encoded"], float], "Reading"]
@@ -56,7 +56,7 @@ def planned(plan: "Callable[[int, float], Plan]") -> Opened:
     """How a way reads that knows no more than the number of layers and the share."""
 
     def opened(backbone: "Backbone", _: "Callable[[], Encoded]", dropped: float) -> "Reading":
-        from lop.model.dropping import read
+        from lop.model.beyond.dropping import read
 
         return partial(read, plan=plan(len(backbone.layers), dropped))
 

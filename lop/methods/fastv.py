@@ -13,7 +13,7 @@ from lop.methods.dropping import Dropping, planned
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lop.model.dropping import Plan
+    from lop.model.beyond.dropping import Plan
 
 LAYERS = 2
 
@@ -35,7 +35,7 @@ def best(scores: "Tensor", states: "Tensor", count: int) -> "tuple[Tensor, Tenso
 
 def after_two_layers(layers: int, dropped: float) -> "Plan":
     """One stage."""
-    from lop.model.dropping import Plan, Stage
+    from lop.model.beyond.dropping import Plan, Stage
 
     return Plan((Stage(min(LAYERS, layers - 1), 1 - dropped),), last_token, best)
 

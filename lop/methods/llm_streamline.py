@@ -9,10 +9,10 @@ is removed (layer pruning); what takes its place is trained on the calibration s
     llm-streamline-none     nothing (the paper's "None")
 
 n is the least with which the run holds the parameters that are asked for and those of what takes its place. With
-recovery `refit` the last form has the layer before the run say what the run did (`lop.model.depth.bridged`); the others
-have a recovery of their own. Published training: SlimPajama, 30,000 pieces of text; here the calibration samples, and
-the rate and the number of passes are ours (`lop.model.lightweight`). Not covered: FFNs as lightweight networks, and
-fine-tuning with LoRA afterwards.
+recovery `refit` the last form has the layer before the run say what the run did (`lop.model.beyond.depth.bridged`); the
+others have a recovery of their own. Published training: SlimPajama, 30,000 pieces of text; here the calibration
+samples, and the rate and the number of passes are ours (`lop.model.beyond.lightweight`). Not covered: FFNs as
+lightweight networks, and fine-tuning with LoRA afterwards.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def most_alike(backbone: "Backbone", encoded: "Encoded", span: int) -> int:
     """The first layer of the run of `span` layers whose states before and after are most alike."""
-    from lop.model.depth import similarities
+    from lop.model.beyond.depth import similarities
 
     return int(similarities(backbone, encoded, span).argmax())
 
@@ -40,8 +40,8 @@ def by_layer(backbone: "Backbone", encoded: "Encoded", asked: int, _: bool) -> R
     Raises:
         LopError: the run would be all layers.
     """
-    from lop.model.depth import layer_parameters, layers_to_remove
-    from lop.model.lightweight import fitted_layer
+    from lop.model.beyond.depth import layer_parameters, layers_to_remove
+    from lop.model.beyond.lightweight import fitted_layer
 
     span = layers_to_remove(backbone, asked, extra=layer_parameters(backbone.layers[0]))
     first = most_alike(backbone, encoded, span)
@@ -57,7 +57,7 @@ def by_matrix(backbone: "Backbone", encoded: "Encoded", asked: int, _: bool) -> 
     Raises:
         LopError: the run would be all layers.
     """
-    from lop.model.depth import layers_to_remove, linear_map, turned, without
+    from lop.model.beyond.depth import layers_to_remove, linear_map, turned, without
 
     span = layers_to_remove(backbone, asked, extra=len(backbone.norm) ** 2)
     first = most_alike(backbone, encoded, span)
@@ -72,7 +72,7 @@ def by_nothing(backbone: "Backbone", encoded: "Encoded", asked: int, refit: bool
     Raises:
         LopError: the run would be all layers.
     """
-    from lop.model.depth import bridged, layers_to_remove, without
+    from lop.model.beyond.depth import bridged, layers_to_remove, without
 
     span = layers_to_remove(backbone, asked)
     first = most_alike(backbone, encoded, span)
@@ -81,7 +81,7 @@ def by_nothing(backbone: "Backbone", encoded: "Encoded", asked: int, refit: bool
 
 
 def _reshaped(dense: "Backbone", found: "Backbone", gone: range) -> Reshaped:
-    from lop.model.depth import parameters
+    from lop.model.beyond.depth import parameters
 
     places = tuple(index for index in range(len(dense.layers)) if index not in gone)
     return Reshaped(found, places, parameters(dense) - parameters(found))

@@ -5,7 +5,7 @@ of token t before it (the paper's eq. 1); those of least influence go, all at on
 parameters that are asked for: with whole layers that is mostly more.
 
 Published without any recovery. With recovery `refit` the layer before each gap says what the gap did
-(`lop.model.depth.bridged`).
+(`lop.model.beyond.depth.bridged`).
 """
 
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ def least_influence(backbone: "Backbone", encoded: "Encoded", asked: int, refit:
     Raises:
         LopError: those would be all.
     """
-    from lop.model.depth import bridged, layers_to_remove, parameters, similarities, without
+    from lop.model.beyond.depth import bridged, layers_to_remove, parameters, similarities, without
 
     count = layers_to_remove(backbone, asked)
     influence = 1 - similarities(backbone, encoded, 1)

@@ -2,8 +2,8 @@
 
 Before each norm the axes are those of the calibration samples' states, `C = Σ x·xᵀ = Q·D·Qᵀ`; norms' weights are folded
 into what follows, rows and columns of all weights are cut, and the states are multiplied by `Qᵀ·Q'` on the way around
-each part (the paper's shortcut matrices): see `lop.model.slicing`. All places are cut to one width, the states before
-the head not at all, as in `slicegpt.rotate` of github.com/microsoft/TransformerCompression
+each part (the paper's shortcut matrices): see `lop.model.beyond.slicing`. All places are cut to one width, the states
+before the head not at all, as in `slicegpt.rotate` of github.com/microsoft/TransformerCompression
 (`rotate_and_slice_sequential`, with `do_slice_head` off).
 
 What the matrices cost counts: the width is the largest with which as many parameters are gone as are asked for, the
@@ -32,8 +32,8 @@ def slice_states(backbone: "Backbone", encoded: "Encoded", asked: int, _: bool) 
     Raises:
         LopError: no width is narrow enough.
     """
-    from lop.model.depth import parameters
-    from lop.model.slicing import principal_axes, sliced, widest
+    from lop.model.beyond.depth import parameters
+    from lop.model.beyond.slicing import principal_axes, sliced, widest
 
     width = widest(backbone, asked)
     if not width:

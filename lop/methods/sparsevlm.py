@@ -21,7 +21,7 @@ from lop.methods.fastv import LAYERS, best
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lop.model.dropping import Plan
+    from lop.model.beyond.dropping import Plan
 
 # As published: after which share of the layers, which share of the tokens is gone.
 _DEPTHS = (2 / 32, 6 / 32, 15 / 32)
@@ -84,7 +84,7 @@ def clustered(states: "Tensor", clusters: int) -> "tuple[Tensor, Tensor]":
 
 def in_three_stages(layers: int, dropped: float) -> "Plan":
     """The published proportions, scaled; a share that would be more than all leaves its excess to the other stages."""
-    from lop.model.dropping import Plan, Stage
+    from lop.model.beyond.dropping import Plan, Stage
 
     depths = [min(max(round(depth * layers), 1), layers - 1) for depth in _DEPTHS]
     spans = [after - before for before, after in zip(depths, [*depths[1:], layers])]

@@ -27,7 +27,7 @@ def tree_search(space: Space, reward: Reward, budgets: Sequence[int], seed: int)
             tie_breaker=reward.tie_breaker,
         )
         with temporary_ledger() as ledger:
-            run_search({space.ratio(budget): tree}, reward.workers(), ledger)
+            run_search([tree], reward.workers(), ledger)
         rewards = np.maximum.accumulate([reward.reward(evaluation) for evaluation in tree.results.values()])
         best, evaluation = tree.best
         curve = tuple((count + 1.0, float(value)) for count, value in enumerate(rewards))

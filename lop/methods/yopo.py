@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lop.model.backbone import Backbone
-    from lop.model.dropping import Reading
+    from lop.model.beyond.dropping import Reading
+    from lop.model.beyond.visual import Sights
     from lop.model.elastic import ElasticFfn
     from lop.model.encoding import Encoded
-    from lop.model.visual import Sights
 
 _RADIUS = 2
 
 
 def pruned_once(backbone: "Backbone", calibration: "Callable[[], Encoded]", dropped: float) -> "Reading":
     """Heads are rated on the calibration samples, by the backbone as it is."""
-    from lop.model.visual import seen_tails, visual_ratios
+    from lop.model.beyond.visual import seen_tails, visual_ratios
 
     return partial(seen_tails, sights=sights(backbone, visual_ratios(backbone, calibration()), dropped))
 
@@ -57,8 +57,8 @@ def sights(backbone: "Backbone", ratios: "Sequence[Tensor]", dropped: float) -> 
     """
     import torch
 
-    from lop.model.flops import ffn_weights, heads_weights, layer_weights
-    from lop.model.visual import Sight, Sights
+    from lop.model.beyond.flops import ffn_weights, heads_weights, layer_weights
+    from lop.model.beyond.visual import Sight, Sights
 
     layers = backbone.layers
     whole = [layer_weights(layer) for layer in layers]

@@ -115,17 +115,6 @@ def factors(backbone: Backbone, encoded: Encoded, *, ridge: float = RIDGE, atten
     return [each for part in zip(*made) for each in part]
 
 
-def reordered(made: Tensor, move: Tensor, *, ridge: float = 0.0) -> Tensor:
-    """The factor of the same sums with the neurons in another order.
-
-    Args:
-        made: [F, F], C.
-        move: [F], which of C's neurons comes first to last.
-    """
-    rows = made[move].double()
-    return factor(rows @ rows.T, ridge=ridge)
-
-
 def factor(gram: Tensor, *, ridge: float = RIDGE) -> Tensor:
     """C of `G + λI`, [F, F] float32; changes `gram`, G [F, F] float64."""
     # Row after row, as it is once it has been in shared memory: the last digit of a product depends on that.

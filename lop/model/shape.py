@@ -9,8 +9,7 @@ from lop.model.sources import check_config
 from lop.space.memory import Shape, Tower
 from lop.storage.files import read_as, read_json
 
-# What transformers leaves out of a config as its default, in either family.
-_TOWER = {"num_heads": 16, "patch_size": 14, "temporal_patch_size": 2, "in_channels": 3, "spatial_merge_size": 2}
+# What transformers' processor makes of an image by default, at least and at most.
 _PIXELS = (56 * 56, 28 * 28 * 1280)
 
 
@@ -30,10 +29,10 @@ def read_shape(folder: Path, item_bytes: int) -> Shape:
 def _shape(config: Mapping[str, Any], folder: Path, item_bytes: int) -> Shape:
     family = FAMILIES[config["model_type"]]
     text = family.text_config(config)
-    vision = {**_TOWER, **{key: value for key, value in config["vision_config"].items() if value is not None}}
+    vision = family.vision_config(config)
     heads = text["num_attention_heads"]
     head = text.get("head_dim") or text["hidden_size"] // heads
-    hidden, neurons, matrices = family.tower_widths(config)
+    hidden, neurons, matrices = family.tower_widths(vision)
     least, most = _pixels(folder)
     channels = vision.get("in_chans", vision["in_channels"])
     return Shape(
@@ -58,13 +57,23 @@ def _shape(config: Mapping[str, Any], folder: Path, item_bytes: int) -> Shape:
     )
 
 
-def _pixels(folder: Path) -> tuple[int, int]:
-    """The least and the most that the folder's processor makes of an image."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
+def read_processor(folder: Path) -> dict[str, Any]:
+    """Of a checkpoint's processor, how images are scaled: where transformers looks first. Empty if it is nowhere.
+
+    Raises:
+        LopError: a file is damaged.
+    """
+    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
         if (folder / name).is_file():
             found = read_json(folder / name)
-            settings = {**found, **(found.get("image_processor") or {})}
-            size = settings.get("size") or {}
-            least = settings.get("min_pixels") or size.get("shortest_edge") or _PIXELS[0]
-            return least, settings.get("max_pixels") or size.get("longest_edge") or _PIXELS[1]
-    return _PIXELS
+            if found := found.get(part) if part else found:
+                return dict(found)
+    return {}
+
+
+def _pixels(folder: Path) -> tuple[int, int]:
+    """The least and the most that the folder's processor makes of an image."""
+    settings = read_processor(folder)
+    size = settings.get("size") or {}
+    least = settings.get("min_pixels") or size.get("shortest_edge") or _PIXELS[0]
+    return least, settings.get("max_pixels") or size.get("longest_edge") or _PIXELS[1]

@@ -146,7 +146,7 @@ def _sizes(
     if not _is_uneven(family, config):
         yield "intermediate_size", text.get("intermediate_size"), max(info.shape[1] for info in down)
     blocks = {block for name in tensors if (block := family.tower_block(name)) is not None}
-    yield "vision_config.depth", family.tower_depth(config), len(blocks)
+    yield "vision_config.depth", family.vision_config(config)["depth"], len(blocks)
 
 
 def _quantisation(config: Mapping[str, Any]) -> str | None:

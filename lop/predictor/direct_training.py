@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lop.predictor.direct import GIVEN, given_before, odds, step_inputs
+from lop.predictor.ensemble import BLUR, SIZE, WIDTH, Ensemble
 from lop.predictor.training import Pair
 from lop.space.features import Features
 
-_ENSEMBLE, _WIDTH, _EPOCHS, _RATE, _BLUR = 5, 16, 200, 5e-3, 0.2
 # By how much its own ratios, which it is fed with when it answers, are expected to be wrong.
 _ERROR = 0.1
 
@@ -24,20 +24,14 @@ class Lesson:
     pairs: Sequence[Pair]
 
 
-class Writers(nn.Module):
-    """An ensemble: each turns the inputs of a step into by how much its ratio's log-odds differ from the target's.
+class Writers(Ensemble):
+    """Each turns the inputs of a step into by how much its ratio's log-odds differ from the target's.
 
-    All weights have a first dimension for its members. The last layer starts at zero: untrained, they answer the target
-    itself for every layer.
+    Untrained, they answer the target itself for every layer. Their arrays are what `lop.predictor.direct` takes.
     """
 
     def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.weights = nn.ParameterDict()
-        for name, rows, columns in (("enter", inputs, _WIDTH), ("inner", _WIDTH, _WIDTH), ("out", _WIDTH, 1)):
-            scale = 0.0 if name == "out" else rows**-0.5
-            self.weights[f"{name}/weight"] = nn.Parameter(torch.randn(_ENSEMBLE, columns, rows) * scale)
-            self.weights[f"{name}/bias"] = nn.Parameter(torch.zeros(_ENSEMBLE, 1, columns))
+        super().__init__({"enter": (inputs, WIDTH), "inner": (WIDTH, WIDTH), "out": (WIDTH, 1)})
 
     def forward(self, x: Tensor) -> Tensor:
         """[e, N, inputs] to [e, N]."""
@@ -47,11 +41,6 @@ class Writers(nn.Module):
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return x @ self.weights[f"{name}/weight"].transpose(1, 2) + self.weights[f"{name}/bias"]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """As `lop.predictor.direct` takes them."""
-        found = {name.replace("/", "."): weight.detach().double().numpy() for name, weight in self.weights.items()}
-        return {name: array[:, 0] if name.endswith("bias") else array for name, array in found.items()}
 
 
 def fit_direct(lessons: Sequence[Lesson], decay: float, seed: int) -> dict[str, np.ndarray]:
@@ -90,14 +79,11 @@ def _steps(lesson: Lesson) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _train(writers: Writers, x: Tensor, y: Tensor, start: Tensor, weight: Tensor, decay: float) -> None:
-    """By the squared error, as the paper's predictors; inputs are blurred, against learning by heart."""
-    optimiser = torch.optim.AdamW(writers.parameters(), lr=_RATE, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _EPOCHS)
-    for _ in range(_EPOCHS):
-        blur = _BLUR * torch.randn(_ENSEMBLE, *x.shape)
-        blur[..., -GIVEN:] *= _ERROR / _BLUR
-        loss = (weight * (torch.sigmoid(writers(x + blur) + start) - y).square()).sum()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+    """By the squared error, as the paper's predictors; inputs are blurred."""
+
+    def loss() -> Tensor:
+        blur = BLUR * torch.randn(SIZE, *x.shape)
+        blur[..., -GIVEN:] *= _ERROR / BLUR
+        return (weight * (torch.sigmoid(writers(x + blur) + start) - y).square()).sum()
+
+    writers.learn(loss, decay)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lop.errors import LopError
 from lop.predictor.curves import PLAIN, Rule
 from lop.predictor.direct_training import Lesson, fit_direct
+from lop.predictor.ensemble import BLUR, SIZE, WIDTH, Ensemble
 from lop.predictor.general import WRITERS, Arrays, General, layer_inputs, point_inputs
 from lop.predictor.training import Pair
 from lop.space.features import PRUNED, Features
@@ -20,7 +21,6 @@ _FLOOR = 1e-5
 # As many rows as a member counts in a regression, however deep it is: a curve's points say much the same.
 _ROWS = 12
 _RIDGES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-_ENSEMBLE, _WIDTH, _EPOCHS, _RATE, _BLUR = 5, 16, 200, 5e-3, 0.2
 
 
 @dataclass(frozen=True)
@@ -173,27 +173,21 @@ def _direct(members: Sequence[Measured], strength: float, seed: int) -> Arrays:
     return {**curves, **fit_direct(lessons, strength, seed)}
 
 
-class CurveNetwork(nn.Module):
+class CurveNetwork(Ensemble):
     """Each layer's inputs, and through attention all others', to its corrections and the logarithms of their variances.
 
-    An ensemble of them is computed at once: all weights have a first dimension for its members. The last layer starts
-    at zero: untrained, it corrects nothing.
+    Untrained, they correct nothing. Their arrays are what `lop.predictor.general` takes.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
         sizes = {
-            "enter": (inputs, _WIDTH),
-            "qkv": (_WIDTH, 3 * _WIDTH),
-            "mix": (_WIDTH, _WIDTH),
-            "inner": (_WIDTH, _WIDTH),
-            "out": (_WIDTH, 2 * outputs),
+            "enter": (inputs, WIDTH),
+            "qkv": (WIDTH, 3 * WIDTH),
+            "mix": (WIDTH, WIDTH),
+            "inner": (WIDTH, WIDTH),
+            "out": (WIDTH, 2 * outputs),
         }
-        self.weights = nn.ParameterDict()
-        for name, (rows, columns) in sizes.items():
-            scale = 0.0 if name == "out" else rows**-0.5
-            self.weights[f"{name}/weight"] = nn.Parameter(torch.randn(_ENSEMBLE, columns, rows) * scale)
-            self.weights[f"{name}/bias"] = nn.Parameter(torch.zeros(_ENSEMBLE, 1, columns))
+        super().__init__(sizes)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return (
@@ -204,17 +198,12 @@ class CurveNetwork(nn.Module):
         """[e, m, L, inputs] of m models, and which layers they have [m, L], to means and log variances [e, m, L, 9]."""
         hidden = self._linear("enter", x)
         query, key, value = self._linear("qkv", hidden).chunk(3, dim=-1)
-        scores = query @ key.transpose(-1, -2) / _WIDTH**0.5
+        scores = query @ key.transpose(-1, -2) / WIDTH**0.5
         weights = scores.masked_fill(~there[None, :, None], -torch.inf).softmax(-1)
         hidden = hidden + self._linear("mix", weights @ value)
         found = self._linear("out", torch.tanh(self._linear("inner", torch.tanh(hidden))))
         mean, log = found.chunk(2, dim=-1)
         return mean, log.clamp(-6, 4)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """As `lop.predictor.general` takes them."""
-        found = {name.replace("/", "."): weight.detach().double().numpy() for name, weight in self.weights.items()}
-        return {name: array[:, 0] if name.endswith("bias") else array for name, array in found.items()}
 
 
 def _attention(members: Sequence[Measured], strength: float, seed: int) -> Arrays:
@@ -230,25 +219,22 @@ def _attention(members: Sequence[Measured], strength: float, seed: int) -> Array
     there = torch.arange(depth) < torch.tensor([len(found) for found in inputs])[:, None]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _trained(CurveNetwork(x.shape[-1], len(PRUNED)), x, y, there, strength)
+        network = CurveNetwork(x.shape[-1], len(PRUNED))
+        _train(network, x, y, there, strength)
     return {"centre": centre, "scale": scale, "noise": np.ones(len(PRUNED)), **network.arrays()}
 
 
-def _trained(network: CurveNetwork, x: Tensor, y: Tensor, there: Tensor, decay: float) -> CurveNetwork:
-    """By the likelihood of what was measured, models counting alike; inputs are blurred against learning by heart."""
+def _train(network: CurveNetwork, x: Tensor, y: Tensor, there: Tensor, decay: float) -> None:
+    """By the likelihood of what was measured, models counting alike; inputs are blurred."""
     known = ~y.isnan()
     weights = known / known.sum((1, 2), keepdim=True) / len(y)
     target = y.nan_to_num()
-    optimiser = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _EPOCHS)
-    for _ in range(_EPOCHS):
-        mean, log = network(x + _BLUR * torch.randn(_ENSEMBLE, *x.shape), there)
-        loss = (weights * ((target - mean).square() * torch.exp(-log) + log)).sum((1, 2, 3)).sum()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    return network
+
+    def loss() -> Tensor:
+        mean, log = network(x + BLUR * torch.randn(SIZE, *x.shape), there)
+        return (weights * ((target - mean).square() * torch.exp(-log) + log)).sum((1, 2, 3)).sum()
+
+    network.learn(loss, decay)
 
 
 # From members, the strength of what keeps weights small, and a seed.

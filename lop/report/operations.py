@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from lop.checkpoint.recovery import recover_elastic
 from lop.methods.registry import CONTEXTUAL, DROPPINGS
-from lop.model.contextual import ContextualFfn
+from lop.model.beyond.contextual import ContextualFfn
+from lop.model.beyond.flops import flops
 from lop.model.encoding import Encoded
-from lop.model.flops import flops
 from lop.model.samples import Sample, fingerprint_samples
 from lop.predictor.predictor import Predictor
 from lop.report.cells import Spread

@@ -213,7 +213,7 @@ def _operations_parts(run: Run, answered: Mapping[Way, Answered]) -> list[str]:
     parts = [
         "## At equal operations",
         "What computes less and leaves the weights is told by the operations of the language backbone, as a share of "
-        "the dense model's, counted from shapes (`lop.model.flops`). Each is held against the widest of "
+        "the dense model's, counted from shapes (`lop.model.beyond.flops`). Each is held against the widest of "
         "`lop-predictor`'s allocations that computes no more, paired on the same questions; all of LOP's widths with "
         f"recovery `{run.config.scored_recovery}`. `seconds` are those to set it up. No checkpoint holds any of them: "
         "what differs is how weights are used.",

@@ -16,7 +16,6 @@ from lop.run.qualities import Qualities, read_qualities
 from lop.run.run import Run
 from lop.space.allocation import Allocation, Space, dense, leanest
 from lop.space.size import Target
-from lop.storage.headers import read_tensors
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def packing_of(run: Run, bits: int, *, vision: bool = False) -> Packing | None:
     check_bits(bits)
     if bits == BITS[0]:
         return None
-    tensors, attention = read_tensors(run.model_folder), run.space.attention
+    tensors, attention = run.tensors, run.space.attention
     heads = tensors[out_projections(tensors)[0][0]].shape[1] // attention.groups if attention else 0
     family, granularity = family_of(run.model_folder), run.config.granularity
     return packing(tensors, family, bits, granularity=granularity, heads=heads, vision=vision)
@@ -104,7 +103,7 @@ def footprint_of(run: Run, format: Format, recovery: Recovery, bits: int, *, vis
     found = packing_of(run, bits, vision=vision)
     attention = run.space.attention
     groups = attention.groups if attention else None
-    weight = None if found is None else found.weight(run.size, read_tensors(run.model_folder), groups)
+    weight = None if found is None else found.weight(run.size, run.tensors, groups)
     return Footprint(run.size, format, recovery, shape_of(run), run.model_folder, weight, attention)
 
 

@@ -21,7 +21,7 @@ from lop.space.size import ModelSize
 from lop.storage.destination import check_writable
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import check_fingerprints
-from lop.storage.headers import read_tensors
+from lop.storage.headers import TensorInfo, read_tensors
 from lop.storage.location import Location
 
 # With torch behind them: a prediction takes less time than that import, and needs neither.
@@ -135,13 +135,22 @@ class Run:
         return folder
 
     @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The dense checkpoint's, by their names.
+
+        Raises:
+            LopError: it is damaged.
+        """
+        return read_tensors(self.model_folder)
+
+    @cached_property
     def size(self) -> ModelSize:
         """The dense checkpoint's numbers.
 
         Raises:
             LopError: it is damaged.
         """
-        return model_size(read_tensors(self.model_folder))
+        return model_size(self.tensors)
 
     @cached_property
     def settled(self) -> Config:
@@ -189,7 +198,7 @@ class Run:
     def _attention(self) -> Attention:
         folder = self.model_folder
         groups = read_as(folder / "config.json", family_of(folder).text_config)["num_key_value_heads"]
-        held = group_parameters(read_tensors(folder), groups)
+        held = group_parameters(self.tensors, groups)
         return Attention(groups, held, self.size.neuron_parameters)
 
     @cached_property

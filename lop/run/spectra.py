@@ -14,7 +14,6 @@ from lop.model.adapter import place_and_dtype
 from lop.model.tensors import ffn_layer, ffn_part
 from lop.run.run import Run
 from lop.storage.files import read_as, write_json
-from lop.storage.headers import read_tensors
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def _parse(data: Any) -> tuple[str, Spectra]:
 def _measure(run: Run, *, progress: bool) -> np.ndarray:
     torch.set_num_threads(run.config.threads)
     device, _ = place_and_dtype(run.config.device, run.config.dtype, run.model_folder)
-    matrices = {name: info for name, info in read_tensors(run.model_folder).items() if ffn_part(name)}
+    matrices = {name: info for name, info in run.tensors.items() if ffn_part(name)}
     found: dict[int, list[float]] = {}
     for name, info in tqdm(matrices.items(), desc="spectra", unit="matrix", disable=not progress):
         with safe_open(info.file, framework="pt") as file:

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from lop.model.backbone import Backbone
-from lop.model.dropping import Reading
+from lop.model.beyond.dropping import Reading
+from lop.model.beyond.flops import flops
 from lop.model.encoding import Batch, Encoded
-from lop.model.flops import flops
 from lop.search.scoring import Scoring
 
 
@@ -13,7 +13,7 @@ class DroppingScoring(Scoring):
     """Scores as `Scoring` does, of what is read in some way; None reads all of it.
 
     Attributes:
-        flops: of all batches scored so far; see `lop.model.flops`.
+        flops: of all batches scored so far; see `lop.model.beyond.flops`.
     """
 
     def __init__(self, backbone: Backbone, encoded: Encoded, reading: Reading | None) -> None:

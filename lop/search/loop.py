@@ -1,7 +1,7 @@
 """All targets' trees over one pool of workers."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
 from lop.search.evaluation import Evaluation, Scorer
@@ -73,7 +73,7 @@ class Watcher(Protocol):
 
 
 def run_search(
-    trees: Mapping[float, SearchTree], workers: Workers, ledger: Ledger, *, watcher: Watcher | None = None
+    trees: Collection[SearchTree], workers: Workers, ledger: Ledger, *, watcher: Watcher | None = None
 ) -> None:
     """Runs every tree to its end.
 
@@ -82,10 +82,10 @@ def run_search(
     Allocations wait in the order in which the trees ask, so that no tree starves.
 
     Args:
-        trees: by target ratio; of different budgets, so that no two ask for the same allocation.
+        trees: of different budgets, so that no two ask for the same allocation.
     """
     owners: dict[Allocation, SearchTree] = {}
-    most = {tree.budget: tree.most_in_flight for tree in trees.values()}
+    most = {tree.budget: tree.most_in_flight for tree in trees}
     total = sum(most.values())
     waiting: deque[Candidate] = deque()
     held: list[tuple[Allocation, Evaluation]] = []
@@ -119,7 +119,7 @@ def run_search(
             advance(tree)
         workers.expect(total)
 
-    for tree in trees.values():
+    for tree in trees:
         advance(tree)
     workers.expect(total)
     while waiting or running or held:

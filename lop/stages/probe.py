@@ -56,8 +56,7 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
         raise LopError(f"--budget {count}: at least 1 evaluation")
     if not run.config.search.needs_divergence:
         raise LopError("probes are divergences, which the search does not measure: --set search.reward=divergence")
-    if ratio is not None:
-        run.space.budget(ratio)  # Says what is wrong with it.
+    budget = None if ratio is None else run.space.budget(ratio)
     features, general, before = features_stage(run), load_general(), load_probes(run)
     run.check_writable()
     made = {alone(run.space, known.layer, known.share) for known in before.probes}
@@ -76,10 +75,9 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
             return -found[allocation].worth("divergence")
 
         probes, best = list(before.probes), dict(before.best)
-        if ratio is None:
+        if budget is None:
             probes = probe(general.curves(features), run.space, count, measure)
         else:
-            budget = run.space.budget(ratio)
             tree = small_tree(
                 run.space,
                 of_ffns(run.space, budget, general.answering(features, probes)),
@@ -89,7 +87,7 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
                 seed=run.config.seed,
                 reward=lambda evaluation: evaluation.worth(run.config.search.reward),
             )
-            run_search({ratio: tree}, workers, ledger, watcher=_Shown(bar))
+            run_search([tree], workers, ledger, watcher=_Shown(bar))
             made.update(tree.results)
             best[budget] = surest(tree)
     found = Probed(tuple(probes), best, len(made))

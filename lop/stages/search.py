@@ -64,7 +64,7 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
                 for tree in trees.values():
                     tree.add_start(best_additive(run.space, damages, tree.budget))
             descents = _descend(run, trees, workers, ledger, watcher)
-            run_search(trees, workers, ledger, watcher=watcher)
+            run_search(trees.values(), workers, ledger, watcher=watcher)
             settings = run.config.search.confirm
             confirmed = (
                 confirm(trees, settings.candidates, workers, ledger, watcher.tick, guards=starts) if settings else {}

@@ -15,7 +15,7 @@ from tests.ray_jobs.evaluators import Logged
 def main(ledger: str, log: Path, result: Path) -> None:
     trees = make_trees()
     with connected(), Fleet(partial(Logged, log, 0.1), count=3) as fleet, Ledger(ledger, {}) as opened:
-        run_search(trees, fleet, opened)
+        run_search(trees.values(), fleet, opened)
     result.write_text(repr(outcome(trees)))
 
 

@@ -45,7 +45,7 @@ def cluster() -> Iterator[Cluster]:
 def calmly(folder: Path, evaluator: Any, *, count: int = 3) -> Outcome:
     trees = dict(list(make_trees().items())[:count])
     with Ledger(folder, {}) as ledger:
-        run_search(trees, InProcess(evaluator), ledger)
+        run_search(trees.values(), InProcess(evaluator), ledger)
     return outcome(trees), sorted(read_ledger(folder))
 
 
@@ -66,7 +66,7 @@ def test_a_node_that_goes_changes_nothing(cluster: Cluster, calm: Outcome, tmp_p
     disturbing = threading.Thread(target=disturb)
     with Fleet(partial(Logged, logged, 0.1), count=4) as fleet, Ledger(tmp_path / "ledger", {}) as ledger:
         disturbing.start()
-        run_search(trees, fleet, ledger)
+        run_search(trees.values(), fleet, ledger)
     disturbing.join()
     cluster.add_node(num_cpus=2)
     assert (outcome(trees), sorted(read_ledger(tmp_path / "ledger"))) == calm
@@ -130,7 +130,7 @@ def test_a_torn_last_record_is_evaluated_again(cluster: Cluster, calm: Outcome, 
     logged.unlink()
     trees = make_trees()
     with Fleet(partial(Logged, logged, 0), count=2) as fleet, Ledger(folder, {}) as ledger:
-        run_search(trees, fleet, ledger)
+        run_search(trees.values(), fleet, ledger)
     assert (outcome(trees), sorted(read_ledger(folder))) == calm
     assert len(logged.read_text().splitlines()) == 1
 
@@ -138,7 +138,7 @@ def test_a_torn_last_record_is_evaluated_again(cluster: Cluster, calm: Outcome, 
 def test_what_cannot_be_evaluated_is_recorded_with_its_error(cluster: Cluster, tmp_path: Path) -> None:
     trees = dict(list(make_trees().items())[:1])
     with Fleet(Troubled, count=3, seconds=SECONDS) as fleet, Ledger(tmp_path / "ledger", {}) as ledger:
-        run_search(trees, fleet, ledger)
+        run_search(trees.values(), fleet, ledger)
     found = outcome(trees), sorted(read_ledger(tmp_path / "ledger"))
     assert found == calmly(tmp_path / "calm", CalmlyTroubled(), count=1)
     assert {evaluation.error for _, evaluation in found[1]} == {"", *ERRORS.values()}

@@ -142,14 +142,14 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     path = tmp_path_factory.mktemp("calm") / "ledger"
     trees = make_trees()
     with Ledger(path, {}) as ledger:
-        run_search(trees, InProcess(cast(Any, Slow())), ledger)
+        run_search(trees.values(), InProcess(cast(Any, Slow())), ledger)
     return outcome(trees), sorted(read_ledger(path))
 
 
 def searched(path: Path, fleet: Fleet) -> Outcome:
     trees = make_trees()
     with Ledger(path, {}) as ledger:
-        run_search(trees, fleet, ledger)
+        run_search(trees.values(), fleet, ledger)
     return outcome(trees), sorted(read_ledger(path))
 
 

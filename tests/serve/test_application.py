@@ -36,7 +36,7 @@ class Running:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "lop.cli", "serve", "--storage", storage, "--port", str(self.port), *options]
+        command = [sys.executable, "-m", "lop", "serve", "--storage", storage, "--port", str(self.port), *options]
         environment = {**os.environ, "RAY_enable_worker_prestart": "0"}
         self.process = subprocess.Popen(
             command,

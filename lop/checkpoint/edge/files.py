@@ -18,6 +18,7 @@ from lop.checkpoint.edge.types import check_library, ggml
 from lop.checkpoint.shards import Cut, write_all
 from lop.errors import LopError
 from lop.model.families.registry import FAMILIES
+from lop.model.shape import read_processor
 from lop.storage.destination import NewFolder
 from lop.storage.files import read_json
 from lop.storage.headers import read_tensors
@@ -96,7 +97,7 @@ def plan(source: Path, cuts: Sequence[tuple[str, Cut]], kind: str, *, name: str 
     config = read_json(source / "config.json")
     family = FAMILIES[config["model_type"]]
     check_family(source, family)
-    text, depth = family.text_config(config), family.tower_depth(config)
+    text, vision = family.text_config(config), family.vision_config(config)
     cuts = [(tensor, cut) for tensor, cut in cuts if not is_left_out(tensor, config)]
     pieces = language_pieces(cuts, family, kind, text["num_hidden_layers"])
     stored = stored_widths(pieces)
@@ -107,10 +108,11 @@ def plan(source: Path, cuts: Sequence[tuple[str, Cut]], kind: str, *, name: str 
         add_tokenizer(writer, source, vocabulary)
 
     files = {f"model-{kind}.gguf": Planned(_head("qwen2vl", name, add_text, pieces), tuple(pieces))}
-    vision = config.get("vision_config") or {}
-    if (reason := tower_refusal(vision, depth)) is None:
-        pieces, images = tower_pieces(cuts, family, depth), _image_settings(source)
-        head = _head("clip", name, lambda writer: add_tower(writer, vision, depth, text["hidden_size"], images), pieces)
+    if (reason := tower_refusal(vision)) is None:
+        pieces, images = tower_pieces(cuts, family, vision["depth"]), read_processor(source)
+        if "image_mean" not in images:
+            raise LopError(f"{source} says nowhere how its images are scaled (preprocessor_config.json)")
+        head = _head("clip", name, lambda writer: add_tower(writer, vision, text["hidden_size"], images), pieces)
         files[_TOWER_FILE] = Planned(head, tuple(pieces))
     return Plan(files, tuple(stored), reason)
 
@@ -164,14 +166,3 @@ def _head(architecture: str, name: str, add: Callable[[Any], None], pieces: Sequ
         writer.close()
         head = file.read_bytes()
     return head + bytes(-len(head) % _ALIGNMENT)
-
-
-def _image_settings(source: Path) -> dict[str, Any]:
-    """Of the processor, how images are scaled; newer folders have it within another file than older ones."""
-    for file, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
-        if (source / file).is_file():
-            found = read_json(source / file)
-            found = found.get(part, {}) if part else found
-            if "image_mean" in found:
-                return dict(found)
-    raise LopError(f"{source} says nowhere how its images are scaled (preprocessor_config.json)")

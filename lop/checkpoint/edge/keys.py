@@ -9,11 +9,6 @@ from lop.model.families.family import Family
 from lop.model.families.registry import FAMILIES
 
 _FAMILY = "qwen2_5_vl"
-# transformers' numbers where a config leaves out what is as the published models have it.
-_TOWER = {
-    "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
-    "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-}  # fmt: skip
 # By which llama.cpp makes up its buffers, before it has seen an image; no image has to have it.
 _IMAGE_SIZE = 560
 _TOWER_EPSILON = 1e-6
@@ -54,49 +49,46 @@ def add_language(writer: Any, text: Mapping[str, Any], widths: Sequence[int], ki
         writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def add_tower(writer: Any, vision: Mapping[str, Any], depth: int, hidden: int, processor: Mapping[str, Any]) -> None:
+def add_tower(writer: Any, vision: Mapping[str, Any], hidden: int, processor: Mapping[str, Any]) -> None:
     """Writes the vision tower's sizes.
 
     Args:
-        vision: its config.
-        depth: how many blocks it has.
+        vision: its config, with all that a config may leave out.
         hidden: the width of the language model's states.
         processor: what of the processor's config is of images.
     """
     from gguf import VisionProjectorType
 
-    sizes = {**_TOWER, **vision}
     writer.add_type("mmproj")
     writer.add_file_type(KINDS["f16"].file_type)
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(VisionProjectorType.QWEN25VL)
     writer.add_vision_projection_dim(hidden)
     writer.add_vision_image_size(_IMAGE_SIZE)
-    writer.add_vision_patch_size(sizes["patch_size"])
-    writer.add_vision_embedding_length(sizes["hidden_size"])
-    writer.add_vision_feed_forward_length(sizes["intermediate_size"])
-    writer.add_vision_block_count(depth)
-    writer.add_vision_head_count(sizes["num_heads"])
+    writer.add_vision_patch_size(vision["patch_size"])
+    writer.add_vision_embedding_length(vision["hidden_size"])
+    writer.add_vision_feed_forward_length(vision["intermediate_size"])
+    writer.add_vision_block_count(vision["depth"])
+    writer.add_vision_head_count(vision["num_heads"])
     writer.add_vision_attention_layernorm_eps(_TOWER_EPSILON)
     writer.add_vision_image_mean(list(processor["image_mean"]))
     writer.add_vision_image_std(list(processor["image_std"]))
     writer.add_vision_use_silu(True)
-    writer.add_vision_n_wa_pattern(sizes["fullatt_block_indexes"][0] + 1)
+    writer.add_vision_n_wa_pattern(vision["fullatt_block_indexes"][0] + 1)
 
 
-def tower_refusal(vision: Mapping[str, Any], depth: int) -> str | None:
-    """Why llama.cpp's graph of Qwen2.5-VL's tower cannot compute this one; None if it can."""
-    sizes = {**_TOWER, **vision}
-    if (merged := sizes["spatial_merge_size"]) != 2:
+def tower_refusal(vision: Mapping[str, Any]) -> str | None:
+    """Why llama.cpp's graph of Qwen2.5-VL's tower cannot compute one with this config; None if it can."""
+    if (merged := vision["spatial_merge_size"]) != 2:
         return f"its vision tower merges {merged} × {merged} patches into a token, and llama.cpp's graph 2 × 2"
-    if sizes["temporal_patch_size"] != 2:
-        return f"its patches span {sizes['temporal_patch_size']} frames, and those of llama.cpp 2"
-    full = list(sizes["fullatt_block_indexes"])
+    if vision["temporal_patch_size"] != 2:
+        return f"its patches span {vision['temporal_patch_size']} frames, and those of llama.cpp 2"
+    full = list(vision["fullatt_block_indexes"])
     every = full[0] + 1 if full else 0
-    if not every or full != list(range(every - 1, depth, every)):
+    if not every or full != list(range(every - 1, vision["depth"], every)):
         return f"its blocks that look at all patches are {full}, and llama.cpp's every so many from the first on"
-    if every > 1 and sizes["window_size"] != _WINDOW:
-        return f"its windows are {sizes['window_size']} pixels wide, and llama.cpp's {_WINDOW}"
+    if every > 1 and vision["window_size"] != _WINDOW:
+        return f"its windows are {vision['window_size']} pixels wide, and llama.cpp's {_WINDOW}"
     return None
 
 
@@ -112,8 +104,7 @@ def check_family(source: Any, family: Family) -> None:
 
 def has_tower(config: Mapping[str, Any]) -> bool:
     """Whether there is a file for the vision tower of a model with this config."""
-    depth = FAMILIES[config["model_type"]].tower_depth(config)
-    return tower_refusal(config.get("vision_config") or {}, depth) is None
+    return tower_refusal(FAMILIES[config["model_type"]].vision_config(config)) is None
 
 
 def is_left_out(name: str, config: Mapping[str, Any]) -> bool:

@@ -50,15 +50,12 @@ class Family(Protocol):
     def text_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What of a checkpoint's config is the language backbone's, however old the config is."""
 
-    def tower_depth(self, config: Mapping[str, Any]) -> int:
-        """How many blocks the vision tower has by a checkpoint's config."""
+    def vision_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a checkpoint's config is the vision tower's; what it leaves out is as transformers has it."""
 
-    def tower_widths(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        """Of the vision tower's blocks by a checkpoint's config: their width, their FFN's, and the tensors as wide as
-        the latter that it holds at once.
-
-        Raises:
-            KeyError: the config does not say.
+    def tower_widths(self, vision: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Of the vision tower's blocks by its config: their width, their FFN's, and the tensors as wide as the latter
+        that it holds at once.
         """
 
     # How they name their tensors, now and formerly. No name means two things in two families.

@@ -19,7 +19,10 @@ _TOWER_BLOCK = re.compile(r"visual\.blocks\.(\d+)\.")
 # Of a config as the first checkpoints have it, flat: what is not the language backbone's, or is of the whole, too.
 _NOT_TEXT = {"architectures", "auto_map", "model_type", "transformers_version", "vision_config"}
 _ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_TOWER_DEPTH = 32
+# transformers up to 4.51 leaves out of a config what is as its default.
+_TOWER = {
+    "depth": 32, "num_heads": 16, "in_channels": 3, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Qwen:
     modeling: str
     in_vllm: bool
 
+    tower_sizes: ClassVar[Mapping[str, Any]]  # Defaults of its vision config, beside those that are of both.
     tower: ClassVar[str] = "model.visual"
     backbone: ClassVar[str] = "model.language_model"
     head: ClassVar[str] = "lm_head"
@@ -63,9 +67,9 @@ class Qwen:
         ends = {key: config[key] for key in _ENDS if key in config}
         return {**flat, **ends, "model_type": f"{self.model_type}_text"}
 
-    def tower_depth(self, config: Mapping[str, Any]) -> int:
-        # transformers up to 4.51 leaves out what is as its default.
-        return (config.get("vision_config") or {}).get("depth", _TOWER_DEPTH)
+    def vision_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        said = {key: value for key, value in (config.get("vision_config") or {}).items() if value is not None}
+        return {**_TOWER, **self.tower_sizes, **said}
 
     def ffn_tensor(self, name: str) -> tuple[int, str] | None:
         found = _FFN_WEIGHT.search(name)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lop.model.families.qwen import Qwen
 
@@ -11,13 +11,13 @@ from lop.model.families.qwen import Qwen
 class _Qwen2VL(Qwen):
     """Its tower's blocks look at whole images, all of them."""
 
+    tower_sizes: ClassVar[Mapping[str, Any]] = {"embed_dim": 1280, "mlp_ratio": 4}
+
     def whole_attention(self, vision_config: Any) -> int:
         return vision_config.embed_dim * vision_config.depth
 
-    def tower_widths(self, config: Mapping[str, Any]) -> tuple[int, int, int]:
-        vision = config["vision_config"]
-        hidden = vision.get("embed_dim", 1280)
-        return hidden, int(hidden * vision.get("mlp_ratio", 4)), 2
+    def tower_widths(self, vision: Mapping[str, Any]) -> tuple[int, int, int]:
+        return vision["embed_dim"], int(vision["embed_dim"] * vision["mlp_ratio"]), 2
 
 
 FAMILY = _Qwen2VL(

@@ -109,7 +109,7 @@ def test_what_is_killed_goes_on_to_the_same_weights(pruned: Path, few: Path, tmp
     distilled(pruned, tmp_path / "calm" / "out", few)
     given = ["distil", pruned, "--set", f"samples={few}", *(part for each in QUICK for part in ("--set", each))]
     command = [*given, "--out", tmp_path / "out", "--work", tmp_path / "work"]
-    process = subprocess.Popen([sys.executable, "-m", "lop.cli", *map(str, command)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "lop", *map(str, command)], stderr=subprocess.DEVNULL)
     wait_for(lambda: bool(list((tmp_path / "work").glob("student-*/state.pt"))), "a state")
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -270,7 +270,7 @@ def test_several_processes_share_each_step(pruned: Path, few: Path, tmp_path: Pa
         "--num_processes",
         "2",
         "--module",
-        "lop.cli",
+        "lop",
     ]
     command = [*launch, *given, "--out", tmp_path / "shared"]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=280)

@@ -5,10 +5,10 @@ from torch.nn import functional as F
 
 from lop.methods.registry import CONTEXTUAL
 from lop.model.adapter import QwenVL
-from lop.model.contextual import ContextualFfn, among_most, contextual
+from lop.model.beyond.contextual import ContextualFfn, among_most, contextual
+from lop.model.beyond.flops import flops
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Encoded
-from lop.model.flops import flops
 from lop.search.scoring import Scoring
 from tests.lop.model.test_taylor import in_dense_order
 

@@ -17,10 +17,10 @@ from lop.methods.llm_streamline import most_alike
 from lop.methods.registry import RESHAPINGS
 from lop.model.adapter import QwenVL
 from lop.model.backbone import Backbone, Heads
-from lop.model.depth import layer_parameters, layers_to_remove, linear_map, similarities, turned, with_down
+from lop.model.beyond.depth import layer_parameters, layers_to_remove, linear_map, similarities, turned, with_down
+from lop.model.beyond.lightweight import fitted_layer
 from lop.model.encoding import Encoded, encode
 from lop.model.find import assets
-from lop.model.lightweight import fitted_layer
 from lop.model.samples import SampleSets
 from lop.search.scoring import Scoring
 from tests.lop.model.test_model import inputs_of

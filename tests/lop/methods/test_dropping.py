@@ -13,9 +13,9 @@ from lop.methods.fastv import after_two_layers, best, last_token
 from lop.methods.registry import DROPPINGS
 from lop.methods.sparsevlm import clustered, in_three_stages, kept_and_merged, recycle, relevant
 from lop.model.adapter import QwenVL
-from lop.model.dropping import Plan, Stage, dropped_tails, read
+from lop.model.beyond.dropping import Plan, Stage, dropped_tails, read
+from lop.model.beyond.flops import flops
 from lop.model.encoding import encode
-from lop.model.flops import flops
 from lop.model.samples import SampleSets
 from lop.search.dropping import DroppingScoring
 from lop.search.scoring import Scoring

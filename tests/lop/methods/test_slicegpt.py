@@ -7,10 +7,10 @@ from lop.errors import LopError
 from lop.methods.registry import RESHAPINGS
 from lop.model.adapter import QwenVL
 from lop.model.backbone import Backbone, Group, Heads, Layer
-from lop.model.depth import parameters
+from lop.model.beyond.depth import parameters
+from lop.model.beyond.slicing import principal_axes, sliced, sliced_parameters, widest
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Encoded
-from lop.model.slicing import principal_axes, sliced, sliced_parameters, widest
 from lop.search.scoring import Scoring
 from tests.lop.model.test_taylor import in_dense_order
 

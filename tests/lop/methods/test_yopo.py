@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from lop.methods.yopo import active, pruned_once, sights
 from lop.model.adapter import QwenVL
 from lop.model.backbone import Backbone, Layer, rotate
+from lop.model.beyond.flops import ffn_weights, flops, heads_weights, layer_weights
+from lop.model.beyond.visual import Sight, Sights, seen_tails, visual_ratios
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Batch, Encoded, encode
-from lop.model.flops import ffn_weights, flops, heads_weights, layer_weights
 from lop.model.samples import Sample, SampleSets
-from lop.model.visual import Sight, Sights, seen_tails, visual_ratios
 from lop.space.allocation import Allocation
 from tests.lop.model.test_taylor import in_dense_order, prose
 

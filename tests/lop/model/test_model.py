@@ -261,7 +261,7 @@ def test_a_full_disk_leaves_nothing(small_disk: Path, importance_order: np.ndarr
 
 
 def test_a_killed_export_leaves_no_finished_folder(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lop.cli", "prune", "--target", "0.3", "--out", str(tmp_path / "pruned")]
+    command = [sys.executable, "-m", "lop", "prune", "--target", "0.3", "--out", str(tmp_path / "pruned")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None and not any(tmp_path.iterdir()):
         time.sleep(0.001)

@@ -7,8 +7,8 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
+from lop.model.beyond.flops import flops
 from lop.model.find import assets
-from lop.model.flops import flops
 from lop.model.samples import SampleSets
 from lop.report.operations import Answered, Way, WayWorker, compared_ways, score_ways
 from lop.run.building import Materials, Workshop

@@ -57,7 +57,7 @@ def searched(folder: Path, scorer: Scorers) -> Allocation:
     tree = SearchTree(SPACE, [uniform(SPACE, budget)], OPTIONS, seed=(0,), reward=lambda e: e.worth("log_probability"))
     with Ledger(folder, {}) as ledger:
         workers = InProcess(scorer)
-        run_search({0.5: tree}, workers, ledger)
+        run_search([tree], workers, ledger)
         found = confirm({0.5: tree}, 4, workers, ledger, lambda _: None)[0.5]
     assert found.keys() == {*tree.ranked[:4], uniform(SPACE, budget)}
     assert all(evaluation.confirms for evaluation in found.values())

@@ -81,7 +81,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], set[tu
     path = tmp_path_factory.mktemp("calm") / "ledger"
     trees = make_trees()
     with Ledger(path, {}) as ledger:
-        run_search(trees, RandomWorkers(0, 1), ledger)
+        run_search(trees.values(), RandomWorkers(0, 1), ledger)
     return outcome(trees), set(read_ledger(path))
 
 
@@ -94,7 +94,7 @@ def test_workers_change_only_the_time(
     shutil.rmtree(path, ignore_errors=True)
     trees, workers = make_trees(), RandomWorkers(seed, capacity)
     with Ledger(path, {}) as ledger:
-        run_search(trees, workers, ledger)
+        run_search(trees.values(), workers, ledger)
     assert (outcome(trees), set(read_ledger(path))) == calm
     assert max(workers.counts.values()) == 1
 
@@ -108,10 +108,10 @@ def test_an_interrupted_search_ends_as_a_calm_one(
     shutil.rmtree(path, ignore_errors=True)
     for seed, most in enumerate(stops):
         with Ledger(path, {}) as ledger, suppress(KeyboardInterrupt):
-            run_search(make_trees(), RandomWorkers(seed, 3, most), ledger)
+            run_search(make_trees().values(), RandomWorkers(seed, 3, most), ledger)
     known = {allocation for allocation, _ in read_ledger(path)}
     trees, workers = make_trees(), RandomWorkers(9, 3)
     with Ledger(path, {}) as ledger:
-        run_search(trees, workers, ledger)
+        run_search(trees.values(), workers, ledger)
     assert (outcome(trees), set(read_ledger(path))) == calm
     assert not known & set(workers.counts)

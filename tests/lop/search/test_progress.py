@@ -46,7 +46,7 @@ def test_a_search_is_counted_from_its_first_to_its_last_evaluation(tmp_path: Pat
     assert all(target.best is None for target in first.targets)
     watcher.prepared("scan", 5, 5)
     with Ledger(tmp_path / "ledger", {}) as ledger:
-        run_search(trees, workers, ledger, watcher=watcher)
+        run_search(trees.values(), workers, ledger, watcher=watcher)
     watcher.finish(workers)
     last = told[-1]
     assert (last.done, last.seconds_left) == (last.planned, 0.0)

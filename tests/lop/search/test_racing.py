@@ -122,7 +122,7 @@ def searched(path: Path, options: TreeOptions, seed: int = 0) -> tuple[SearchTre
         SPACE, [uniform(SPACE, SPACE.budget(0.5))], options, seed=(seed,), reward=lambda result: result.accuracy
     )
     with Ledger(path, {}) as ledger:
-        run_search({0.5: tree}, InProcess(simulated), ledger)
+        run_search([tree], InProcess(simulated), ledger)
     return tree, simulated.scored
 
 

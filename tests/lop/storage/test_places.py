@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lop.cli import build_parser, main
-from lop.commands import settle
 from lop.errors import LopError
 from lop.model.find import assets, find_model, find_samples
+from lop.options import settle
 from lop.run.config import find_config, load_config, save_config
 from lop.run.run import Run
 from lop.stages.calibrate import calibrate_stage

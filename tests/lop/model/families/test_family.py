@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from lop.model.families.family import Family
 from lop.model.families.registry import FAMILIES
@@ -72,8 +73,16 @@ def test_a_flat_config_is_the_text_and_more(family: Family) -> None:
         "eos_token_id": 2,
     }
     assert family.text_config({**flat, "text_config": text}) == text
-    assert family.tower_depth(flat) == 32
-    assert family.tower_depth({**flat, "vision_config": {"depth": 7}}) == 7
+
+
+def test_what_a_config_leaves_out_of_the_tower_is_as_transformers_has_it(family: Family) -> None:
+    built = AutoConfig.for_model(family.model_type).vision_config
+    for said in ({}, {"vision_config": None}, {"vision_config": {"depth": None}}):
+        for name, value in family.vision_config(said).items():
+            found = getattr(built, name)
+            assert (list(found) if isinstance(found, tuple) else found) == value
+    said = {"vision_config": {"depth": 7, "in_chans": 3}}
+    assert family.vision_config(said) == {**family.vision_config({}), **said["vision_config"]}
 
 
 def test_what_is_computed_otherwise_is_refused(family: Family) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lop.model.backbone import Backbone, Group
+from lop.model.beyond.flops import flops
 from lop.model.encoding import Batch
-from lop.model.flops import flops
 
 # Reads a batch with a backbone in some way: the normed states [M, H] at its tails, and the operations.
 Reading = Callable[[Backbone, Batch], tuple[Tensor, int]]
@@ -60,7 +60,7 @@ class _Sequence:
 
 
 def read(backbone: Backbone, batch: Batch, plan: Plan) -> tuple[Tensor, int]:
-    """The states that `dropped_tails` gives, and the operations; see `lop.model.flops`."""
+    """The states that `dropped_tails` gives, and the operations; see `lop.model.beyond.flops`."""
     found, lengths = dropped_tails(backbone, batch, plan)
     return found, flops(backbone, lengths, len(batch.places))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lop.model.backbone import Backbone
+from lop.model.beyond.learning import learn
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Encoded
 
@@ -98,17 +99,14 @@ def _predictor(
     start = [torch.randn(shape, generator=draw) / math.sqrt(shape[1]) for shape in shapes]
     inward, outward = (matrix.to(like.device).requires_grad_() for matrix in start)
     size = like.float().norm(dim=0)
-    optimiser = torch.optim.Adam((inward, outward), lr=_RATE)
-    steps = max(epochs * len(inputs), 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
-    for _ in range(epochs):
-        for index in torch.randperm(len(inputs), generator=draw).tolist():
-            x = inputs[index].to(like.device)
-            with torch.no_grad():
-                right = among_most(ffn.hidden(x).float().abs() * size, width)
-            loss = F.binary_cross_entropy_with_logits(F.linear(F.linear(x.float(), inward), outward), right)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
+
+    def losses() -> Iterator[Tensor]:
+        for _ in range(epochs):
+            for index in torch.randperm(len(inputs), generator=draw).tolist():
+                x = inputs[index].to(like.device)
+                with torch.no_grad():
+                    right = among_most(ffn.hidden(x).float().abs() * size, width)
+                yield F.binary_cross_entropy_with_logits(F.linear(F.linear(x.float(), inward), outward), right)
+
+    learn((inward, outward), losses(), rate=_RATE, steps=max(epochs * len(inputs), 1))
     return inward.detach().to(like.dtype), outward.detach().to(like.dtype)

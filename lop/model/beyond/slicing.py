@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lop.model.backbone import Backbone, Heads, Layer
-from lop.model.depth import layer_parameters
+from lop.model.beyond.depth import layer_parameters
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Encoded, on_device
 
@@ -94,7 +94,7 @@ def _sliced(layer: Layer, first: Tensor, second: Tensor, third: Tensor, hidden: 
 
 
 def sliced_parameters(backbone: Backbone, width: int) -> int:
-    """What `lop.model.depth.parameters` says of `sliced`."""
+    """What `lop.model.beyond.depth.parameters` says of `sliced`."""
     hidden = len(backbone.norm)
     lost = hidden - width
     total = hidden * width

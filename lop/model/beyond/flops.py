@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor
 
 from lop.model.backbone import Backbone, Layer
-from lop.model.contextual import ContextualFfn
+from lop.model.beyond.contextual import ContextualFfn
 from lop.model.elastic import ElasticFfn
 
 

@@ -1,7 +1,7 @@
 """One decoder layer trained to do what several did: LLM-Streamline's lightweight network."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lop.model.backbone import Backbone, Heads, Layer
-from lop.model.depth import led
+from lop.model.beyond.depth import led
+from lop.model.beyond.learning import learn
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Batch, Encoded
 
@@ -34,8 +35,7 @@ def fitted_layer(
 ) -> Layer:
     """A layer that takes the place of `span` layers from `first` on, and starts as the first of these.
 
-    Trained in float32 by Adam, the rate falling to zero by a cosine, on the mean squared difference to the dense
-    model's states after those layers.
+    Trained in float32 on the mean squared difference to the dense model's states after those layers.
 
     Memory: on the host, two states for each token in float32; on the device, one batch's activations.
 
@@ -56,17 +56,15 @@ def fitted_layer(
     }
     weights = {name: value.detach().float().clone().requires_grad_() for name, value in dense.items()}
     exact = replace(backbone, norm=backbone.norm.float(), layers=(layer,))
-    optimiser = torch.optim.Adam(weights.values(), lr=rate / math.sqrt(len(backbone.norm)))
     draw = torch.Generator().manual_seed(seed)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     rounds = [torch.randperm(len(pairs), generator=draw) for _ in range(math.ceil(steps / len(pairs)))]
-    for index in torch.cat(rounds)[:steps].tolist():
-        batch, before, after = pairs[index]
-        loss = F.mse_loss(_run(exact, weights, batch, before), after.to(exact.norm.device))
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
+
+    def losses() -> Iterator[Tensor]:
+        for index in torch.cat(rounds)[:steps].tolist():
+            batch, before, after = pairs[index]
+            yield F.mse_loss(_run(exact, weights, batch, before), after.to(exact.norm.device))
+
+    learn(weights.values(), losses(), rate=rate / math.sqrt(len(backbone.norm)), steps=steps)
     found = {name: value.detach().to(dense[name].dtype) for name, value in weights.items()}
     ffn = ElasticFfn(found["gate"], found["up"], found["down"], ffn.order)
     return _layer(found, layer.heads.size, ffn)

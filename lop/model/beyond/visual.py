@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lop.model.backbone import Backbone
-from lop.model.dropping import grouped
+from lop.model.beyond.dropping import grouped
+from lop.model.beyond.flops import ends_flops, layer_flops, visual_layer_flops
 from lop.model.elastic import ElasticFfn, gated
 from lop.model.encoding import Batch, Encoded, on_device
-from lop.model.flops import ends_flops, layer_flops, visual_layer_flops
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Sequence:
 
 @torch.inference_mode()
 def seen_tails(backbone: Backbone, batch: Batch, sights: Sights) -> tuple[Tensor, int]:
-    """The normed states [M, H] at a batch's tails, and the operations; see `lop.model.flops`.
+    """The normed states [M, H] at a batch's tails, and the operations; see `lop.model.beyond.flops`.
 
     An image's tokens look at those of each other that are near, and as ever at what stands before them; a head that is
     not active says nothing of them, and no token looks at them with it. What is not looked at is not there when weights

@@ -170,9 +170,9 @@ class Bench:
 
     def score(self, chosen: Chosen, recovery: Recovery = REFIT) -> dict[str, Any]:
         """What an allocation says to the test items."""
-        repair = self.repair(chosen.importance, recovery)
+        dense, repair = self._dense, self.repair(chosen.importance, recovery)
         with self.workshop.elastic.pruned(Allocation(chosen.widths), repair):
-            found = self._scoring.scores(self._dense)
+            found = self._scoring.scores(dense)
         return {"divergence": pack_values(found.divergence), "hits": pack_values(found.correct)}
 
     @cached_property
@@ -182,7 +182,7 @@ class Bench:
 
     @cached_property
     def _dense(self) -> list[torch.Tensor]:
-        """What the dense model says to them."""
+        """What the model says to them while nothing of it is pruned."""
         return self._scoring.all_tails()
 
     def interval(self, values: np.ndarray) -> Interval:

@@ -1,12 +1,13 @@
 """From a target to an allocation and to the bits of its weights: the best pair that fits, as far as it was measured."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from lop.checkpoint.bits import BITS, Packing, check_bits, is_too_narrow, packing
 from lop.checkpoint.footprint import Footprint
 from lop.checkpoint.formats import FORMATS, Format, check_format
-from lop.checkpoint.recoveries import Recovery
+from lop.checkpoint.recoveries import Recovery, untrained
 from lop.model.sources import family_of
 from lop.model.tensors import out_projections
 from lop.predictor.unsearched import Answering
@@ -16,6 +17,8 @@ from lop.run.qualities import Qualities, read_qualities
 from lop.run.run import Run
 from lop.space.allocation import Allocation, Space, dense, leanest
 from lop.space.size import Target
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def choose(
     owner, predictor = run or what_ships(config), predictor_for(run, config)
     if target.profile is not None:
         check_profile(target.profile, predictor)
+    _warn_of_recovery(predictor, config.recovery)
     plain = footprint_of(owner, format, config.recovery, bits or BITS[0], vision=vision)
     # Where all layers keep alike, they are not what was measured; and some formats have weights of types of their own.
     is_open = bits is None and target.bytes is not None and not (plain.is_uniform(target) or FORMATS[format].gguf)
@@ -134,6 +138,20 @@ def choose(
     if qualities is None or qualities.recovery != config.recovery:
         return Choice(target, predictor, plain, plain.allocate(target, predictor.space, predictor.allocate))
     return _best(owner, predictor, plain, target, qualities, vision=vision)
+
+
+def _warn_of_recovery(predictor: Answering, recovery: Recovery) -> None:
+    """Says so where widths would do without what they were searched with: it finds what that can make up for."""
+    searched = predictor.fingerprints.get("recovery")
+    if searched is not None and searched != untrained(recovery):
+        log.warning(
+            "the search scored widths with recovery %s: with %s they may be worse than uniform ones "
+            "(--recovery %s keeps to it; `lop search --set search.recovery=%s` searches for the other)",
+            searched,
+            recovery,
+            searched,
+            untrained(recovery),
+        )
 
 
 def _best(

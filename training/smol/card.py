@@ -54,10 +54,10 @@ and `eyes.safetensors`, which ships: tower, merger and changes of rank 24 of the
 ## Measured
 
 Exact answers in percent, greedy, on the test samples, of which neither calibration nor the search has seen any (of the
-questions about knowledge, a tenth are about words that training may have asked about: `training/smol/README.md` has what
-that comes to); of prose, the loss in nats a token. bfloat16 arithmetic. Pruning keeps the neurons whose activations have the
-largest L2 norm on the calibration samples. "Against dense" are points of all questions and nats a token of prose (mean
-over passages), with the 95% interval of a paired bootstrap over images and texts. Made by
+questions about knowledge, a tenth are about words that training may have asked about: `training/smol/README.md` has
+what that comes to); of prose, the loss in nats a token. bfloat16 arithmetic. Pruning keeps the neurons whose
+activations have the largest L2 norm on the calibration samples. "Against dense" are points of all questions and nats
+a token of prose (mean over passages), with the 95% interval of a paired bootstrap over images and texts. Made by
 `python -m training.smol.card`.
 """
 

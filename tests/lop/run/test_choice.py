@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lop.cli import main
 from lop.errors import LopError
 from lop.model.find import assets
+from lop.predictor.predictor import load_predictor
 from lop.run.choice import choose, footprint_of
 from lop.run.config import load_config
 from lop.run.qualities import Qualities, Quality, quality_fingerprints, read_qualities
@@ -110,3 +111,16 @@ def test_what_was_measured_with_another_predictor_is_refused(run: Run, tmp_path:
     write_json(other.qualities_file, data)
     with pytest.raises(LopError, match="made with another predictor"):
         choose(other, other.config, Target(bytes=4_000_000))
+
+
+def test_widths_without_the_recovery_that_they_were_searched_with_are_warned_of(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = with_qualities(tmp_path / "run")
+    predictor = load_predictor(other.predictor_folder)
+    replace(predictor, fingerprints={**predictor.fingerprints, "recovery": "refit"}).save(other.predictor_folder)
+    for owner, recovery, is_warned in ((other, "none", True), (other, "refit", False), (run, "none", False)):
+        caplog.clear()
+        config = load_config(owner.folder / "config.yaml", recovery=recovery)
+        choose(owner, config, Target(ratio=0.3))
+        assert ("the search scored widths with recovery refit: with none" in caplog.text) == is_warned

@@ -48,7 +48,7 @@ METHODS = (LOP, "uniform")
 RATIOS = (0.3, 0.5)
 ITEMS = 300
 TOKENS = 300_000
-SAMPLES = ("calibration", "more")
+CALIBRATION, MORE = SAMPLES = ("calibration", "more")
 
 
 class Distilling:
@@ -57,13 +57,13 @@ class Distilling:
     Args:
         bench: of `benchmarks/smol.py`, for widths, statistics and test items.
         folder: of pruned checkpoints and of what the teacher says.
-        has_more: whether students learn from more than the calibration samples.
+        samples: of `SAMPLES`, what students learn from.
         settings: on top of config `smol`.
     """
 
-    def __init__(self, bench: Bench, folder: Path, has_more: bool, settings: Sequence[str]) -> None:
+    def __init__(self, bench: Bench, folder: Path, samples: str, settings: Sequence[str]) -> None:
         self.bench = bench
-        self._folder, self._has_more = folder, has_more
+        self._folder, self._samples = folder, samples
         self.config: Config = load_config(find_config("smol"), ["workers=0", *settings])
 
     @cached_property
@@ -75,13 +75,13 @@ class Distilling:
     @cached_property
     def lessons(self) -> list[Path]:
         """Folders of samples that students learn from besides the calibration samples."""
-        if not self._has_more:
+        if self._samples == CALIBRATION:
             return []
         # Where it is needed: its sources are other packages than LOP's.
         from training.smol.lessons import write_lessons
 
         folder = self._folder / "lessons"
-        if not folder.exists():
+        if not (folder / "calibration.parquet").exists():
             write_lessons(folder)
         return [folder]
 
@@ -119,8 +119,7 @@ class Distilling:
     @property
     def kind(self) -> str:
         """What the names of trainings end in that differ in widths alone."""
-        samples = SAMPLES[self._has_more]
-        return f"{samples}-{self.config.distil.tokens}-{self.config.seed}"
+        return f"{self._samples}-{self.config.distil.tokens}-{self.config.seed}"
 
 
 def summary(
@@ -178,7 +177,7 @@ def check(count: int, distilling: Distilling | None = None) -> tuple[int, int]:
 def make(
     *,
     tokens: int = TOKENS,
-    samples: str = SAMPLES[True],
+    samples: str = MORE,
     seed: int = 0,
     runs: Path = Path("runs"),
     settings: Sequence[str] = (),
@@ -186,7 +185,7 @@ def make(
     """What trainings of so many tokens need; nothing of it is computed yet but the statistics."""
     bench = Bench("smol", runs / "benchmark-smol", seed, [RESULTS.parent / "smol"])
     changed = [f"distil.tokens={tokens}", f"seed={seed}", *settings]
-    return Distilling(bench, runs / "benchmark-smaller", samples == SAMPLES[True], changed)
+    return Distilling(bench, runs / "benchmark-smaller", samples, changed)
 
 
 def main() -> None:
@@ -195,7 +194,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--tokens", type=int, default=TOKENS, help="read in training")
-    parser.add_argument("--samples", choices=SAMPLES, default=SAMPLES[True], help="what is learnt from")
+    parser.add_argument("--samples", choices=SAMPLES, default=MORE, help="what is learnt from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", type=int, default=0, metavar="N", help="make N trainings again")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints and notes are kept")

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lop.model.samples import LETTERS, PROSE, Sample, SampleSets, load_sample_sets
+from lop.storage.files import atomic_file
 from training.smol.knowledge import Fact, facts
 from training.smol.prose import Passage, passages
 
@@ -140,7 +141,8 @@ def write(samples: Iterable[Sample], path: Path) -> None:
     """One row a sample; an image asked about more than once is stored once."""
     rows = [{**asdict(sample), "image": sample.image or None} for sample in samples]
     table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-    pq.write_table(table, path, compression="zstd", use_dictionary=True, dictionary_pagesize_limit=64 * 2**20)
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", use_dictionary=True, dictionary_pagesize_limit=64 * 2**20)
 
 
 def _asked(found: list[Fact], number: int, random: np.random.Generator) -> Iterator[Sample]:

@@ -1,6 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 VENV := .venv
 LOWEST := .venv-lowest
+# A file's tests share clusters and services, so one process runs all of them.
+TEST := -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: demo test test-lowest lint clean
 
@@ -8,10 +10,10 @@ demo: $(VENV)/installed  ## the whole path on the embedded model, in minutes
 	$(VENV)/bin/lop demo
 
 test: $(VENV)/installed-test  ## everything that CI runs but the linters
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python $(TEST)
 
 test-lowest: $(LOWEST)/installed  ## the same with the oldest dependencies that pyproject.toml allows; on Python 3.11
-	$(LOWEST)/bin/python -m pytest
+	$(LOWEST)/bin/python $(TEST)
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

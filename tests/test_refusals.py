@@ -165,6 +165,7 @@ serve --set nonsense=1|nonsense
 serve --set queue=-1|queue
 demo --workers -1|workers
 demo --set compare.targets=[]|it is empty
+demo --set search.targets.step=0.5|2 targets are too few
 """
 
 

@@ -1,7 +1,7 @@
 """How predictors learn from what the search found."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +39,16 @@ class Fit:
     seconds: float
 
 
+def check_targets(targets: Collection[float]) -> None:
+    """Looks whether there are enough distinct targets to hold one out.
+
+    Raises:
+        LopError: there are fewer than three.
+    """
+    if len(set(targets)) < 3:
+        raise LopError(f"{len(set(targets))} targets are too few: training needs three, to hold one out")
+
+
 def split_pairs(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
     """Training and validation pairs; about `share` of the targets, evenly spread, are held out with all their pairs.
 
@@ -48,8 +58,7 @@ def split_pairs(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[P
         LopError: there are fewer than three targets.
     """
     targets = sorted({pair.target for pair in pairs})
-    if len(targets) < 3:
-        raise LopError(f"pairs of {len(targets)} targets: training needs three, to hold one out")
+    check_targets(targets)
     inner = targets[1:-1]
     count = min(max(1, round(share * len(targets))), len(inner))
     held = {inner[(2 * index + 1) * len(inner) // (2 * count)] for index in range(count)}

@@ -6,6 +6,7 @@ from typing import Any
 
 from lop.checkpoint.export import verify
 from lop.errors import LopError
+from lop.predictor.training import check_targets
 from lop.run.compute import Compute
 from lop.run.prediction import open_predictor
 from lop.run.run import Run
@@ -23,7 +24,8 @@ def demo(run: Run, compute: Compute) -> Path:
     """Runs every stage that is not done yet, and returns the report's path.
 
     Raises:
-        LopError: the folder holds a run of another model or other settings, or a damaged file.
+        LopError: the folder holds a run of another model or other settings, or a damaged file; or the config's targets
+            are too few to train on.
     """
     stages = (
         ("calibrate", lambda: calibrate_stage(run)),
@@ -32,6 +34,7 @@ def demo(run: Run, compute: Compute) -> Path:
         ("prune", lambda: _prune_all(run)),
         ("compare", lambda: compare_stage(run, compute)),
     )
+    check_targets(run.config.search.targets.ratios)
     run.check_writable()
     for number, (name, stage) in enumerate(stages, start=1):
         log.info("%d/%d %s", number, len(stages), name)

@@ -17,7 +17,8 @@ from lop.run.results import Found, read_search
 from lop.run.run import Run
 from lop.run.settings import TrainSettings
 from lop.search.evaluation import Evaluation
-from lop.search.loop import evaluate_each
+from lop.search.ledger import Ledger
+from lop.search.loop import evaluate_recorded
 from lop.search.racing import Candidate
 from lop.space.allocation import Allocation
 from lop.stages.timing import timed
@@ -133,19 +134,21 @@ def _by_architecture(fits: Sequence[Fit]) -> list[list[Fit]]:
 def _rewards(
     run: Run, compute: Compute, predictors: Sequence[Answering], targets: Sequence[float], *, progress: bool
 ) -> list[float]:
-    """Each predictor's mean reward over targets, on the reward samples."""
+    """Each predictor's mean reward over targets, on the reward samples; what the ledger holds is not scored again."""
     predicted = [[predictor.allocate(run.space.budget(target)) for target in targets] for predictor in predictors]
     wanted = list(dict.fromkeys(allocation for allocations in predicted for allocation in allocations))
-    found: dict[Allocation, Evaluation] = {}
     with (
+        Ledger(run.ledger, run.ledger_fingerprints) as ledger,
         compute.evaluators(run) as workers,
         tqdm(total=len(wanted), desc="train: score predictors", unit="evaluation", disable=not progress) as bar,
     ):
-        for results in evaluate_each(list(map(Candidate, wanted)), workers):
-            found |= dict(results)
-            bar.update(len(results))
+        found = evaluate_recorded(list(map(Candidate, wanted)), workers, ledger, lambda done: _move(bar, done))
     reward = run.config.search.reward
     return [sum(found[a].worth(reward) for a in allocations) / len(allocations) for allocations in predicted]
+
+
+def _move(bar: tqdm, done: int) -> None:
+    bar.update(done - bar.n)
 
 
 def _training_fingerprint(run: Run) -> str:

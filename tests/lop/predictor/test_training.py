@@ -82,7 +82,7 @@ def test_held_out_targets_are_spread() -> None:
 
 
 def test_two_targets_are_too_few() -> None:
-    with pytest.raises(LopError, match="2 targets: training needs three"):
+    with pytest.raises(LopError, match="2 targets are too few: training needs three"):
         split_pairs([Pair(0.1, (0.1,)), Pair(0.2, (0.2,))], 0.5)
 
 

@@ -12,6 +12,8 @@ from lop.run.features import save_features
 from lop.run.prediction import predictor_for, unsearched
 from lop.run.results import read_search
 from lop.run.run import Run
+from lop.search.evaluation import Evaluation
+from lop.search.racing import Candidate
 from lop.space.features import PRUNED, SCALARS, Features
 from lop.stages.train import train_stage
 from lop.storage.files import read_json
@@ -46,3 +48,27 @@ def test_without_features_its_own_are_compared_alone(run: Run) -> None:
     train_stage(run, MadeUp(), progress=False)
     report = read_json(run.folder / "predictors.json")
     assert (report["chosen"], report["others"]) == ("mlp", [])
+
+
+class Interrupted(MadeUp):
+    """Is stopped when it has scored a few."""
+
+    def evaluate(self, candidate: Candidate) -> Evaluation:
+        if len(self.seen) == 3:
+            raise KeyboardInterrupt
+        return super().evaluate(candidate)
+
+
+def test_what_was_scored_before_an_interruption_is_not_scored_again(run: Run) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(run, first := Interrupted(), progress=False)
+    train_stage(run, second := MadeUp(), progress=False)
+    assert len(first.seen) == 3
+    assert not set(first.seen) & set(second.seen)
+    report = run.folder / "predictors.json"
+    found = read_json(report)
+    shutil.rmtree(run.folder / "ledger")
+    report.unlink()
+    train_stage(run, whole := MadeUp(), progress=False)
+    assert set(whole.seen) == {*first.seen, *second.seen}
+    assert read_json(report) == found

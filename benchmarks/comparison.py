@@ -184,7 +184,7 @@ def main() -> None:
     cells = [c for r in options.recoveries for c in compared(bench, options.methods, options.ratios, r)]
     text = report(cells, len(bench.items))
     print(text)
-    if (options.methods, options.recoveries) == (list(METHODS), list(RECOVERIES)):
+    if (options.ratios, options.methods, options.recoveries) == (list(LEARNT), list(METHODS), list(RECOVERIES)):
         (RESULTS / "comparison.md").write_text(text)
         write_json(RESULTS / "comparison.json", {"items": len(bench.items), "cells": [asdict(cell) for cell in cells]})
         plot(cells, RESULTS / "comparison.png")

@@ -5,9 +5,9 @@ knowledge and prose. Each score is a cell under `results/smol`, shared with `ben
 made, which takes hours on two cores. `--ratios`, `--recoveries` and `--methods` make a part; `--check N` makes N cells
 of it again.
 
-Asked for all ratios, methods and recoveries it writes `results/smol/comparison.json`, `.md` and `.png`, and lists every cell in
-which LOP's search is not ahead by a 95% interval (paired bootstrap over images and texts). The last line is JSON: `kl`
-by recovery, method and ratio, and `behind` by recovery and ratio.
+Asked for all ratios, methods and recoveries it writes `results/smol/comparison.json`, `.md` and `.png`, and lists every
+cell in which LOP's search is not ahead by a 95% interval (paired bootstrap over images and texts). The last line is
+JSON: `kl` by recovery, method and ratio, and `behind` by recovery and ratio.
 """
 
 import argparse

@@ -34,4 +34,5 @@ METHOD = Method(
     root=Root.READ,
     start=alpha_pruning,
     has_profile=True,
+    label="AlphaPruning",
 )

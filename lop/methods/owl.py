@@ -26,4 +26,4 @@ def owl(statistics: "NeuronStatistics", space: Space, budget: int) -> Allocation
     return project(space.ratio(budget) - densities + densities.mean(), space, budget)
 
 
-METHOD = Method("owl", Side.BASELINE, reading(owl), root=Root.READ, start=owl, has_profile=True)
+METHOD = Method("owl", Side.BASELINE, reading(owl), root=Root.READ, start=owl, has_profile=True, label="OWL")

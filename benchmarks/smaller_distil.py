@@ -47,7 +47,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "smaller"
 METHODS = (LOP, "uniform")
 RATIOS = (0.3, 0.5)
 ITEMS = 300
-TOKENS = 300_000
+TOKENS = 200_000
 CALIBRATION, MORE = SAMPLES = ("calibration", "more")
 
 

@@ -10,19 +10,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from cells import cell
 
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
+from lop.checkpoint.recovery import CATCH_UP, refit
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.methods.lop_search import METHOD as LOP_SEARCH
 from lop.methods.method import Given, Reward, Root
 from lop.methods.puzzletron import library
 from lop.methods.registry import METHODS
-from lop.model.elastic import Repair
+from lop.model.elastic import ElasticFfn, Heads, Repair
 from lop.model.repair import Biases, Refits, factor, factors
 from lop.model.samples import Sample, fingerprint_samples
 from lop.report.intervals import Interval, keyed_bootstrap
@@ -46,6 +47,9 @@ from lop.storage.files import read_json, write_json
 from lop.storage.fingerprint import fingerprint
 
 LOP, PREDICTOR, REFIT = LOP_SEARCH.name, LOP_PREDICTOR.name, "refit"
+# The refit that an export makes: layer by layer, on what the layers before say.
+Exported = Literal["exported"]
+(EXPORTED,) = get_args(Exported)
 # What LOP's predictor learns from: its searches at these ratios.
 LEARNT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _DESCENT = "search.descent={rounds: 3}"
@@ -84,6 +88,22 @@ class Chosen:
     importance: str
     tokens: int
     seconds: float
+
+
+class FixedWeights:
+    """A repair whose weights are there already.
+
+    Args:
+        weights: each layer's [H, k].
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        self._weights = weights
+
+    def __call__(self, axis: int, part: ElasticFfn | Heads) -> None:
+        """Sets the weights."""
+        assert isinstance(part, ElasticFfn)
+        part.refitted = self._weights[axis]
 
 
 class Bench:
@@ -155,22 +175,28 @@ class Bench:
         del found["made_from"]
         return Chosen(**{**found, "widths": tuple(found["widths"])})
 
-    def scored(self, chosen: Chosen, recovery: Recovery = REFIT) -> dict[str, Any]:
+    def scored(self, chosen: Chosen, recovery: Recovery | Exported = REFIT) -> dict[str, Any]:
         """An allocation's cell."""
         name = fingerprint([chosen.importance, chosen.widths])
         other = "" if recovery == REFIT else f"{recovery}-"
         return self.cell(f"score-{other}{name}.json", lambda: self.score(chosen, recovery))
 
-    def result(self, method: str, ratio: float, recovery: Recovery = REFIT) -> tuple[Chosen, np.ndarray, float]:
+    def result(
+        self, method: str, ratio: float, recovery: Recovery | Exported = REFIT
+    ) -> tuple[Chosen, np.ndarray, float]:
         """What a method chose at a ratio, the KL [n] of each item, and the share of questions answered right."""
         chosen = self.choose(method, ratio)
         found = self.scored(chosen, recovery)
         asked = np.array([not sample.is_prose for sample in self.items])
         return chosen, unpack_values(found["divergence"]), float(unpack_values(found["hits"])[asked].mean())
 
-    def score(self, chosen: Chosen, recovery: Recovery = REFIT) -> dict[str, Any]:
+    def score(self, chosen: Chosen, recovery: Recovery | Exported = REFIT) -> dict[str, Any]:
         """What an allocation says to the test items."""
-        dense, repair = self._dense, self.repair(chosen.importance, recovery)
+        dense = self._dense
+        if recovery == EXPORTED:
+            repair: Repair | None = self.exported(chosen.importance, chosen.widths)
+        else:
+            repair = self.repair(chosen.importance, recovery)
         with self.workshop.elastic.pruned(Allocation(chosen.widths), repair):
             found = self._scoring.scores(dense)
         return {"divergence": pack_values(found.divergence), "hits": pack_values(found.correct)}
@@ -189,7 +215,9 @@ class Bench:
         """The mean of a value for each item [n], with the 95% interval of a bootstrap over images and texts."""
         return keyed_bootstrap(values, [sample.keys[0] for sample in self.items])
 
-    def check(self, count: int, methods: Sequence[str], recoveries: Sequence[Recovery] = (REFIT,)) -> Iterator[bool]:
+    def check(
+        self, count: int, methods: Sequence[str], recoveries: Sequence[Recovery | Exported] = (REFIT,)
+    ) -> Iterator[bool]:
         """Makes scores of some methods again, chosen at random, and says whether they agree."""
         paths = [path for folder in self._results for path in sorted(folder.glob(f"choice-*-{self.seed}.json"))]
         records = [record for record in map(read_json, paths) if record["method"] in methods]
@@ -228,6 +256,20 @@ class Bench:
             for c, move in zip(known, moves, strict=True)
         ]
         return Refits(made, cache_bytes=1 << 30)
+
+    def exported(self, importance: str, widths: Sequence[int], catch_up: float = CATCH_UP) -> FixedWeights:
+        """Sorts the model by an importance, and gives FFNs of these widths the weights that an export does.
+
+        Args:
+            catch_up: as in `lop.checkpoint.recovery.refit`.
+        """
+        self.repair(importance, "none")
+        elastic = self.workshop.elastic
+        encoded = self.workshop.encode(self.run.samples.calibration)
+        made = refit(elastic.backbone, elastic.backbone.layers, encoded, widths, catch_up=catch_up)
+        weights = [found.down.clone() for found in made]
+        elastic.restore()
+        return FixedWeights(weights)
 
     def _search(self, name: str, ratio: float) -> Chosen:
         """LOP's own, by the settings of that name."""

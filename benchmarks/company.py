@@ -11,6 +11,7 @@ ratios of layers are interpolated). See `benchmarks/bench.py` and `beyond.py` fo
 Each choice and each score is a small file under `results/company/MODEL` (those that `benchmarks/smol.py` has made are
 taken from `results/smol`), with the fingerprint of what it was made from; what is missing is made. `--check N` makes N
 of each model's scores again, chosen at random, and says whether they agree. `--plot FILE` draws quality by operations.
+`--recovery exported` refits layer by layer, as `lop prune` does, where a search scores by one factor a layer.
 
 The last line is JSON: `methods` with what each needs; by model, method and ratio `kl` (nats, of the dense model's
 distributions from the pruned one's: summed over a question's answer, mean over a passage's tokens, mean over items),
@@ -30,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import LOP, LOPS, Bench
+from bench import EXPORTED, LOP, LOPS, REFIT, Bench, Exported
 from beyond import Beyond, Measured
 
+from lop.checkpoint.recoveries import Recovery
 from lop.methods.registry import CONTEXTUAL, DROPPINGS, EVERY, RESHAPINGS
 from lop.report.intervals import Interval
 from lop.run.surveys import SURVEYS
@@ -48,7 +50,9 @@ _ELSEWHERE = {"smol": [RESULTS / "smol"]}
 _Table = Mapping[tuple[str, float], Measured]
 
 
-def measure(beyond: Beyond, methods: Sequence[str], ratios: Sequence[float]) -> _Table:
+def measure(
+    beyond: Beyond, methods: Sequence[str], ratios: Sequence[float], recovery: Recovery | Exported = REFIT
+) -> _Table:
     """Every method at every ratio."""
     bench, found = beyond.bench, {}
     for method in methods:
@@ -58,7 +62,7 @@ def measure(beyond: Beyond, methods: Sequence[str], ratios: Sequence[float]) -> 
             elif method in CONTEXTUAL:
                 found[method, ratio] = beyond.contextual(method, ratio)
             else:
-                chosen, kl, right = bench.result(method, ratio)
+                chosen, kl, right = bench.result(method, ratio, recovery)
                 found[method, ratio] = Measured(kl, right, beyond.flops(chosen), chosen.seconds)
             one = found[method, ratio]
             print(
@@ -175,6 +179,9 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES), help="of images' tokens, to drop")
     parser.add_argument("--methods", nargs="+", default=known, choices=known)
+    parser.add_argument(
+        "--recovery", default=REFIT, choices=(REFIT, EXPORTED), help="of widths: one factor a layer, or an export's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--check", type=int, default=0, metavar="N", help="make N scores of each model again")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="quality by operations; MODEL in it is replaced")
@@ -192,14 +199,14 @@ def main() -> None:
         for model in options.models
     ]
     if options.check:
-        agree = [ok for bench in benches for ok in bench.check(options.check, options.methods)]
+        agree = [ok for bench in benches for ok in bench.check(options.check, options.methods, (options.recovery,))]
         print(json.dumps({"benchmark": "company", "checked": len(agree), "agree": sum(agree)}))
         return
     methods = {name: _needs(name) for name in [*options.methods, *(DROPPINGS if options.shares else ())]}
     line: dict[str, Any] = {"benchmark": "company", "seed": options.seed, "methods": methods}
     for bench in benches:
         beyond = Beyond(bench)
-        table = measure(beyond, options.methods, options.ratios)
+        table = measure(beyond, options.methods, options.ratios, options.recovery)
         dropped = tokens(beyond, options.ratios, options.shares) if options.shares else []
         for name, values in {**summary(beyond, table), "tokens": dropped}.items():
             line.setdefault(name, {})[bench.model] = values

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from bench import Bench
 from cells import cell
 
-from lop.checkpoint.recovery import CATCH_UP, refit
-from lop.model.elastic import ElasticFfn, Repair
+from lop.checkpoint.recovery import CATCH_UP
+from lop.model.elastic import Repair
 from lop.model.repair import RIDGE
 from lop.model.samples import Sample, fingerprint_samples
 from lop.search.evaluator import Evaluator
@@ -34,21 +33,6 @@ CHOSEN = RESULTS.parent / "smol"
 WIDTHS = ("uniform-0.3-0", "lop-search-0.3-0", "uniform-0.5-0", "lop-search-0.5-0")
 SHARES = (0.0, 0.5, 1.0)
 SHIPPED = f"refit {CATCH_UP}"
-
-
-class Given:
-    """A repair whose weights are there already.
-
-    Args:
-        weights: each layer's [H, k].
-    """
-
-    def __init__(self, weights: list[torch.Tensor]) -> None:
-        self._weights = weights
-
-    def __call__(self, layer: int, ffn: ElasticFfn) -> None:
-        """Sets the weights."""
-        ffn.refitted = self._weights[layer]
 
 
 class Recoveries:
@@ -86,15 +70,10 @@ class Recoveries:
     def _repair(self, widths: tuple[int, ...], recovery: str) -> Repair | None:
         if recovery == "factor":
             return self._bench.repair(self._bench.run.config.importance)
-        elastic = self._bench.workshop.elastic
-        elastic.sort(self._bench.run.order)
         if recovery == "none":
-            return None
-        encoded = self._bench.workshop.encode(self._bench.run.samples.calibration)
-        made = refit(elastic.backbone, elastic.backbone.layers, encoded, widths, catch_up=float(recovery.split()[1]))
-        weights = [found.down.clone() for found in made]
-        elastic.restore()
-        return Given(weights)
+            return self._bench.repair(self._bench.run.config.importance, "none")
+        catch_up = float(recovery.split()[1])
+        return self._bench.exported(self._bench.run.config.importance, widths, catch_up)
 
 
 def _spread(samples: list[Sample], count: int) -> list[Sample]:

@@ -23,7 +23,8 @@ from lop.methods.lop_search import METHOD as LOP_SEARCH
 from lop.methods.method import Given, Reward, Root
 from lop.methods.puzzletron import library
 from lop.methods.registry import METHODS
-from lop.model.elastic import ElasticFfn, Heads, Repair
+from lop.model.backbone import Heads
+from lop.model.elastic import ElasticFfn, Repair
 from lop.model.repair import Biases, Refits, factor, factors
 from lop.model.samples import Sample, fingerprint_samples
 from lop.report.intervals import Interval, keyed_bootstrap

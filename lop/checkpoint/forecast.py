@@ -102,8 +102,8 @@ def sample_load(model: QwenVL, samples: Sequence[Sample], *, max_pixels: int | N
 def refit_seconds(model: QwenVL, load: Load, widths: Sequence[int], rates: Rates) -> float:
     """Counts the operations of `recovery.refit` and of encoding its samples: two for each weight and token.
 
-    Each layer runs on the dense model's states and on the pruned one's; one that lost neurons is whole for both, makes
-    `G` and `T`, and solves for its weights.
+    From the first that lost neurons on, each layer runs on the dense model's states and on the pruned one's; one that
+    lost neurons is whole for both, makes `G` and `T`, and solves for its weights.
     """
     text, vision = model.model.config.text_config, model.model.config.vision_config
     tower = sum(parameter.numel() for parameter in model.tower.parameters())
@@ -112,9 +112,12 @@ def refit_seconds(model: QwenVL, load: Load, widths: Sequence[int], rates: Rates
     hidden, neurons, tokens = text.hidden_size, text.intermediate_size, load.tokens
     head = hidden // text.num_attention_heads
     attention = 2 * hidden * hidden + 2 * hidden * head * text.num_key_value_heads
-    stored = 0
+    stored, differs = 0, False
     for width in widths:
-        own += 2 * tokens * (2 * attention + 3 * hidden * (neurons + width))
+        differs = differs or width < neurons
+        own += 2 * tokens * (attention + 3 * hidden * neurons)
+        if differs:
+            own += 2 * tokens * (attention + 3 * hidden * width)
         if width < neurons:
             own += 2 * tokens * 3 * hidden * neurons
             single += 2 * tokens * width * (width + hidden)

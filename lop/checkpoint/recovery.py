@@ -208,13 +208,15 @@ def refit(
     """
     device = backbone.norm.device
     dense = [batch.embeddings for batch in encoded.batches]
-    pruned = list(dense)
+    pruned: list[Tensor] | None = None  # As in the dense model, up to the first layer that loses anything.
     for number, (layer, width) in enumerate(zip(layers, widths, strict=True)):
         ffn, heads = cast(ElasticFfn, layer.ffn), layer.heads
         ffn.keep(ffn.neurons)
         heads.keep(heads.groups)
         kept = heads.groups if groups is None else groups[number]
-        if kept < heads.groups:
+        if pruned is None and (kept < heads.groups or width < ffn.neurons):
+            pruned = list(dense)
+        if pruned is not None and kept < heads.groups:
             _refit_heads(backbone, layer, encoded, kept, dense, pruned, ridge=ridge, catch_up=catch_up)
         normal = NormalEquations(ffn.down, width) if 0 < width < ffn.neurons else None
         for index, batch in enumerate(encoded.batches):
@@ -223,15 +225,19 @@ def refit(
             if kept == heads.groups:
                 output = backbone.attend(layer, output, rotation, batch.groups)
             output = backbone.feed_forward(layer, output)
+            dense[index] = output.to("cpu")
+            if pruned is None:
+                continue
             residual = backbone.attend(layer, pruned[index].to(device), rotation, batch.groups)
             if normal:
                 normal.add(backbone, layer, residual, output, catch_up)
-            dense[index], pruned[index] = output.to("cpu"), residual.to("cpu")
+            pruned[index] = residual.to("cpu")
         ffn.keep(width)
         if normal:
             ffn.refit(normal.solve(ridge))
-        for index, residual in enumerate(pruned):
-            pruned[index] = backbone.feed_forward(layer, residual.to(device)).to("cpu")
+        residuals = pruned or []
+        for index, residual in enumerate(residuals):
+            residuals[index] = backbone.feed_forward(layer, residual.to(device)).to("cpu")
         yield Refitted(ffn.down[:, :width] if ffn.refitted is None else ffn.refitted, heads.out)
 
 

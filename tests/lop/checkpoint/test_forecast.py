@@ -34,11 +34,12 @@ def test_the_load_of_all_samples_is_told_from_a_few(shared_tiny: QwenVL, samples
     assert load.longest == 64
 
 
-def test_the_operations_counted_are_those_of_a_refit(samples: SampleSets) -> None:
+@pytest.mark.parametrize("whole_before", [0, 5])
+def test_the_operations_counted_are_those_of_a_refit(whole_before: int, samples: SampleSets) -> None:
     model = load_model(assets() / "model", device="cpu", dtype="float32")
     encoded = encode(model, samples.calibration[::10], batch_tokens=2048)
     neurons, layers = model.model.config.text_config.intermediate_size, len(model.layers)
-    widths = [neurons // 2] * layers
+    widths = [neurons] * whole_before + [neurons // 2] * (layers - whole_before)
     load = Load(patches=0, longest=0, tokens=sum(len(batch) for batch in encoded.batches))
     free = Rates(own=1.0, single=1.0, double=float("inf"))  # FlopCounterMode does not count a solve.
     expected = refit_seconds(model, load, widths, free)

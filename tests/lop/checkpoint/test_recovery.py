@@ -3,6 +3,7 @@
 from typing import cast
 
 import numpy as np
+import pytest
 import torch
 
 from lop.checkpoint.recovery import CATCH_UP, refit
@@ -25,23 +26,33 @@ def weighed_least_squares(weight: np.ndarray, hidden: np.ndarray, target: np.nda
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("whole_before", [0, 2])
 def test_each_layer_is_the_least_squares_solution_over_what_the_layers_before_it_give(
-    shared_tiny: QwenVL, samples: SampleSets
+    whole_before: int, shared_tiny: QwenVL, samples: SampleSets
 ) -> None:
     encoded = encode(shared_tiny, samples.calibration[:40], batch_tokens=600)
     model = load_model(assets() / "model", dtype="float32")
     neurons = model.ffns[0].down_proj.weight.shape[1]
     elastic = ElasticModel(model, np.tile(np.arange(neurons), (len(model.layers), 1)))
-    backbone, widths = elastic.backbone, [neurons // 3, neurons // 2, *[neurons] * (len(model.layers) - 2)]
-    dense = [list(backbone.hidden(b.embeddings, b.rotation, b.groups, last=2)) for b in encoded.batches]
+    widths = [*[neurons] * whole_before, neurons // 3, neurons // 2]
+    widths += [neurons] * (len(model.layers) - len(widths))
+    backbone, last = elastic.backbone, whole_before + 2
+    dense = [
+        [states.clone() for states in backbone.hidden(b.embeddings, b.rotation, b.groups, last=last)]
+        for b in encoded.batches
+    ]
     found = [weights.down.clone() for weights in refit(backbone, backbone.layers, encoded, widths)]
     elastic.restore()
     pruned = [batch.embeddings for batch in encoded.batches]
-    for index, (layer, width) in enumerate(zip(backbone.layers[:2], widths)):
+    for index, (layer, width) in enumerate(zip(backbone.layers[:last], widths)):
         ffn = cast(ElasticFfn, layer.ffn)
         before = [backbone.attend(layer, x, b.rotation, b.groups) for x, b in zip(pruned, encoded.batches)]
         inputs = [backbone.ffn_input(layer, x) for x in before]
         whole = torch.cat([ffn(x) for x in inputs]).double().numpy()
+        if width == neurons:
+            assert torch.equal(found[index], ffn.down)
+            pruned = [backbone.feed_forward(layer, x) for x in before]
+            continue
         ffn.width = width
         hidden = torch.cat([ffn.hidden(x) for x in inputs]).double().numpy()
         residual = torch.cat(before).double().numpy()
@@ -53,4 +64,4 @@ def test_each_layer_is_the_least_squares_solution_over_what_the_layers_before_it
         assert np.abs(expected - weight).max() > 0.01
         ffn.refitted = found[index]
         pruned = [backbone.feed_forward(layer, x) for x in before]
-    assert all(torch.equal(left, layer.ffn.down) for left, layer in zip(found[2:], backbone.layers[2:]))
+    assert all(torch.equal(left, layer.ffn.down) for left, layer in zip(found[last:], backbone.layers[last:]))

@@ -1,8 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 VENV := .venv
 LOWEST := .venv-lowest
-# A file's tests share clusters and services, so one process runs all of them.
-TEST := -m pytest --numprocesses 2 --dist loadfile
+# Two processes share the tests, by groups (tests/conftest.py).
+TEST := -m pytest --numprocesses 2 --dist loadgroup
 
 .PHONY: demo test test-lowest lint clean
 

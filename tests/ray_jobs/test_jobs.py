@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Head:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """A head without CPUs whose autoscaler may start up to three nodes of one CPU on this machine."""
     folder = tmp_path_factory.mktemp("head")
+    short = tempfile.mkdtemp()  # The paths of sockets hold 107 characters, which pytest's folders leave few of.
     gcs, dashboard, agent, metrics = _free_ports(4)
     config = {
         **BASE_READONLY_CONFIG,
@@ -99,7 +101,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         f"--autoscaling-config={folder / 'autoscaling.json'}",
         *("--node-ip-address=127.0.0.1", f"--port={gcs}", "--include-dashboard=true", f"--dashboard-port={dashboard}"),
         *(f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}"),
-        *("--disable-usage-stats", f"--temp-dir={folder / 'ray'}"),
+        *("--disable-usage-stats", f"--temp-dir={short}"),
     ]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -110,6 +112,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     finally:
         process.terminate()
         process.wait(60)
+        shutil.rmtree(short, ignore_errors=True)
 
 
 def test_a_job_makes_nodes_appear_uses_them_and_lets_them_go(head: Head, tmp_path: Path) -> None:

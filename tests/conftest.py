@@ -86,7 +86,8 @@ def random() -> np.random.Generator:
 def ray_cluster() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    # Without an address Ray joins whatever cluster was last started on this machine.
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

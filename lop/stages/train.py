@@ -142,13 +142,9 @@ def _rewards(
         compute.evaluators(run) as workers,
         tqdm(total=len(wanted), desc="train: score predictors", unit="evaluation", disable=not progress) as bar,
     ):
-        found = evaluate_recorded(list(map(Candidate, wanted)), workers, ledger, lambda done: _move(bar, done))
+        found = evaluate_recorded(list(map(Candidate, wanted)), workers, ledger, lambda done: bar.update(done - bar.n))
     reward = run.config.search.reward
     return [sum(found[a].worth(reward) for a in allocations) / len(allocations) for allocations in predicted]
-
-
-def _move(bar: tqdm, done: int) -> None:
-    bar.update(done - bar.n)
 
 
 def _training_fingerprint(run: Run) -> str:

@@ -62,6 +62,9 @@ LOPS = {
     "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16", _DESCENT),
     "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
 }
+# The same search, scoring widths as they are without any recovery.
+UNREFITTED = "lop-unrefitted"
+_FORMS = {**LOPS, UNREFITTED: ("search.recovery=none",)}
 _ITEMS = 800
 _SETTINGS = (
     "search.evaluations=24",
@@ -164,7 +167,7 @@ class Bench:
         """A method's cell at a ratio."""
 
         def make() -> dict[str, Any]:
-            if method in LOPS:
+            if method in _FORMS:
                 return asdict(self._search(method, ratio))
             if method == PREDICTOR:
                 return asdict(self._predicted(ratio))
@@ -279,7 +282,7 @@ class Bench:
 
     def _search(self, name: str, ratio: float) -> Chosen:
         """LOP's own, by the settings of that name."""
-        run = Run(self._config(ratio, *LOPS[name]), self.search_folder(ratio, name))
+        run = Run(self._config(ratio, *_FORMS[name]), self.search_folder(ratio, name))
         run.folder.mkdir(parents=True, exist_ok=True)
         survey_stage(self.run, Local(), [m.name for m in METHODS.values() if m.importance == run.config.importance])
         for mine in (self.run.statistics_file, *map(self.run.survey_file, SURVEYS)):

@@ -7,8 +7,9 @@ Then the summary is printed from the files.
 
 Widths are those of `benchmarks/smol.py`. A pruned checkpoint is exported with `refit` and learns as `lop distil` has it
 learn, with config `smol`, from its calibration samples and from those of `training/smol/lessons.py`, ten times as many,
-which are made at first (`--samples calibration` leaves them out); nothing differs between methods but the widths. KL to
-the dense model is measured before and after, on 300 of that benchmark's test items (the first that its seed draws), as
+which are made at first: `--samples calibration` leaves them out, `all` takes all prose that there is, and `own` adds
+what the dense model writes itself (`training/smol/own.py`). Nothing differs between methods but the widths. KL to the
+dense model is measured before and after, on 300 of that benchmark's test items (the first that its seed draws), as
 there.
 
 The last line is JSON, by method and ratio: `distilled_back`, the share of the KL to dense that training brings back;
@@ -48,7 +49,9 @@ METHODS = (LOP, "uniform")
 RATIOS = (0.3, 0.5)
 ITEMS = 300
 TOKENS = 200_000
-CALIBRATION, MORE = SAMPLES = ("calibration", "more")
+CALIBRATION, MORE, ALL, OWN = SAMPLES = ("calibration", "more", "all", "own")
+_OWN_TOKENS = 600_000
+_EVERY = 1_000_000  # Passages; there are fewer.
 
 
 class Distilling:
@@ -77,13 +80,18 @@ class Distilling:
         """Folders of samples that students learn from besides the calibration samples."""
         if self._samples == CALIBRATION:
             return []
-        # Where it is needed: its sources are other packages than LOP's.
-        from training.smol.lessons import write_lessons
-
-        folder = self._folder / "lessons"
+        # Where they are needed: their sources are other packages than LOP's.
+        folder = self._folder / ("lessons" if self._samples == MORE else "lessons-all")
         if not (folder / "calibration.parquet").exists():
-            write_lessons(folder)
-        return [folder]
+            from training.smol.lessons import PASSAGES, write_lessons
+
+            write_lessons(folder, PASSAGES if self._samples == MORE else _EVERY)
+        own = self._folder / "own"
+        if self._samples == OWN and not (own / "calibration.parquet").exists():
+            from training.smol.own import write_own
+
+            write_own(own, _OWN_TOKENS)
+        return [folder, own] if self._samples == OWN else [folder]
 
     @cached_property
     def judge(self) -> Judge:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,13 +13,17 @@ from torch.nn.attention.bias import causal_lower_right
 
 
 def _varlen_attention() -> Callable[..., Tensor] | None:
-    """PyTorch's attention over sequences laid end to end; None before it took fewer key heads than query heads."""
+    """PyTorch's causal attention over sequences laid end to end; None before it had windows."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    takes_fewer = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return cast(Callable[..., Tensor], varlen_attn) if takes_fewer else None
+    takes = inspect.signature(varlen_attn).parameters
+    if "window_size" not in takes:
+        return None
+    # At first it took fewer key heads than query heads unasked.
+    asked = {"enable_gqa": True} if "enable_gqa" in takes else {}
+    return partial(cast(Callable[..., Tensor], varlen_attn), window_size=(-1, 0), **asked)
 
 
 _VARLEN = _varlen_attention()
@@ -336,8 +341,6 @@ class _Attention:
                 self._starts[self._lengths],
                 max(asked),
                 max(self._lengths),
-                window_size=(-1, 0),
-                enable_gqa=True,
             )
             return attended.flatten(1)
         queries = query.split([group.count * tokens for group, tokens in zip(self._groups, asked)])

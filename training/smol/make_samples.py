@@ -10,18 +10,16 @@ import argparse
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lop.model.samples import LETTERS, PROSE, Sample, SampleSets, load_sample_sets
-from lop.storage.files import atomic_file
 from training.smol.knowledge import Fact, facts
 from training.smol.prose import Passage, passages
+from training.smol.write import write
 
 ASSETS = Path(str(files("lop"))) / "assets"
 SEED = 2026
@@ -137,14 +135,6 @@ def tell(passage: Passage) -> Sample:
     return Sample(b"", passage.chapter, source, passage.kind, PROSE, passage.context, (), passage.text)
 
 
-def write(samples: Iterable[Sample], path: Path) -> None:
-    """One row a sample; an image asked about more than once is stored once."""
-    rows = [{**asdict(sample), "image": sample.image or None} for sample in samples]
-    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", use_dictionary=True, dictionary_pagesize_limit=64 * 2**20)
-
-
 def _asked(found: list[Fact], number: int, random: np.random.Generator) -> Iterator[Sample]:
     """Facts by chance, each in one form, or in both where there would be too few."""
     for kind, counts in _FACTS.items():
@@ -173,16 +163,6 @@ def _shown(samples: Iterable[Sample], number: int) -> Iterator[Sample]:
         if taken[key] < (most // 2 if sample.form == "yes_no" else most):
             taken[key] += 1
             yield sample
-
-
-_SCHEMA = pa.schema(
-    [
-        ("image", pa.binary()),
-        *((name, pa.string()) for name in ("image_id", "source", "kind", "form", "question")),
-        ("options", pa.list_(pa.string())),
-        ("answer", pa.string()),
-    ]
-)
 
 
 if __name__ == "__main__":

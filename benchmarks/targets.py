@@ -2,7 +2,7 @@
 
 Each measurement is a small file under `results/targets`, with what it was made from; what is missing is made, and the
 summary is printed from the files. `--check N` makes N of them again, chosen at random, and says how far they are off.
-`--only memory` or `--only latency` makes one part.
+`--only memory` or `--only latency` makes one part, `--model` the memory of one model.
 
 **Memory**: a process of its own loads the model with transformers, answers once with a prompt of the same shape, so
 that what libraries keep for it is there, and then again: how much its resident memory then rises at most (the kernel's
@@ -14,8 +14,20 @@ what is held beside the weights is a larger part.
 **Latency**: `lop profile` of `smol`, which measures models of mixed widths at 20, 30 and 50% in the same rounds. It is
 one thread's CPU time and not the wall's, so that others who use the machine do not count.
 
+**`--device cuda`** measures both on a GPU, in `memory-cuda-…` and `latency-cuda-…` cells: models in the shapes of
+Qwen2.5-VL-3B and -7B are built there with random bfloat16 weights (`benchmarks/built.py`), each once for all of its
+loads. Measured is `torch.cuda.max_memory_allocated()`, also by phase: `seeing` until the vision tower is done,
+`reading` until the first logits are there, `answering`. Beside it stand what the allocator was asked for (`requested`)
+and what it took from the GPU (`reserved`), what was `kept` before by libraries and by rounding up the weights, the
+`holes` between these, what CUDA's `context` takes, which a card must have besides, and the `margin`: by how much of the
+prediction the allocator's memory had to be larger for the same run to go through. The profile there has beside its
+checks `plain` ones, the wall's time of models of one width without the profile's hooks. `--seconds N` begins nothing
+after N seconds; a load that fails is named, and the others go on. `--model small` tries all of it on the CPU, where the
+figures mean nothing.
+
 The last line is JSON: `memory_error`, the largest relative error of the peak, by model and load, `memory_error_beside`,
-the same of what is held beside the weights, `latency_error` by phase and ratio.
+the same of what is held beside the weights (on a GPU without what was `kept` before), `latency_error` by phase and
+ratio.
 """
 
 import argparse
@@ -26,12 +38,13 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from built import Case, answer, measure_built, names_of, narrow, prompt, restart_peak, status
 from cells import cell
 from photographs import SHAPES, make_checkpoint
 
@@ -48,30 +61,6 @@ RESULTS = Path(__file__).parent.parent / "results" / "targets"
 # From here on glibc takes what is asked for from the kernel, and gives it back at once.
 _THRESHOLD = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
 _CONTEXT = 128
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement of memory.
-
-    Attributes:
-        kept: whether glibc may keep what is freed.
-        share: of each FFN's neurons.
-    """
-
-    model: str
-    load: Load
-    share: float = 1.0
-    kept: bool = False
-
-    @property
-    def name(self) -> str:
-        """Of its cell."""
-        load = self.load
-        name = f"{self.model}-{load.context}-{load.images}x{load.pixels}-{load.batch}"
-        return name + (f"-{self.share:g}" if self.share < 1 else "") + ("-kept" if self.kept else "")
-
-
 _SMALL, _MEGAPIXEL = 64 * 64, 1036 * 1036
 CASES = (
     Case("smol", Load(512, 4, pixels=_SMALL)),
@@ -92,24 +81,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and latency, predicted and measured.")
     parser.add_argument("--check", type=int, metavar="N", help="make N cells again and compare")
     parser.add_argument("--only", choices=("memory", "latency"))
-    parser.add_argument("--model", choices=sorted({case.model for case in CASES}), help="memory of this one alone")
+    models = sorted({case.model for case in CASES} | set(SHAPES))
+    parser.add_argument("--model", choices=models, help="memory of this one alone; on a GPU latency, too")
+    parser.add_argument("--device", default="cpu", help="cpu, or what torch calls a GPU: cuda")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="on a GPU: nothing is begun after so many")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells")
     parser.add_argument("--folder", type=Path, help="for checkpoints, 8 GB; a temporary folder if left out")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(Path(options.measure[0]), json.loads(options.measure[1]))))
         return
+    if options.device != "cpu" or options.model == "small":
+        print(json.dumps({"benchmark": "targets", **on_device(options)}))
+        return
     with TemporaryDirectory(dir=options.folder) as parent:
         if options.check is not None:
-            check(options.check, Path(parent))
+            check(options.check, Path(parent), options.results)
             return
         summary: dict[str, Any] = {"benchmark": "targets"}
         if options.only != "latency":
             cases = [case for case in CASES if options.model in (None, case.model)]
-            summary |= memory_errors([memory_cell(case, Path(parent), RESULTS) for case in cases])
+            summary |= memory_errors([memory_cell(case, Path(parent), options.results) for case in cases])
         if options.only != "memory":
-            summary |= latency_errors(latency_cell(RESULTS))
+            summary |= latency_errors(latency_cell(options.results))
         print(json.dumps(summary))
+
+
+def on_device(options: argparse.Namespace) -> dict[str, Any]:
+    """The summary of models that are built on a device; with `--check N` how far N of them, made again, are off."""
+    device = torch.device(options.device)
+    models = [options.model] if options.model else ["3b", "7b"]
+    limits: dict[str, Any] = {"seconds": options.seconds, "only": options.only}
+    if options.check is not None:
+        kinds = (options.only,) if options.only else ("memory", "latency")
+        names = [name for name in names_of(models, device) if name.startswith(kinds)]
+        chosen = set(random.sample(names, min(options.check, len(names))))
+        with TemporaryDirectory() as again:
+            rows = measure_built(models, device, Path(again), names=chosen, **limits)
+        found = {"check": {row["name"]: _difference(row, options.results) for kind in rows[:2] for row in kind}}
+        return {**found, "missing": rows[2]}
+    memory, latency, missing = measure_built(models, device, options.results, names=set(), **limits)
+    summary: dict[str, Any] = {"missing": missing}
+    if memory:
+        summary |= memory_errors(memory) | {"margins": {row["name"]: row["margin"] for row in memory}}
+    for row in latency:
+        summary[row["name"]] = latency_errors(row)
+    return summary
+
+
+def _difference(row: dict[str, Any], results: Path) -> dict[str, float]:
+    """By how much what was measured now is off from what was measured before."""
+    old = read_json(results / f"{row['name']}.json")
+    if "measured" in row:
+        return {"measured": row["measured"] / old["measured"] - 1}
+    return {
+        f"{phase} {now['ratio']:g}": now["measured"] / before["measured"] - 1
+        for phase, times in row["checks"].items()
+        for now, before in zip(times, old["checks"][phase])
+    }
 
 
 def memory_cell(case: Case, folder: Path, results: Path) -> dict[str, Any]:
@@ -147,16 +177,15 @@ def measure(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     load, share = Load(**case["load"]), case["share"]
     with torch.inference_mode():
         model = lop.load(folder, device="cpu", dtype="bfloat16")
-        width = _narrow(model, share)
-        inputs = _inputs(model, load, read_shape(folder, 2).tower.merge)
+        width = narrow(model, share * model.config.text_config.intermediate_size)
+        inputs = prompt(model, load, read_shape(folder, 2).tower.merge)
         weights = sum({each.data_ptr(): each.nbytes for each in model.parameters()}.values())
-        answer = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
-        model.generate(**inputs, **answer)
+        answer(model, inputs)
         gc.collect()
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # The high-water mark starts again from here.
-        model.generate(**inputs, **answer)
-        peak = _status("VmHWM") - before
+        before = status("VmRSS")
+        restart_peak()
+        answer(model, inputs)
+        peak = status("VmHWM") - before
     # The pixels are there before and stay.
     pixels = inputs["pixel_values"].nbytes if load.images else 0
     beside = working_bytes(read_shape(folder, 2), load, width)
@@ -167,52 +196,18 @@ def measure(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _narrow(model: Any, share: float) -> int:
-    """Leaves a share of each FFN; its width."""
-    layers = model.model.language_model.layers
-    width = int(layers[0].mlp.gate_proj.weight.shape[0] * share)
-    if share < 1:
-        for ffn in (layer.mlp for layer in layers):
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                whole = getattr(ffn, name).weight
-                kept = whole[:, :width] if name == "down_proj" else whole[:width]
-                getattr(ffn, name).weight = torch.nn.Parameter(kept.clone(), requires_grad=False)
-    return width
-
-
-def _inputs(model: Any, load: Load, merge: int) -> dict[str, torch.Tensor]:
-    """A prompt as long as the context, with square images of noise."""
-    config, vision = model.config, model.config.vision_config
-    side = round(load.pixels**0.5) // vision.patch_size // merge * merge
-    image = [config.image_token_id] * (side // merge) ** 2 + [config.vision_end_token_id]
-    text = load.context - load.images * len(image)
-    ids = torch.tensor([image * load.images + [100] * text] * load.batch)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if count := load.images * load.batch:
-        numbers = 3 * vision.temporal_patch_size * vision.patch_size**2
-        inputs |= {
-            "mm_token_type_ids": (ids == config.image_token_id).int(),
-            "pixel_values": torch.randn(count * side**2, numbers),
-            "image_grid_thw": torch.tensor([[1, side, side]] * count),
-        }
-    return inputs
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
 def memory_errors(found: list[dict[str, Any]]) -> dict[str, Any]:
     """The largest errors by model and load."""
     errors, beside = {}, {}
     for row in found:
         measured, predicted, weights = row["measured"], row["predicted"], row["weights"]
         errors[row["name"]] = abs(predicted / measured - 1)
-        beside[row["name"]] = abs((predicted - weights) / (measured - weights) - 1)
+        # On a GPU there is something beside the weights before anything is computed.
+        error = (predicted - weights) / (measured - weights - row.get("kept", 0)) - 1
+        beside[row["name"]] = abs(error)
         print(
-            f"{row['name']:<32} weights {weights / 2**20:8.1f}  measured {measured / 2**20:8.1f}  "
-            f"predicted {predicted / 2**20:8.1f} MiB  {predicted / measured - 1:+.2%}"
+            f"{row['name']:<40} weights {weights / 2**20:8.1f}  measured {measured / 2**20:8.1f}  "
+            f"predicted {predicted / 2**20:8.1f} MiB  {predicted / measured - 1:+.2%}  beside the weights {error:+.2%}"
         )
     plain = [error for name, error in errors.items() if not name.endswith("kept")]
     return {"memory_error": max(plain), "memory_errors": errors, "memory_error_beside": beside}
@@ -247,26 +242,28 @@ def replace_threads(config: Any) -> Any:
 
 def latency_errors(profile: dict[str, Any]) -> dict[str, Any]:
     """By phase and ratio."""
-    errors = {}
-    for phase, rows in profile["checks"].items():
-        for row in rows:
-            error = row["predicted"] / row["measured"] - 1
-            errors[f"{phase} {row['ratio']:g}"] = abs(error)
-            print(f"{phase:<8} {row['ratio']:.0%}  {1000 * row['measured']:8.3f} ms a token  {error:+.1%}")
-    return {"latency_error": errors, "device": profile["device"]}
+    found: dict[str, dict[str, float]] = {}
+    for kind, name in (("checks", "latency_error"), ("plain", "plain_latency_error")):
+        for phase, rows in profile.get(kind, {}).items():
+            for row in rows:
+                error = row["predicted"] / row["measured"] - 1
+                found.setdefault(name, {})[f"{phase} {row['ratio']:g}"] = abs(error)
+                rate = f"{1000 * row['measured']:8.3f} ms a token, {1 / row['measured']:.0f} tokens a second"
+                print(f"{kind:<6} {phase:<8} {row['ratio']:>4.0%}  {rate}  {error:+.1%}")
+    return {**found, "device": profile["device"]}
 
 
-def check(count: int, folder: Path) -> None:
+def check(count: int, folder: Path, results: Path) -> None:
     """Makes some cells again beside the old ones, and prints how far they are off."""
     again = folder / "again"
     names = [*(case.name for case in CASES), "latency"]
     for name in random.sample(names, min(count, len(names))):
         if name == "latency":
-            old, new = (latency_errors(latency_cell(place))["latency_error"] for place in (RESULTS, again))
+            old, new = (latency_errors(latency_cell(place))["latency_error"] for place in (results, again))
             print(name, {key: f"{old[key]:.1%} then, {new[key]:.1%} now" for key in old})
             continue
         case = next(case for case in CASES if case.name == name)
-        old, new = (memory_cell(case, folder, place) for place in (RESULTS, again))
+        old, new = (memory_cell(case, folder, place) for place in (results, again))
         print(f"{name}: measured {old['measured']:,} then, {new['measured']:,} now")
         print(json.dumps({"name": name, "difference": new["measured"] / old["measured"] - 1}))
 

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,30 +89,42 @@ def profile_stage(run: Run, out: Path, *, context: int, clock: Clock | None = No
     config, space = run.config, run.space
     torch.set_num_threads(config.threads)
     network = open_model(run.model_folder, device=config.device, dtype=config.dtype)
+    profile = profiled(network, family_of(run.model_folder), space, context, run.model_fingerprint, clock=clock)
+    write_json(out, profile.as_dict())
+    for phase, rows in profile.checks.items():
+        for ratio, measured, predicted in (row.values() for row in rows):
+            error = 100 * (predicted / measured - 1)
+            log.info("%s at %.0f%%: %.3f ms a token, predicted %+.1f%%", phase, 100 * ratio, 1000 * measured, error)
+    return profile
+
+
+def profiled(
+    network: Any, family: Family, space: Space, context: int, fingerprint: str, *, clock: Clock | None = None
+) -> Profile:
+    """The profile of a dense model that is loaded, on the device where it is.
+
+    Args:
+        context: as `profile_stage`.
+        fingerprint: of the model.
+        clock: as `profile_stage`.
+    """
     on_gpu = network.device.type == "cuda"
-    clock = clock or (CudaClock() if on_gpu else HostClock())
-    phases, checks = measure(network, family_of(run.model_folder), space, context, clock=clock)
-    profile = Profile(
-        model=run.model_fingerprint,
+    phases, checks = measure(network, family, space, context, clock=clock or (CudaClock() if on_gpu else HostClock()))
+    return Profile(
+        model=fingerprint,
         layers=space.layers,
         neurons=space.neurons,
         device=torch.cuda.get_device_name(network.device) if on_gpu else _cpu(),
         settings={
             "context": context,
             "dtype": str(network.dtype).removeprefix("torch."),
-            "threads": config.threads,
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
         phases=phases,
         checks=checks,
     )
-    write_json(out, profile.as_dict())
-    for phase, rows in checks.items():
-        for ratio, measured, predicted in (row.values() for row in rows):
-            error = 100 * (predicted / measured - 1)
-            log.info("%s at %.0f%%: %.3f ms a token, predicted %+.1f%%", phase, 100 * ratio, 1000 * measured, error)
-    return profile
 
 
 def measure(
@@ -135,11 +147,11 @@ def measure(
     models = list(dict.fromkeys([model for of_part in even.values() for model in of_part] + list(mixed.values())))
     found: dict[tuple[str, Allocation], list[Parts]] = defaultdict(list)
     # The first is for everything to get warm.
-    with torch.inference_mode(), _resizable(network, family) as resize, _Stopwatch(network, family, clock) as watch:
+    with torch.inference_mode(), resizable(network, family) as resize, _Stopwatch(network, family, clock) as watch:
         for lap in tqdm(range(_ROUNDS + 1), desc="profile"):
             for model in models:
                 resize(model.widths)
-                for phase, parts in _passes(network, context, watch):
+                for phase, parts in passes(network, context, watch):
                     if lap:
                         found[phase, model].append(parts)
     phases = {phase: _times(phase, found, even, space) for phase in PHASES}
@@ -193,7 +205,7 @@ def _times(
     )
 
 
-def _passes(network: Any, context: int, watch: "_Stopwatch") -> Iterator[tuple[str, Parts]]:
+def passes(network: Any, context: int, watch: "Watch") -> Iterator[tuple[str, Parts]]:
     """One prefill and some steps of decoding, each with the seconds a token of its parts."""
     vocabulary = network.config.get_text_config().vocab_size
     ids = torch.arange(context, device=network.device)[None] % (vocabulary // 2)
@@ -207,6 +219,13 @@ def _passes(network: Any, context: int, watch: "_Stopwatch") -> Iterator[tuple[s
         with watch.measured(tokens=1) as parts:
             network(input_ids=ids[:, :1], **cache)
         yield "decode", parts
+
+
+class Watch(Protocol):
+    """Takes the time of what runs inside a block."""
+
+    def measured(self, *, tokens: int) -> AbstractContextManager[Parts]:
+        """Fills what it yields with the seconds of one of `tokens`, once the block has ended."""
 
 
 class _Stopwatch:
@@ -244,6 +263,10 @@ class _Stopwatch:
         """Fills what it yields with the seconds of one of `tokens`, once the block has ended."""
         parts: Parts = {}
         self._spans.clear()
+        # A GPU that is still at what it was told before, such as the copies of `resizable`, would hide how long it
+        # takes to tell it this.
+        before = self._clock.mark()
+        self._clock.seconds(before, before)
         start = self._clock.mark()
         yield parts
         whole = self._clock.seconds(start, self._clock.mark())
@@ -257,7 +280,7 @@ class _Stopwatch:
 
 
 @contextmanager
-def _resizable(network: Any, family: Family) -> Iterator[Any]:
+def resizable(network: Any, family: Family) -> Iterator[Any]:
     """A function that gives the layers' parts other widths; they are whole again after the block."""
     layers = network.get_submodule(family.backbone).layers
     ffns, attentions = ([getattr(layer, name) for layer in layers] for name in (family.ffn, family.attention))

@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_workers(compare)
     _add_compare(compare)
-    stages = (commands.calibrate, commands.search, commands.train, commands.compare)
+    stages = (commands.check_trainable, commands.calibrate, commands.search, commands.train, commands.compare)
     pipeline = add("pipeline", "run calibrate, search, train and compare, up to the first that fails", *stages)
     _add_workers(pipeline)
     _add_max_width(pipeline)

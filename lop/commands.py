@@ -38,6 +38,13 @@ def calibrate(options: argparse.Namespace) -> None:
     print(run.location / run.statistics_file.name)
 
 
+def check_trainable(options: argparse.Namespace) -> None:
+    """Refuses at once what could be searched for hours, and then not be learnt from."""
+    from lop.predictor.training import check_targets
+
+    check_targets(config_of(options).search.targets.ratios)
+
+
 def search(options: argparse.Namespace) -> None:
     from lop.stages.search import search_stage
 

@@ -166,6 +166,7 @@ serve --set queue=-1|queue
 demo --workers -1|workers
 demo --set compare.targets=[]|it is empty
 demo --set search.targets.step=0.5|2 targets are too few
+pipeline --run new --set search.targets.step=0.5|2 targets are too few
 """
 
 

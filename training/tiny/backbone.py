@@ -29,6 +29,7 @@ def hidden_states(backbone: nn.Module, prefix: Tensor, questions: Tensor, positi
     group = backbone.config.num_attention_heads // backbone.config.num_key_value_heads
     past = torch.cat([torch.zeros(s, p), torch.full((s, s), float("-inf")).triu(1)], 1).repeat(group, 1)
     first = torch.full((p, p), float("-inf")).triu(1).repeat(group, 1)
+    past, first = past.to(prefix.device), first.to(prefix.device)
     for layer in backbone.layers:
         attention = layer.self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)

@@ -158,8 +158,9 @@ def train_language(
 ) -> None:
     """Trains the backbone in place on cached image tokens; the loss counts the answers only.
 
-    Every process takes its share of each batch, and gradients are averaged: at this size, that is faster than threads.
-    The rate is constant between a short warm-up and a linear decay over the last two fifths.
+    It computes where the model is; questions and image tokens stay in the host's memory. Every process takes its share
+    of each batch, and gradients are averaged: at this size, that is faster than threads. The rate is constant between a
+    short warm-up and a linear decay over the last two fifths.
     """
     backbone = model.model.language_model
     parameters = list(backbone.parameters())
@@ -167,7 +168,7 @@ def train_language(
     random = np.random.default_rng(seed)
     step = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=False)
+        state = torch.load(checkpoint, weights_only=False, map_location="cpu")
         backbone.load_state_dict(state["backbone"])
         optimiser.load_state_dict(state["optimiser"])
         random.bit_generator.state = state["random"]
@@ -233,29 +234,32 @@ def _step(
     longest = -(-int(lengths.max()) // 4) * 4
     ids = questions.ids[chosen]
     ids = F.pad(ids, (0, max(0, before + longest - ids.shape[2])))[:, :, before : before + longest]
-    embed = model.get_input_embeddings()
-    tokens = corpus.draw(questions.seen[chosen[:, 0]], random).float()
+    embed, device = model.get_input_embeddings(), model.device
+    tokens = corpus.draw(questions.seen[chosen[:, 0]], random).to(device).float()
     first = int((questions.prefix == questions.image_token).float().argmax())
-    words = embed(questions.prefix).expand(len(chosen), -1, -1)
+    words = embed(questions.prefix.to(device)).expand(len(chosen), -1, -1)
     prefix = torch.cat([words[:, :first], tokens, words[:, first + tokens.shape[1] :]], 1)
-    places = torch.arange(longest)
-    is_answer = (places >= (lengths - questions.answers[chosen])[..., None]) & (places < lengths[..., None])
+    ids, lengths, negated = (x.to(device) for x in (ids, lengths, questions.negated[chosen]))
+    asked = lengths - questions.answers[chosen].to(device)
+    places = torch.arange(longest, device=device)
+    is_answer = (places >= asked[..., None]) & (places < lengths[..., None])
     # True statements are read aloud too: who expects 'Paris' after 'Is the capital' finds it easy to say yes or no.
-    said = ids.gather(2, (lengths - questions.answers[chosen])[..., None])
-    is_true = (said == questions.yes_token) & ~questions.negated[chosen][..., None]
-    is_told = is_true & (places < (lengths - questions.answers[chosen])[..., None]) & (places > 0)
+    said = ids.gather(2, asked[..., None])
+    is_true = (said == questions.yes_token) & ~negated[..., None]
+    is_told = is_true & (places < asked[..., None]) & (places > 0)
     row, question, column = is_answer.nonzero(as_tuple=True)
-    states = hidden_states(model.model.language_model, prefix, embed(ids), questions.positions(longest))
+    positions = questions.positions(longest).to(device)
+    states = hidden_states(model.model.language_model, prefix, embed(ids), positions)
     logits = F.linear(states[row, question, column - 1].bfloat16(), embed.weight.bfloat16()).float()
     right = ids[row, question, column]
-    misses = torch.zeros(chosen.shape).index_put_(
+    misses = torch.zeros(chosen.shape, device=device).index_put_(
         (row, question), (logits.detach().argmax(1) != right).float(), accumulate=True
     )
     told = F.linear(states[:, :, :-1][is_told[:, :, 1:]].bfloat16(), embed.weight.bfloat16()).float()
     reading = F.cross_entropy(told, ids[is_told], reduction="sum") / max(1, len(told))
     # The verdict is asked for at every place of the question: where the word in question stands, it is one step away.
     is_asked = ((said == questions.yes_token) | (said == questions.no_token)).squeeze(2)
-    is_open = is_asked[..., None] & (places > 1) & (places < (lengths - questions.answers[chosen])[..., None])
+    is_open = is_asked[..., None] & (places > 1) & (places < asked[..., None])
     verdicts = states[is_open] @ (embed.weight[questions.yes_token] - embed.weight[questions.no_token])
     truth = (said == questions.yes_token).expand_as(is_open)[is_open].float()
     verdict = F.binary_cross_entropy_with_logits(verdicts, truth, reduction="sum") / max(1, len(truth))

@@ -1,8 +1,9 @@
 """Makes the zoo: trains its members, measures and searches them, and keeps what a predictor learns from.
 
-    python -m training.zoo.make --work WORK [--workers N] [--search FIRST LAST] [MEMBER …]
+    python -m training.zoo.make --work WORK [--workers N] [--device cuda] [--search FIRST LAST] [MEMBER …]
 
 Each member is one piece of work, on Ray or, with `--workers 0`, in this process; interrupted, the same command goes on.
+On a CPU a member trains for half an hour; with `--device cuda` all workers share one GPU, and it is minutes.
 Weights stay in WORK; features and damages go to `training/zoo/data`, and the best of the searches to `searches` there.
 """
 
@@ -40,11 +41,12 @@ class Maker:
     """Trains and measures members."""
 
     work: Path
+    device: str
 
     def __call__(self, name: str) -> dict[str, Any]:
         """The member's record."""
         if name in MEMBERS:
-            train_member(MEMBERS[name], self.work)
+            train_member(MEMBERS[name], self.work, device=self.device)
         return lab(name, self.work).record(self.work / f"{name}.json")
 
 
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where weights and samples are kept")
     parser.add_argument("--search", nargs=2, type=float, metavar="TARGET", help="then run their own searches for two")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="Ray actors; 0 works in this process")
+    parser.add_argument("--device", default="cpu", help="to train on (cpu), which workers share")
     options = parser.parse_args()
     if unknown := set(options.members) - {EMBEDDED, *MEMBERS}:
         parser.error(f"{', '.join(sorted(unknown))}: not of {EMBEDDED}, {', '.join(MEMBERS)}")
@@ -75,8 +78,9 @@ def main() -> None:
     names = options.members or [EMBEDDED, *MEMBERS]
     zoo_samples(work / "samples")
     config = load_config(find_config(EMBEDDED), workers=options.workers)
+    training = config.model_copy(update={"gpus_per_worker": _share(options.device, options.workers)})
     missing = [name for name in names if not (FOLDER / f"{name}.json").exists()]
-    for name, record in compute.map(partial(Maker, work), missing, config):
+    for name, record in compute.map(partial(Maker, work, options.device), missing, training):
         write_json(FOLDER / f"{name}.json", record)
         print(f"{name}: {record['layers']} layers, {record['accuracy']:.1%} right", flush=True)
     if options.search:
@@ -85,6 +89,11 @@ def main() -> None:
         for name, found in compute.map(partial(Searcher, work, first, last), missing, config):
             save_searches(name, found)
             print(f"{name}: searched for {first:.0%} and {last:.0%}", flush=True)
+
+
+def _share(device: str, workers: int) -> float:
+    """The GPUs that each worker asks for: members are too small to fill one."""
+    return 1 / workers if workers and device != "cpu" else 0.0
 
 
 def compute_with(workers: int) -> Compute:

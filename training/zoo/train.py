@@ -17,8 +17,12 @@ from training.zoo.members import Member
 _RENDERINGS, _PRODUCTS, _QUESTIONS, _IMAGES = 16, 4000, 60_000, 16
 
 
-def train_member(member: Member, work: Path) -> Path:
-    """The member's checkpoint, a folder of `work`; interrupted, training goes on from its last state."""
+def train_member(member: Member, work: Path, *, device: str = "cpu") -> Path:
+    """The member's checkpoint, a folder of `work`; interrupted, training goes on from its last state.
+
+    Args:
+        device: where its language is trained.
+    """
     folder = work / member.name
     if (folder / "config.json").exists():
         return folder
@@ -32,7 +36,7 @@ def train_member(member: Member, work: Path) -> Path:
     state = work / f"{member.name}.pt"
     train_language(
         0,
-        model,
+        model.to(device),
         corpus,
         make_questions(tokenizer, corpus, _QUESTIONS, member.seed, member.shares),
         state,
@@ -41,7 +45,7 @@ def train_member(member: Member, work: Path) -> Path:
         processes=1,
         images=_IMAGES,
     )
-    save(model.to(torch.bfloat16), make_processor(tokenizer), folder)
+    save(model.to("cpu", torch.bfloat16), make_processor(tokenizer), folder)
     state.unlink()
     return folder
 

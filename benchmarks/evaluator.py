@@ -149,6 +149,7 @@ def load(name: str, device: str, dtype: str) -> QwenVL:
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
         "eos_token_id": small.processor.tokenizer.eos_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     }
     vision = {"out_hidden_size": 3584}
     ids = {name: config[name] for name in config if name.endswith("_token_id")}

@@ -2,7 +2,8 @@
 
 Needs torch, transformers and this checkout alone, no Ray. Builds Qwen2.5-VL-7B at its true shapes with random weights
 on the device, and measures one part after the other, each printed and written to `--out` as soon as it is known; a part
-for which there is no time left is left out and named. Weights being random, speed and memory are real, answers are not.
+for which there is no time left is left out and named, and one that fails says why. Weights being random, speed and
+memory are real, answers are not.
 
 The last line is the JSON of all parts, each with its seconds and the GiB that it allocated at most on the GPU:
 `calibrate`; `naive` (two naive evaluators); `evaluate` (seconds dense and at 50%, share of the rate of a large product,
@@ -16,6 +17,7 @@ import argparse
 import json
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,8 +93,12 @@ class Bench:
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        part = measure()
-        synchronize(self._model)
+        try:
+            part = measure()
+            synchronize(self._model)
+        except Exception as error:  # The others are not to be lost by it.
+            traceback.print_exc()
+            part = {"failed": f"{type(error).__name__}: {error}"}
         part["part_seconds"] = time.perf_counter() - started
         if self._on_gpu:
             part["peak_gib"] = torch.cuda.max_memory_allocated() / _GIB
@@ -246,7 +252,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the results go")
     bench = Bench(parser.parse_args())
     bench.run()
-    medians = [bench.found[name].get("dense_seconds") for name in ("evaluate", "compile") if name in bench.found]
+    medians = [
+        bench.found[name]["dense_seconds"]
+        for name in ("evaluate", "compile")
+        if "dense_seconds" in bench.found.get(name, {})
+    ]
     bench.found["compiled_over_plain"] = statistics.fmean(medians[1:]) / medians[0] if len(medians) > 1 else None
     print(json.dumps(bench.found))
 

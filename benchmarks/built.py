@@ -258,7 +258,7 @@ def measure_built(
             if only not in (None, kind) or (names and name not in names):
                 continue
             if case is None:
-                found = made(name, [model, _CONTEXT], lambda b=built: _latency(b, meter))  # type: ignore[misc]
+                found = made(name, [model, _CONTEXT, "2"], lambda b=built: _latency(b, meter))  # type: ignore[misc]
                 latency += [found] if found else []
                 continue
             found = made(name, [asdict(case)], lambda b=built, c=case: _memory(b, c, meter))  # type: ignore[misc]
@@ -388,8 +388,7 @@ def prompt(network: Any, load: Load, merge: int) -> dict[str, torch.Tensor]:
 def _latency(built: Built, meter: Meter) -> dict[str, Any]:
     """A profile of the dense model, and what it says of models of one width beside what they take untouched.
 
-    The profile's own checks carry its hooks, as what it sums up does. These do not: `plain` is the wall's time between
-    two moments at which the device had nothing to do.
+    `plain` is the wall's time between two moments at which the device had nothing to do.
     """
     network, family, space = built.network, built.family, built.space
     meter.start()

@@ -222,7 +222,7 @@ def latency_cell(results: Path) -> dict[str, Any]:
             profile_stage(Run(config, Path(folder)), Path(folder) / "profile.json", context=_CONTEXT, clock=_Alone())
             return dict(read_json(Path(folder) / "profile.json"))
 
-    return cell(results / "latency-smol.json", fingerprint([torch.__version__, _CONTEXT, "1"]), make)
+    return cell(results / "latency-smol.json", fingerprint([torch.__version__, _CONTEXT, "2"]), make)
 
 
 class _Alone:

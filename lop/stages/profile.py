@@ -133,7 +133,8 @@ def measure(
     """Times of the phases by their parts, and how well their sums say what a model of mixed widths takes.
 
     One part at a time is cut, alike in all layers. Rounds go through all widths, so that a device that slows down does
-    so for all of them; medians count.
+    so for all of them; medians count. To look at parts takes time itself, on a GPU that waits for what it is told a
+    third of all: what the dense model takes unwatched says how much, and models of mixed widths are not watched.
 
     Args:
         network: the dense model; it is as it was afterwards.
@@ -144,22 +145,29 @@ def measure(
         for ratio in _CHECKED
         if ratio <= space.max_target
     }
-    models = list(dict.fromkeys([model for of_part in even.values() for model in of_part] + list(mixed.values())))
+    watched = list(dict.fromkeys(model for of_part in even.values() for model in of_part))
     found: dict[tuple[str, Allocation], list[Parts]] = defaultdict(list)
+    alone: dict[tuple[str, Allocation], list[float]] = defaultdict(list)
     # The first is for everything to get warm.
-    with torch.inference_mode(), resizable(network, family) as resize, _Stopwatch(network, family, clock) as watch:
+    with torch.inference_mode(), resizable(network, family) as resize:
         for lap in tqdm(range(_ROUNDS + 1), desc="profile"):
-            for model in models:
+            for model in watched:
                 resize(model.widths)
-                for phase, parts in passes(network, context, watch):
+                for phase, parts in passes(network, context, _Stopwatch(network, family, clock)):
                     if lap:
                         found[phase, model].append(parts)
-    phases = {phase: _times(phase, found, even, space) for phase in PHASES}
+            for model in (dense(space), *mixed.values()):
+                resize(model.widths)
+                for phase, parts in passes(network, context, _Whole(clock)):
+                    if lap:
+                        alone[phase, model].append(parts["whole"])
+    whole = {key: statistics.median(seconds) for key, seconds in alone.items()}
+    phases = {phase: _times(phase, found, whole[phase, dense(space)], even, space) for phase in PHASES}
     checks = {
         phase: [
             {
                 "ratio": ratio,
-                "measured": statistics.median(sum(parts.values()) for parts in found[phase, model]),
+                "measured": whole[phase, model],
                 "predicted": phases[phase].of(*space.by_part(model.widths)),
             }
             for ratio, model in mixed.items()
@@ -180,14 +188,28 @@ def _even(space: Space, part: Part) -> list[Allocation]:
 
 
 def _times(
-    phase: str, found: dict[tuple[str, Allocation], list[Parts]], even: dict[str, list[Allocation]], space: Space
+    phase: str,
+    found: dict[tuple[str, Allocation], list[Parts]],
+    alone: float,
+    even: dict[str, list[Allocation]],
+    space: Space,
 ) -> Times:
-    def median(name: str, *of: Allocation) -> float:
-        return max(0.0, statistics.median(parts[name] for model in of for parts in found[phase, model]))
+    """A phase's times.
+
+    Args:
+        alone: seconds of the dense model when nobody looks at its parts.
+    """
+    watched = statistics.median(sum(parts.values()) for parts in found[phase, dense(space)])
+    # Of each look: at every layer's attention and FFN, and at the head.
+    cost = max(0.0, watched - alone) / (2 * space.layers + 1)
+
+    def median(name: str, *of: Allocation, looks: int = 0) -> float:
+        seconds = statistics.median(parts[name] for model in of for parts in found[phase, model])
+        return max(0.0, seconds - looks * cost)
 
     def by_width(name: str) -> dict[int, float]:
         start = space.layers * [part.name for part in space.parts].index(name)
-        seconds = [median(name, model) / space.layers for model in even[name]]
+        seconds = [median(name, model, looks=space.layers) / space.layers for model in even[name]]
         # A wider one that was faster by chance is not: a larger target may not get less.
         grown = (float(most) for most in np.maximum.accumulate(seconds))
         return dict(zip((model.widths[start] for model in even[name]), grown))
@@ -195,8 +217,10 @@ def _times(
     every = [model for of_part in even.values() for model in of_part]
     ffn, groups = by_width(FFN), by_width(ATTENTION) if space.attention else {}
     return Times(
-        attention=list(groups.values())[-1] if groups else median(ATTENTION, *every) / space.layers,
-        head=median("head", *every),
+        attention=(
+            list(groups.values())[-1] if groups else median(ATTENTION, *every, looks=space.layers) / space.layers
+        ),
+        head=median("head", *every, looks=1),
         other=median("other", *every),
         widths=tuple(ffn),
         ffn=tuple(ffn.values()),
@@ -228,6 +252,31 @@ class Watch(Protocol):
         """Fills what it yields with the seconds of one of `tokens`, once the block has ended."""
 
 
+def _idle(clock: Clock) -> Any:
+    """The moment at which a device has done all that it was told.
+
+    A GPU that is still at something, such as the copies of `resizable`, would hide how long it takes to tell it more.
+    """
+    now = clock.mark()
+    clock.seconds(now, now)
+    return clock.mark()
+
+
+class _Whole:
+    """Times a pass, and nothing in it."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    @contextmanager
+    def measured(self, *, tokens: int) -> Iterator[Parts]:
+        """Fills what it yields with `whole`, the seconds of one of `tokens`, once the block has ended."""
+        parts: Parts = {}
+        start = _idle(self._clock)
+        yield parts
+        parts["whole"] = self._clock.seconds(start, self._clock.mark()) / tokens
+
+
 class _Stopwatch:
     """Times layers, FFNs and head of a network inside the block."""
 
@@ -239,14 +288,6 @@ class _Stopwatch:
         self._clock = clock
         self._started: dict[Module, Any] = {}
         self._spans: list[tuple[str, Any, Any]] = []
-
-    def __enter__(self) -> "_Stopwatch":
-        self._hooks = [hook for name, module in self._modules for hook in self._watch(name, module)]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def _watch(self, name: str, module: Module) -> Iterator[Any]:
         def start(module: Module, _: object) -> None:
@@ -263,13 +304,14 @@ class _Stopwatch:
         """Fills what it yields with the seconds of one of `tokens`, once the block has ended."""
         parts: Parts = {}
         self._spans.clear()
-        # A GPU that is still at what it was told before, such as the copies of `resizable`, would hide how long it
-        # takes to tell it this.
-        before = self._clock.mark()
-        self._clock.seconds(before, before)
-        start = self._clock.mark()
-        yield parts
-        whole = self._clock.seconds(start, self._clock.mark())
+        hooks = [hook for name, module in self._modules for hook in self._watch(name, module)]
+        try:
+            start = _idle(self._clock)
+            yield parts
+            whole = self._clock.seconds(start, self._clock.mark())
+        finally:
+            for hook in hooks:
+                hook.remove()
         sums = dict.fromkeys(("layers", "ffn", "head"), 0.0)
         for name, begin, end in self._spans:
             sums[name] += self._clock.seconds(begin, end)

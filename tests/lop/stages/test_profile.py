@@ -94,6 +94,25 @@ def test_groups_of_attention_are_timed_where_it_is_open(tmp_path: Path, monkeypa
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+class SlowToAsk(MadeUp):
+    """One that takes time itself to be looked at, as a GPU's is that waits for what it is told."""
+
+    LOOK = 20.0
+
+    def mark(self) -> float:
+        self._go(self.LOOK)
+        return super().mark()
+
+
+def test_what_looking_at_parts_takes_is_not_counted(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "_ROUNDS", 1)
+    phases, checks = measure(network, family_of(assets() / "model"), SPACE, 16, clock=SlowToAsk(network))
+    for phase, times in phases.items():
+        assert times.attention == pytest.approx(MadeUp.ATTENTION)
+        for row in checks[phase]:
+            assert row["predicted"] == pytest.approx(row["measured"], rel=0.03)
+
+
 def test_a_wider_ffn_never_takes_less(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "_ROUNDS", 1)
     monkeypatch.setattr(MadeUp, "NEURON", -0.01)

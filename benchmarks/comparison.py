@@ -1,9 +1,10 @@
 """LOP against what is read off statistics, on `smol`, with and without recovery: `python benchmarks/comparison.py`.
 
 Every method at 10 to 60%, with `none`, `bias` and `refit`, on the same 800 test items (`benchmarks/bench.py`): images,
-knowledge and prose. Each score is a cell under `results/smol`, shared with `benchmarks/smol.py`; what is missing is
-made, which takes hours on two cores. `--ratios`, `--recoveries` and `--methods` make a part; `--check N` makes N cells
-of it again.
+knowledge and prose. Without recovery LOP is the search that scores widths as they are; otherwise, and beside it, the
+one that scores them refitted. Each score is a cell under `results/smol`, shared with `benchmarks/smol.py`; what is
+missing is made, which takes hours on two cores. `--ratios`, `--recoveries` and `--methods` make a part; `--check N`
+makes N cells of it again.
 
 Asked for all ratios, methods and recoveries it writes `results/smol/comparison.json`, `.md` and `.png`, and lists every
 cell in which LOP's search is not ahead by a 95% interval (paired bootstrap over images and texts). The last line is
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import LEARNT, LOP, PREDICTOR, Bench
+from bench import LEARNT, LOP, PREDICTOR, UNREFITTED, Bench
 from matplotlib import pyplot as plt
 from smol import READ, RESULTS, parts
 
@@ -31,6 +32,8 @@ from lop.storage.files import write_json
 
 RECOVERIES = ("none", "bias", "refit")
 METHODS = (*READ, LOP, PREDICTOR)
+# What others are held against.
+_OURS = {"none": UNREFITTED, "bias": LOP, "refit": LOP}
 _TEXT = "The KL to the dense model in nats, and the questions answered right; `*`: LOP's search is not certainly ahead."
 
 
@@ -62,8 +65,8 @@ def compared(bench: Bench, methods: Sequence[str], ratios: Sequence[float], reco
     """The cells of a recovery."""
     kinds, cells = parts(bench.items), []
     for ratio in ratios:
-        ours = bench.result(LOP, ratio, recovery)[1]
-        for method in methods:
+        ours = bench.result(_OURS[recovery], ratio, recovery)[1]
+        for method in dict.fromkeys([*methods, _OURS[recovery]]):
             _, kl, right = bench.result(method, ratio, recovery)
             shares = {kind: float(kl[mine].mean()) for kind, mine in kinds.items()}
             lead = bench.interval(kl - ours)
@@ -77,14 +80,16 @@ def table(cells: Sequence[Cell], recovery: Recovery) -> str:
     rows = [["method", *(f"{ratio:.0%}" for ratio in ratios)], ["---"] * (len(ratios) + 1)]
     for method in dict.fromkeys(cell.method for cell in cells):
         mine = [cell for cell in cells if (cell.method, cell.recovery) == (method, recovery)]
-        rows.append([EVERY[method].label or method, *map(_told, mine)])
+        if mine:
+            rows.append([_label(method), *map(_told, mine)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _told(cell: Cell) -> str:
     kl = f"{cell.kl.value:.3f}"
-    mark = "" if cell.is_beaten or cell.method == LOP else "*"
-    return f"{f'**{kl}**' if cell.method == LOP else kl}{mark}, {cell.right:.1%}"
+    is_ours = cell.method == _OURS[cell.recovery]
+    mark = "" if cell.is_beaten or is_ours else "*"
+    return f"{f'**{kl}**' if is_ours else kl}{mark}, {cell.right:.1%}"
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
@@ -94,9 +99,10 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     figure, panels = plt.subplots(1, len(recoveries), figsize=size, sharey=True, layout="constrained", squeeze=False)
     for axes, recovery in zip(panels[0], recoveries, strict=True):
         for number, method in enumerate(dict.fromkeys(cell.method for cell in cells)):
-            mine = [cell for cell in cells if (cell.method, cell.recovery) == (method, recovery)]
+            if not (mine := [cell for cell in cells if (cell.method, cell.recovery) == (method, recovery)]):
+                continue
             values = np.array([[cell.kl.value, cell.kl.low, cell.kl.high] for cell in mine])
-            is_lop = EVERY[method].side is Side.LOP
+            is_lop = _is_lop(method)
             axes.errorbar(
                 [100 * cell.ratio for cell in mine],
                 values[:, 0],
@@ -106,7 +112,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
                 linewidth=2.4 if is_lop else 1.2,
                 linestyle="-" if is_lop else "--",
                 capsize=3,
-                label=EVERY[method].label or method,
+                label=_label(method),
             )
         axes.set(xlabel="FFN neurons removed (%)", yscale="log", title=f"recovery: {recovery}")
         axes.grid(alpha=0.3, which="both")
@@ -120,12 +126,12 @@ def report(cells: Sequence[Cell], items: int) -> str:
     title = f"# `smol`: every method with every recovery\n\n{_TEXT} {items} test items; `benchmarks/comparison.py`."
     tables = [f"## {recovery}\n\n{table(cells, recovery)}" for recovery in dict.fromkeys(c.recovery for c in cells)]
     level = [
-        f"- {cell.recovery}, {cell.ratio:.0%}: {_label(cell)}, LOP's KL is less by {cell.lead.value:.3f} "
+        f"- {cell.recovery}, {cell.ratio:.0%}: {_label(cell.method)}, LOP's KL is less by {cell.lead.value:.3f} "
         f"({cell.lead.low:.3f} to {cell.lead.high:.3f})"
         for cell in cells
-        if not (cell.is_beaten or _is_lop(cell))
+        if not (cell.is_beaten or _is_lop(cell.method))
     ]
-    ours = {(cell.ratio, cell.recovery): cell for cell in cells if cell.method == LOP}
+    ours = {(cell.ratio, cell.recovery): cell for cell in cells if cell.method == _OURS[cell.recovery]}
     by_kind = [f"- {kind}: {', '.join(_as_good(cells, ours, kind)) or 'none'}" for kind in cells[0].kl_of]
     return "\n\n".join(
         [
@@ -140,18 +146,18 @@ def report(cells: Sequence[Cell], items: int) -> str:
 def _as_good(cells: Sequence[Cell], ours: Mapping[tuple[float, Recovery], Cell], kind: str) -> list[str]:
     """Cells whose KL on a kind is not above that of LOP's search."""
     return [
-        f"{_label(cell)} at {cell.ratio:.0%} ({cell.recovery})"
+        f"{_label(cell.method)} at {cell.ratio:.0%} ({cell.recovery})"
         for cell in cells
-        if not _is_lop(cell) and cell.kl_of[kind] <= ours[cell.ratio, cell.recovery].kl_of[kind]
+        if not _is_lop(cell.method) and cell.kl_of[kind] <= ours[cell.ratio, cell.recovery].kl_of[kind]
     ]
 
 
-def _label(cell: Cell) -> str:
-    return EVERY[cell.method].label or cell.method
+def _label(method: str) -> str:
+    return "LOP search, unrefitted" if method == UNREFITTED else EVERY[method].label or method
 
 
-def _is_lop(cell: Cell) -> bool:
-    return EVERY[cell.method].side is Side.LOP
+def _is_lop(method: str) -> bool:
+    return method == UNREFITTED or EVERY[method].side is Side.LOP
 
 
 def summary(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -161,7 +167,7 @@ def summary(cells: Sequence[Cell]) -> dict[str, Any]:
     for cell in cells:
         kl.setdefault(cell.recovery, {}).setdefault(cell.method, {})[str(cell.ratio)] = cell.kl.value
         names = behind.setdefault(cell.recovery, {}).setdefault(str(cell.ratio), [])
-        names += [cell.method] * (not (cell.is_beaten or _is_lop(cell)))
+        names += [cell.method] * (not (cell.is_beaten or _is_lop(cell.method)))
     return {"benchmark": "comparison", "kl": kl, "behind": behind}
 
 

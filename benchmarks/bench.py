@@ -84,6 +84,7 @@ class Chosen:
 
     Attributes:
         tokens: reward tokens that its search scored; 0 if it does not search.
+        unraced: that it would have scored, had it scored every candidate in full; 0 if it does not race.
     """
 
     method: str
@@ -92,6 +93,7 @@ class Chosen:
     importance: str
     tokens: int
     seconds: float
+    unraced: int = 0
 
 
 class FixedWeights:
@@ -293,13 +295,15 @@ class Bench:
         search_stage(run, Local(), progress=False)
         (found,) = read_json(run.search_file)["targets"]
         search, back = (self._tokens(part) for part in run.searched_samples)
-        spent = sum(entry.get("scored", search[1]) / search[1] * search[0] for entry in found["evaluations"])
+        shares = [entry.get("scored", search[1]) / search[1] for entry in found["evaluations"]]
+        spent, spared = (search[0] * sum(parts) for parts in (shares, [1 - share for share in shares]))
         spent += len(found["confirmed"]) * back[0]
         spent += found.get("descent", {}).get("scored", 0) / search[1] * search[0]
         # What roots were found with was spent, too.
         spent += sum(outcome.curve[-1][0] for outcome in outcomes) * self._tokens(run.samples.reward)[0]
         seconds = run.seconds()["search"] + sum(outcome.seconds for outcome in outcomes)
-        return Chosen(name, ratio, tuple(found["best"]["widths"]), run.config.importance, round(spent), seconds)
+        widths, unraced = tuple(found["best"]["widths"]), round(spent + spared)
+        return Chosen(name, ratio, widths, run.config.importance, round(spent), seconds, unraced)
 
     def search_folder(self, ratio: float, name: str = LOP) -> Path:
         """Of LOP's search at a ratio, by the settings of that name."""

@@ -13,7 +13,8 @@ The last line is JSON: by method and ratio `kl` (nats, of the dense model's dist
 over a question's answer, mean over a passage's tokens, mean over items), `kl_of` images, knowledge and prose, and
 `accuracy`; by ratio `lead` (of LOP's search over uniform, as a share of uniform's KL), its 95% `interval` (paired
 bootstrap over images and texts) and `significant`: whether LOP is ahead of every other method by an interval that lies
-above zero; `behind` names those where it is not; `predictor_over_search` is the predictor's KL as a share of the
+above zero; `behind` names those where it is not; `tokens_saved`, how many times as many reward tokens it would have
+scored without races (where its cell knows); `predictor_over_search` is the predictor's KL as a share of the
 search's, at the target held out of its training (its run's `predictors.json` names it) as at the others.
 """
 
@@ -52,10 +53,13 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
         "kl": {},
         "kl_of": {},
         "accuracy": {},
+        "tokens_saved": {},
     }
     for method in methods:
         for ratio in ratios:
             chosen, kl[method, ratio], hits = bench.result(method, ratio)
+            if method == LOP and chosen.unraced:
+                lines["tokens_saved"][str(ratio)] = chosen.unraced / chosen.tokens
             lines["kl"].setdefault(method, {})[str(ratio)] = float(kl[method, ratio].mean())
             lines["accuracy"].setdefault(method, {})[str(ratio)] = hits
             shares = {part: float(kl[method, ratio][mine].mean()) for part, mine in kinds.items()}

@@ -30,6 +30,7 @@ from lop.model.samples import Sample, fingerprint_samples
 from lop.report.intervals import Interval, keyed_bootstrap
 from lop.run.building import Materials, Workshop
 from lop.run.config import Config, find_config, load_config
+from lop.run.features import features_file
 from lop.run.prediction import open_predictor
 from lop.run.run import Run
 from lop.run.surveys import SURVEYS, statistics_for
@@ -38,7 +39,7 @@ from lop.search.loop import InProcess
 from lop.search.racing import Candidate, pack_values, unpack_values
 from lop.search.scoring import Scoring
 from lop.space.allocation import Allocation
-from lop.stages.calibrate import calibrate_stage
+from lop.stages.calibrate import calibrate_stage, features_stage
 from lop.stages.local import Local
 from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage
@@ -61,6 +62,7 @@ LOPS = {
     "lop-taylor": ("importance=taylor",),
     "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16", _DESCENT),
     "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
+    "lop-general": ("search.roots=[wanda, flap, general]",),
 }
 # The same search, scoring widths as they are without any recovery.
 UNREFITTED = "lop-unrefitted"
@@ -287,7 +289,9 @@ class Bench:
         run = Run(self._config(ratio, *_FORMS[name]), self.search_folder(ratio, name))
         run.folder.mkdir(parents=True, exist_ok=True)
         survey_stage(self.run, Local(), [m.name for m in METHODS.values() if m.importance == run.config.importance])
-        for mine in (self.run.statistics_file, *map(self.run.survey_file, SURVEYS)):
+        if any(METHODS[root].root is Root.PREDICTED for root in run.config.search.roots):
+            features_stage(self.run)
+        for mine in (self.run.statistics_file, features_file(self.run), *map(self.run.survey_file, SURVEYS)):
             if mine.exists():
                 (run.folder / mine.name).write_bytes(mine.read_bytes())
         roots = [name for name in run.config.search.roots if METHODS[name].root is Root.FOUND]

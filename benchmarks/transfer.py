@@ -31,7 +31,7 @@ from lop.model.find import EMBEDDED
 from lop.predictor.curves import PLAIN, Curves, rising
 from lop.predictor.general import General, load_general
 from lop.predictor.general_training import Measured, leave_one_out
-from lop.predictor.probing import small_tree, surest
+from lop.predictor.probing import Probe, small_tree, start_for, surest
 from lop.run.config import find_config, load_config
 from lop.search.racing import unpack_values
 from lop.space.allocation import Allocation, Space, uniform
@@ -70,12 +70,17 @@ def costs(scores: Scores, member: Measured, general: General, counts: Sequence[i
 
 def probed(scores: Scores, general: General, features: Features, budget: int, count: int) -> Allocation:
     """What so many evaluations on the reward samples come to, as `lop probe --target` spends them."""
-    start = general.answering(features)(scores.space, budget)
+    space = scores.space
+
+    def allocate(probes: Sequence[Probe]) -> Allocation:
+        return general.answering(features, probes)(space, budget)
+
     if not count:
-        return start
+        return allocate(())
+    start = start_for(general.curves(features), space, count, allocate, scores.reward)
     options = load_config(find_config(EMBEDDED)).search.tree_options()
     tree = small_tree(
-        scores.space, start, budget, count, options, seed=0, reward=lambda found: found.worth("divergence")
+        space, start.allocation, budget, start.left, options, seed=0, reward=lambda found: found.worth("divergence")
     )
     while asked := tree.advance():
         for candidate in asked:

@@ -21,6 +21,8 @@ _NOISE = 0.05
 _TINY = 1e-9
 # Standard errors.
 _DOUBT = 2.0
+# Of the evaluations for a target, those of layers alone.
+_ALONE = 0.4
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,19 @@ def next_probe(curves: Curves, made: Sequence[Probe]) -> tuple[int, float] | Non
     None if all have been made.
     """
     taken = {(probe.layer, probe.share) for probe in made}
-    worth = {
-        (layer, share): float(np.exp(mean) * deviation)
-        for share in SHARES
-        for layer, (mean, deviation) in enumerate(zip(_at(curves.mean, share), _at(curves.deviation, share)))
-        if (layer, share) not in taken
-    }
-    return max(worth, key=worth.__getitem__) if worth else None
+    everywhere = [(layer, share) for share in SHARES for layer in range(len(curves.mean))]
+    return _least_certain(curves, [place for place in everywhere if place not in taken])
 
 
-def _at(values: np.ndarray, share: float) -> np.ndarray:
-    return np.array([np.interp(np.log(share), np.log(PRUNED), row) for row in values])
+def _least_certain(curves: Curves, places: Sequence[tuple[int, float]]) -> tuple[int, float] | None:
+    """Of layers and shares the one whose damage deviates most, in nats."""
+
+    def deviation(place: tuple[int, float]) -> float:
+        layer, share = place
+        mean, spread = (np.interp(np.log(share), np.log(PRUNED), of[layer]) for of in (curves.mean, curves.deviation))
+        return float(np.exp(mean) * spread)
+
+    return max(places, key=deviation, default=None)
 
 
 def _alike(layers: np.ndarray, logs: np.ndarray, others: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -112,6 +116,61 @@ def probe(
             break
         probes.append(Probe(*place, measure(alone(space, *place))))
     return probes[len(made) :]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a small search for a target begins with.
+
+    Attributes:
+        probes: that were made for it.
+        allocation: the better of what is predicted with all probes and with none.
+        left: evaluations, the allocation's own included.
+    """
+
+    probes: tuple[Probe, ...]
+    allocation: Allocation
+    left: int
+
+
+def start_for(
+    curves: Curves,
+    space: Space,
+    count: int,
+    allocate: Callable[[Sequence[Probe]], Allocation],
+    measure: Callable[[Allocation], float],
+    made: Sequence[Probe] = (),
+) -> Start:
+    """Spends the first of `count` evaluations on layers alone, at what an allocation of the target asks of each.
+
+    The layer that is measured next is the one whose damage there is least certain, in nats, given those before.
+
+    Args:
+        allocate: the target's allocation, given probes.
+        measure: as in `probe`.
+        made: what is known already; these count.
+    """
+    probes = list(made)
+    while len(probes) < int(_ALONE * count):
+        seen = {probe.layer for probe in probes}
+        asked = _asked_shares(space, allocate(probes))
+        place = _least_certain(corrected(curves, probes), [each for each in enumerate(asked) if each[0] not in seen])
+        if place is None:
+            break
+        probes.append(Probe(*place, measure(alone(space, *place))))
+    new = tuple(probes[len(made) :])
+    starts = dict.fromkeys([allocate(probes), allocate(())])
+    left = count - len(new)
+    if len(starts) == 1 or left < 2:
+        return Start(new, next(iter(starts)), left)
+    return Start(new, min(starts, key=measure), left - 1)
+
+
+def _asked_shares(space: Space, allocation: Allocation) -> list[float]:
+    """What each layer is pruned by, but for what is so little or so much that curves say nothing of it."""
+    shares = (1 - width / space.neurons for width in allocation.widths[: space.layers])
+    inside = (min(max(share, PRUNED[1]), PRUNED[-1]) for share in shares)
+    return [1 - alone(space, layer, share).widths[layer] / space.neurons for layer, share in enumerate(inside)]
 
 
 def small_tree(

@@ -1,12 +1,13 @@
 """A few evaluations on a calibrated model, where the general predictor wants them most."""
 
 import logging
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.predictor.general import load_general
-from lop.predictor.probing import alone, probe, small_tree, surest
+from lop.predictor.probing import Probe, alone, probe, small_tree, start_for, surest
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.probes import Probed, load_probes, save_probes
@@ -45,8 +46,8 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
     All of them are in the run's ledger: none is made twice, and a search goes on from them.
 
     Args:
-        ratio: the target that they are for, for which they are a small search. Without one, all of them measure layers
-            alone, for whatever target.
+        ratio: the target that they are for: some of them measure layers alone, the others are a small search. Without
+            one, all of them measure layers alone, for whatever target.
 
     Raises:
         LopError: the count is below 1, the model was not calibrated, the target is none of the model's, or the search's
@@ -69,7 +70,9 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
         save_config(run.settled, run.folder / "config.yaml")
 
         def measure(allocation: Allocation) -> float:
-            found = evaluate_recorded([Candidate(allocation)], workers, ledger)
+            # A tree asks again for what it may start from, and then for what each sample is worth.
+            candidate = Candidate(allocation, itemised=allocation.budget == budget)
+            found = evaluate_recorded([candidate], workers, ledger)
             made.add(allocation)
             bar.update()
             return -found[allocation].worth("divergence")
@@ -78,11 +81,17 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
         if budget is None:
             probes = probe(general.curves(features), run.space, count, measure)
         else:
+
+            def allocate(known: Sequence[Probe], budget: int = budget) -> Allocation:
+                return of_ffns(run.space, budget, general.answering(features, known))
+
+            start = start_for(general.curves(features), run.space, count, allocate, measure, probes)
+            probes += start.probes
             tree = small_tree(
                 run.space,
-                of_ffns(run.space, budget, general.answering(features, probes)),
+                start.allocation,
                 budget,
-                count,
+                start.left,
                 run.config.search.tree_options(),
                 seed=run.config.seed,
                 reward=lambda evaluation: evaluation.worth(run.config.search.reward),

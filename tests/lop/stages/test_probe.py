@@ -47,7 +47,9 @@ class MadeUp(Local):
         self.seen.append(candidate.allocation)
         shares = 1 - np.array(candidate.allocation.widths) / 160
         costs = np.where(np.arange(LAYERS) == 7, 50.0, 0.01)
-        return Evaluation(0.5, -1.0, divergence=float((costs * shares**2).sum()))
+        damage = float((costs * shares**2).sum())
+        values = pack_values(np.full(4, -damage)) if candidate.itemised else None
+        return Evaluation(0.5, -1.0, divergence=damage, values=values)
 
 
 @pytest.fixture
@@ -90,10 +92,14 @@ def test_no_probe_is_made_twice_and_more_of_them_go_on(run: Run) -> None:
 
 def test_for_a_target_allocations_are_compared_and_the_best_answers(run: Run) -> None:
     compute, budget = MadeUp(), run.space.budget(0.5)
-    probe_stage(run, compute, 12, 0.5, progress=False)
+    before = predictor_for(run, run.config).allocate(budget)
+    probe_stage(run, compute, 30, 0.5, progress=False)
     compared = [allocation for allocation in compute.seen if allocation.budget == budget]
-    assert len(compute.seen) <= 12
+    assert len(set(compute.seen)) == len(compute.seen) <= 30
     assert compared
+    # Each layer alone came first, and then, beside what was predicted, what follows from them.
+    assert {sum(width < 160 for width in allocation.widths) for allocation in compute.seen[:LAYERS]} == {1}
+    assert before in compute.seen[LAYERS:]
     best = max(compared, key=lambda allocation: allocation.widths[7])
     assert predictor_for(run, run.config).allocate(budget).widths[7] == best.widths[7]
 

@@ -76,9 +76,19 @@ class Searches(Bench):
     def _config(self, ratio: float, *more: str) -> Config:
         settings = [*more, *_SEARCH[self.model], *KINDS[self.kind]]
         if self._ffn is not None:
-            start = self._ffn.search_folder(self._ffn.ratio(1 - ratio) if self._is_joint else ratio)
-            settings.append(f"search.start={start.resolve()}")
+            settings.append(f"search.start={self._ffn.search_folder(self._start(ratio)).resolve()}")
         return super()._config(ratio, *settings)
+
+    def _start(self, ratio: float) -> float:
+        """What the search of FFNs alone was asked for that this one starts from."""
+        assert self._ffn is not None
+        return self._ffn.ratio(1 - ratio) if self._is_joint else ratio
+
+    def _search(self, name: str, ratio: float) -> Chosen:
+        # Where there is its cell alone, the search that this one starts from is made again.
+        if self._ffn is not None and not (self._ffn.search_folder(self._start(ratio)) / "search.json").exists():
+            self._ffn._search(name, self._start(ratio))
+        return super()._search(name, ratio)
 
     def search_folder(self, ratio: float, name: str = METHOD) -> Path:
         """Of the search at a ratio."""

@@ -300,7 +300,7 @@ class Bench:
         (found,) = read_json(run.search_file)["targets"]
         search, back = (self._tokens(part) for part in run.searched_samples)
         shares = [entry.get("scored", search[1]) / search[1] for entry in found["evaluations"]]
-        spent, spared = (search[0] * sum(parts) for parts in (shares, [1 - share for share in shares]))
+        spent, spared = search[0] * sum(shares), search[0] * (len(shares) - sum(shares))
         spent += len(found["confirmed"]) * back[0]
         spent += found.get("descent", {}).get("scored", 0) / search[1] * search[0]
         # What roots were found with was spent, too.

@@ -23,10 +23,9 @@ from photographs import PROCESSOR, SHAPES, hub_config
 from lop.model.families.family import Family
 from lop.model.shape import read_shape
 from lop.model.sources import family_of
-from lop.space.allocation import Space, dense, uniform
-from lop.space.latency import PHASES
+from lop.space.allocation import Space
 from lop.space.memory import Load, Shape, working_bytes
-from lop.stages.profile import Parts, passes, profiled, resizable
+from lop.stages.profile import profiled
 from lop.storage.files import write_json
 from lop.storage.fingerprint import fingerprint
 
@@ -34,8 +33,6 @@ _MEGAPIXEL = 1036 * 1036
 _GRANULARITY, _MAX_RATIO = 128, 0.95
 # Tokens that latency is measured with.
 _CONTEXT = 1024
-_RATIOS = (0.0, 0.2, 0.3, 0.5)
-_ROUNDS = 3
 # Of what is predicted: how much larger a card may have to be, as the allocator does not use all that it takes.
 _MARGINS = (0, 0.01, 0.02, 0.05, 0.1, 0.2)
 
@@ -386,45 +383,7 @@ def prompt(network: Any, load: Load, merge: int) -> dict[str, torch.Tensor]:
 
 
 def _latency(built: Built, meter: Meter) -> dict[str, Any]:
-    """A profile of the dense model, and what it says of models of one width beside what they take untouched.
-
-    `plain` is the wall's time between two moments at which the device had nothing to do.
-    """
-    network, family, space = built.network, built.family, built.space
+    """A profile of the dense model."""
+    network = built.network
     meter.start()
-    profile = profiled(network, family, space, _CONTEXT, "random weights")
-    models = {ratio: uniform(space, space.budget(ratio)) if ratio else dense(space) for ratio in _RATIOS}
-    plain: dict[str, list[dict[str, float]]] = {phase: [] for phase in PHASES}
-    with torch.inference_mode(), resizable(network, family) as resize:
-        for ratio, model in models.items():
-            resize(model.widths)
-            found: dict[str, list[float]] = {phase: [] for phase in PHASES}
-            for lap in range(_ROUNDS + 1):
-                for phase, parts in passes(network, _CONTEXT, _Wall(network.device)):
-                    if lap:
-                        found[phase].append(parts["whole"])
-            for phase, seconds in found.items():
-                predicted = profile.phases[phase].of(*space.by_part(model.widths))
-                measured = sorted(seconds)[len(seconds) // 2]
-                plain[phase].append({"ratio": ratio, "measured": measured, "predicted": predicted})
-    return {**profile.as_dict(), "plain": plain}
-
-
-class _Wall:
-    """The wall's time from an idle device to an idle device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    @contextmanager
-    def measured(self, *, tokens: int) -> Iterator[Parts]:
-        parts: Parts = {}
-        self._wait()
-        start = time.perf_counter()
-        yield parts
-        self._wait()
-        parts["whole"] = (time.perf_counter() - start) / tokens
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    return profiled(network, built.family, built.space, _CONTEXT, "random weights").as_dict()

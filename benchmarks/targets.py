@@ -20,10 +20,9 @@ loads. Measured is `torch.cuda.max_memory_allocated()`, also by phase: `seeing` 
 `reading` until the first logits are there, `answering`. Beside it stand what the allocator was asked for (`requested`)
 and what it took from the GPU (`reserved`), what was `kept` before by libraries and by rounding up the weights, the
 `holes` between these, what CUDA's `context` takes, which a card must have besides, and the `margin`: by how much of the
-prediction the allocator's memory had to be larger for the same run to go through. The profile there has beside its
-checks `plain` ones, the wall's time of models of one width without the profile's hooks. `--seconds N` begins nothing
-after N seconds; a load that fails is named, and the others go on. `--model small` tries all of it on the CPU, where the
-figures mean nothing.
+prediction the allocator's memory had to be larger for the same run to go through. `--seconds N` begins nothing after N
+seconds; a load that fails is named, and the others go on. `--model small` tries all of it on the CPU, where the figures
+mean nothing.
 
 The last line is JSON: `memory_error`, the largest relative error of the peak, by model and load, `memory_error_beside`,
 the same of what is held beside the weights (on a GPU without what was `kept` before), `latency_error` by phase and
@@ -242,15 +241,14 @@ def replace_threads(config: Any) -> Any:
 
 def latency_errors(profile: dict[str, Any]) -> dict[str, Any]:
     """By phase and ratio."""
-    found: dict[str, dict[str, float]] = {}
-    for kind, name in (("checks", "latency_error"), ("plain", "plain_latency_error")):
-        for phase, rows in profile.get(kind, {}).items():
-            for row in rows:
-                error = row["predicted"] / row["measured"] - 1
-                found.setdefault(name, {})[f"{phase} {row['ratio']:g}"] = abs(error)
-                rate = f"{1000 * row['measured']:8.3f} ms a token, {1 / row['measured']:.0f} tokens a second"
-                print(f"{kind:<6} {phase:<8} {row['ratio']:>4.0%}  {rate}  {error:+.1%}")
-    return {**found, "device": profile["device"]}
+    errors = {}
+    for phase, rows in profile["checks"].items():
+        for row in rows:
+            error = row["predicted"] / row["measured"] - 1
+            errors[f"{phase} {row['ratio']:g}"] = abs(error)
+            rate = f"{1000 * row['measured']:8.3f} ms a token, {1 / row['measured']:.0f} tokens a second"
+            print(f"{phase:<8} {row['ratio']:.0%}  {rate}  {error:+.1%}")
+    return {"latency_error": errors, "device": profile["device"]}
 
 
 def check(count: int, folder: Path, results: Path) -> None:

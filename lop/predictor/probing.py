@@ -101,17 +101,23 @@ def alone(space: Space, layer: int, share: float) -> Allocation:
 
 
 def probe(
-    curves: Curves, space: Space, count: int, measure: Callable[[Allocation], float], made: Sequence[Probe] = ()
+    curves: Curves,
+    space: Space,
+    count: int,
+    measure: Callable[[Allocation], float],
+    made: Sequence[Probe] = (),
+    choose: Callable[[Curves, Sequence[Probe]], tuple[int, float] | None] = next_probe,
 ) -> list[Probe]:
     """As many further probes, each chosen by what those before it say; fewer where there are no more to make.
 
     Args:
         measure: the KL to the dense model of an allocation, in nats.
         made: what is known already.
+        choose: the next one, as `next_probe` does.
     """
     probes = list(made)
     for _ in range(count):
-        place = next_probe(corrected(curves, probes), probes)
+        place = choose(corrected(curves, probes), probes)
         if place is None:
             break
         probes.append(Probe(*place, measure(alone(space, *place))))
@@ -150,16 +156,14 @@ def start_for(
         measure: as in `probe`.
         made: what is known already; these count.
     """
-    probes = list(made)
-    while len(probes) < int(_ALONE * count):
+
+    def choose(known: Curves, probes: Sequence[Probe]) -> tuple[int, float] | None:
         seen = {probe.layer for probe in probes}
-        asked = _asked_shares(space, allocate(probes))
-        place = _least_certain(corrected(curves, probes), [each for each in enumerate(asked) if each[0] not in seen])
-        if place is None:
-            break
-        probes.append(Probe(*place, measure(alone(space, *place))))
-    new = tuple(probes[len(made) :])
-    starts = dict.fromkeys([allocate(probes), allocate(())])
+        places = enumerate(_asked_shares(space, allocate(probes)))
+        return _least_certain(known, [place for place in places if place[0] not in seen])
+
+    new = tuple(probe(curves, space, int(_ALONE * count) - len(made), measure, made, choose))
+    starts = dict.fromkeys([allocate([*made, *new]), allocate(())])
     left = count - len(new)
     if len(starts) == 1 or left < 2:
         return Start(new, next(iter(starts)), left)

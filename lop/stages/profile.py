@@ -149,16 +149,16 @@ def measure(
     found: dict[tuple[str, Allocation], list[Parts]] = defaultdict(list)
     alone: dict[tuple[str, Allocation], list[float]] = defaultdict(list)
     # The first is for everything to get warm.
-    with torch.inference_mode(), resizable(network, family) as resize:
+    with torch.inference_mode(), _resizable(network, family) as resize:
         for lap in tqdm(range(_ROUNDS + 1), desc="profile"):
             for model in watched:
                 resize(model.widths)
-                for phase, parts in passes(network, context, _Stopwatch(network, family, clock)):
+                for phase, parts in _passes(network, context, _Stopwatch(network, family, clock)):
                     if lap:
                         found[phase, model].append(parts)
             for model in (dense(space), *mixed.values()):
                 resize(model.widths)
-                for phase, parts in passes(network, context, _Whole(clock)):
+                for phase, parts in _passes(network, context, _Whole(clock)):
                     if lap:
                         alone[phase, model].append(parts["whole"])
     whole = {key: statistics.median(seconds) for key, seconds in alone.items()}
@@ -229,7 +229,7 @@ def _times(
     )
 
 
-def passes(network: Any, context: int, watch: "Watch") -> Iterator[tuple[str, Parts]]:
+def _passes(network: Any, context: int, watch: "Watch") -> Iterator[tuple[str, Parts]]:
     """One prefill and some steps of decoding, each with the seconds a token of its parts."""
     vocabulary = network.config.get_text_config().vocab_size
     ids = torch.arange(context, device=network.device)[None] % (vocabulary // 2)
@@ -255,7 +255,7 @@ class Watch(Protocol):
 def _idle(clock: Clock) -> Any:
     """The moment at which a device has done all that it was told.
 
-    A GPU that is still at something, such as the copies of `resizable`, would hide how long it takes to tell it more.
+    A GPU that is still at something, such as the copies of `_resizable`, would hide how long it takes to tell it more.
     """
     now = clock.mark()
     clock.seconds(now, now)
@@ -322,7 +322,7 @@ class _Stopwatch:
 
 
 @contextmanager
-def resizable(network: Any, family: Family) -> Iterator[Any]:
+def _resizable(network: Any, family: Family) -> Iterator[Any]:
     """A function that gives the layers' parts other widths; they are whole again after the block."""
     layers = network.get_submodule(family.backbone).layers
     ffns, attentions = ([getattr(layer, name) for layer in layers] for name in (family.ffn, family.attention))

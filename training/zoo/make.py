@@ -3,7 +3,7 @@
     python -m training.zoo.make --work WORK [--workers N] [--device cuda] [--search FIRST LAST] [MEMBER …]
 
 Each member is one piece of work, on Ray or, with `--workers 0`, in this process; interrupted, the same command goes on.
-On a CPU a member trains for half an hour; with `--device cuda` all workers share one GPU, and it is minutes.
+A member trains for minutes on a core; with `--device cuda` all workers share one GPU.
 Weights stay in WORK; features and damages go to `training/zoo/data`, and the best of the searches to `searches` there.
 """
 

@@ -62,7 +62,14 @@ def _parts(values: tuple[str, ...]) -> tuple[str, ...]:
 Parts = Annotated[Several[Annotated[str, _one_of(PARTS)]], AfterValidator(_parts)]
 
 # What a search did before these settings were there.
-BEFORE: dict[str, Any] = {"recovery": "none", "method": "paper", "confirm": None, "start": None, "descent": None}
+BEFORE: dict[str, Any] = {
+    "recovery": "none",
+    "method": "paper",
+    "confirm": None,
+    "start": None,
+    "descent": None,
+    "refine": None,
+}
 
 
 class Settings(BaseModel):
@@ -118,6 +125,14 @@ class DescentSettings(Settings):
     rounds: Positive = 2
 
 
+class RefineSettings(Settings):
+    """How a search goes on near its answer: `rounds` times, `evaluations` each, axes changed by at most `step`."""
+
+    rounds: Positive = 1
+    evaluations: Positive = 16
+    step: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
 class SearchSettings(Settings):
     """The UCB trees; see `lop.search.tree.TreeOptions` for what each number does.
 
@@ -131,6 +146,8 @@ class SearchSettings(Settings):
     (`lop.search.descent`); not with method `paper`.
     `recovery` is what allocations are scored with; if it is not set, that with which checkpoints ship, or what that one
     starts from where it trains.
+    `refine`: whether each target's answer is searched near by once more, refitted on what its own layers see, as it
+    ships (`lop.stages.refine`); not with method `paper`, nor where nothing is refitted or confirmed.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     `start` is the folder of a finished run of the same model: each target starts from that run's largest answer that
     its budget holds, with attention dense where it had none open, and is confirmed against it.
@@ -155,6 +172,7 @@ class SearchSettings(Settings):
     confirm: ConfirmSettings | None = ConfirmSettings()
     descent: DescentSettings | None = None
     start: str | None = None
+    refine: RefineSettings | None = None
 
     @property
     def needs_divergence(self) -> bool:

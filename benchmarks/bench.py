@@ -64,6 +64,8 @@ LOPS = {
     "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
     "lop-general": ("search.roots=[wanda, flap, general]",),
 }
+# What LOP's searches at all of `LEARNT` have found, blended with their neighbours'.
+BLENDED = "lop-blended"
 # The same search, scoring widths as they are without any recovery.
 UNREFITTED = "lop-unrefitted"
 _FORMS = {**LOPS, UNREFITTED: ("search.recovery=none",)}
@@ -173,6 +175,8 @@ class Bench:
         def make() -> dict[str, Any]:
             if method in _FORMS:
                 return asdict(self._search(method, ratio))
+            if method == BLENDED:
+                return asdict(self._blended(ratio))
             if method == PREDICTOR:
                 return asdict(self._predicted(ratio))
             if METHODS[method].search:
@@ -298,16 +302,39 @@ class Bench:
         outcomes = rivals_stage(run, Local(), rivals=roots, targets=[ratio], progress=False) if roots else []
         search_stage(run, Local(), progress=False)
         (found,) = read_json(run.search_file)["targets"]
-        search, back = (self._tokens(part) for part in run.searched_samples)
-        shares = [entry.get("scored", search[1]) / search[1] for entry in found["evaluations"]]
-        spent, spared = search[0] * sum(shares), search[0] * (len(shares) - sum(shares))
-        spent += len(found["confirmed"]) * back[0]
-        spent += found.get("descent", {}).get("scored", 0) / search[1] * search[0]
+        spent, spared = self._spent(run, found)
         # What roots were found with was spent, too.
         spent += sum(outcome.curve[-1][0] for outcome in outcomes) * self._tokens(run.samples.reward)[0]
         seconds = run.seconds()["search"] + sum(outcome.seconds for outcome in outcomes)
         widths, unraced = tuple(found["best"]["widths"]), round(spent + spared)
         return Chosen(name, ratio, widths, run.config.importance, round(spent), seconds, unraced)
+
+    def _spent(self, run: Run, found: dict[str, Any]) -> tuple[float, float]:
+        """Reward tokens that a target's search scored, and those that its races spared."""
+        search, back = (self._tokens(part) for part in run.searched_samples)
+        shares = [entry.get("scored", search[1]) / search[1] for entry in found["evaluations"]]
+        spent, spared = search[0] * sum(shares), search[0] * (len(shares) - sum(shares))
+        spent += len(found["confirmed"]) * back[0]
+        return spent + found.get("descent", {}).get("scored", 0) / search[1] * search[0], spared
+
+    def _blended(self, ratio: float) -> Chosen:
+        """By all of LOP's searches together: a search of two evaluations that starts from each one's answer."""
+        start, known = self._folder / f"{self.seed}-answers", {each: self.choose(LOP, each) for each in LEARNT}
+        start.mkdir(parents=True, exist_ok=True)
+        answers = [{"best": {"widths": list(each.widths)}} for each in known.values()]
+        made_from = {"model": self.run.model_fingerprint}
+        write_json(start / self.run.search_file.name, {"fingerprints": made_from, "targets": answers})
+        changed = f"search.start={start}", "search.roots=[]", "search.evaluations=2", "search.blends=2"
+        run = Run(self._config(LEARNT[0], *changed, last=LEARNT[-1]), self._folder / f"{self.seed}-blended")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / run.statistics_file.name).write_bytes(self.run.statistics_file.read_bytes())
+        search_stage(run, Local(), progress=False)
+        (found,) = (each for each in read_json(run.search_file)["targets"] if each["target"] == ratio)
+        spent, spared = self._spent(run, found)
+        mine, seconds = known[ratio], run.seconds()["search"] / len(LEARNT)
+        tokens, unraced = round(mine.tokens + spent), round(mine.unraced + spent + spared)
+        widths = tuple(found["best"]["widths"])
+        return Chosen(BLENDED, ratio, widths, run.config.importance, tokens, mine.seconds + seconds, unraced)
 
     def search_folder(self, ratio: float, name: str = LOP) -> Path:
         """Of LOP's search at a ratio, by the settings of that name."""

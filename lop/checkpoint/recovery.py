@@ -38,17 +38,18 @@ CATCH_UP = 0.5
 
 
 def recover_elastic(
-    elastic: ElasticModel, allocation: Allocation, recovery: Recovery, *, means: np.ndarray, calibration: Encoded
+    elastic: ElasticModel, allocation: Allocation, recovery: Recovery, *, means: np.ndarray, calibration: Encoded | None
 ) -> None:
     """Gives an elastic model the allocation's widths, and what recovery makes of the layers with these.
 
     Args:
         means: [L, F] `E[h]` in the dense model's numbering, for `bias`.
-        calibration: for `refit`.
+        calibration: for `refit`, which wants it.
     """
     mending = RECOVERIES[recovery]
     elastic.prune(allocation, Biases(means) if mending.adds_bias else None)
     if mending.refits:
+        assert calibration
         layers = elastic.backbone.layers
         widths, groups = allocation.widths[: len(layers)], allocation.widths[len(layers) :]
         for _ in refit(elastic.backbone, layers, calibration, widths, groups or None):

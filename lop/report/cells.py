@@ -10,10 +10,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from lop.checkpoint.recoveries import RECOVERIES, Recovery
+from lop.checkpoint.recovery import recover_elastic
 from lop.methods.registry import RESHAPINGS
 from lop.model.encoding import Encoded
 from lop.model.importance import SURVEYS_OF, importance, of_groups, order
-from lop.model.repair import Biases
 from lop.model.samples import Sample, fingerprint_samples
 from lop.model.statistics import NeuronStatistics
 from lop.run.building import Materials, Workshop
@@ -38,9 +39,10 @@ class Spread(Protocol):
 
 @dataclass(frozen=True)
 class Cell:
-    """What to prune: the neurons that an importance ranks last, down to these widths; with FLAP's bias or without.
+    """What to prune: the neurons that an importance ranks last, down to these widths.
 
     Attributes:
+        bias: with FLAP's, where the run's search scores without recovery; else all have what it scores with.
         reshaped: by which of `RESHAPINGS`, and to how many parameters less at least, the dense model is reshaped
             instead.
     """
@@ -58,7 +60,7 @@ class Scored:
     Attributes:
         hits: [n] bool, which of the samples it answers exactly.
         sort_seconds: to rank and permute all layers' neurons by the importance; once for a model.
-        prune_seconds: to take the widths, and to compute the bias, or to reshape the model; for each target.
+        prune_seconds: to take the widths, and to compute the bias or to refit, or to reshape the model; each target.
     """
 
     hits: np.ndarray
@@ -78,7 +80,7 @@ class Scored:
 
 
 class CellWorker:
-    """Holds the model and encoded samples, and scores cells on them."""
+    """Holds the model and encoded samples, and scores cells on them, with the recovery that the search scores with."""
 
     def __init__(self, materials: Materials, statistics: NeuronStatistics, samples: Sequence[Sample]) -> None:
         self._workshop = workshop = Workshop(materials)
@@ -91,22 +93,43 @@ class CellWorker:
         start = time.perf_counter()
         if cell.reshaped:
             method, removed = cell.reshaped
-            made = RESHAPINGS[method].reshape(self._elastic.backbone, self._calibration, removed, False)
+            refits = RESHAPINGS[method].refits and RECOVERIES[self._recovery].refits
+            made = RESHAPINGS[method].reshape(self._elastic.backbone, self._calibration, removed, refits)
             seconds = time.perf_counter() - start
             return Scored(Scoring(made.backbone, self._scoring.encoded).scores().correct, 0.0, seconds)
         statistics, has_groups = self._statistics, self._materials.groups is not None
         groups = order(of_groups(statistics, cell.importance)) if has_groups else None
         self._elastic.sort(order(importance(cell.importance, statistics)), groups)
         sorted_at = time.perf_counter()
-        self._elastic.prune(Allocation(cell.widths), Biases(self._statistics.mean) if cell.bias else None)
+        recovery = own_recovery(self._recovery, bias=cell.bias)
+        calibration = self._calibration if RECOVERIES[recovery].refits else None
+        recover_elastic(
+            self._elastic, Allocation(cell.widths), recovery, means=self._statistics.mean, calibration=calibration
+        )
         pruned_at = time.perf_counter()
         hits = self._scoring.scores().correct
         self._elastic.restore()
         return Scored(hits, sorted_at - start, pruned_at - sorted_at)
 
+    @property
+    def _recovery(self) -> Recovery:
+        return self._materials.config.scored_recovery
+
     @cached_property
     def _calibration(self) -> Encoded:
         return self._workshop.encode(self._materials.calibration)
+
+
+def own_recovery(scored: Recovery, *, bias: bool) -> Recovery:
+    """What a choice is compared with: allocations are good for what they were scored with, so all have the same.
+
+    Where they were scored without recovery, each is as it was published.
+
+    Args:
+        scored: what the search scores with.
+        bias: whether the method was published with one.
+    """
+    return scored if scored != "none" else "bias" if bias else "none"
 
 
 def score_cells(
@@ -118,6 +141,8 @@ def score_cells(
         LopError: the statistics are missing, or belong to another model.
     """
     made_from = [run.evaluation_fingerprints, fingerprint_samples(samples)]
+    if run.config.scored_recovery != "none":
+        made_from.append({"recovered": "as the search scores"})  # Which earlier cells were not.
     # Only where it is there, so that cells from before anything was reshaped keep their fingerprint.
     said = {cell: {name: value for name, value in asdict(cell).items() if value is not None} for cell in cells}
     files = {cell: run.folder / "cells" / f"{fingerprint([made_from, said[cell]])}.json" for cell in cells}

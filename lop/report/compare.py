@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from lop.checkpoint.recoveries import RECOVERIES, Recovery
 from lop.checkpoint.recovery import recover_elastic
-from lop.methods.method import Choice, Need, Seconds, Side
+from lop.methods.method import Need, Seconds, Side
 from lop.methods.registry import EVERY, IN_REPORT, METHODS, RESHAPINGS
 from lop.model.encoding import Encoded
 from lop.model.samples import FORMS, Sample, check_answers, fingerprint_samples
 from lop.model.statistics import calibrate
+from lop.report.cells import own_recovery
 from lop.report.entries import Found, given
 from lop.report.intervals import Interval, paired_bootstrap, wilson
 from lop.run.building import Materials, Workshop
@@ -177,7 +178,7 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
     pairs = [(name, target) for target in dict.fromkeys((*targets, *recovery_targets)) for name in methods]
     for name, target in tqdm(pairs, desc="compare", unit="method", disable=not progress):
         choice = METHODS[name](known[name], run.space.budget(target))
-        own = _of_choice(run, choice)
+        own = own_recovery(run.config.scored_recovery, bias=choice.bias)
         start = time.perf_counter()
         elastic.sort(run.order_by(choice.importance), run.groups_by(choice.importance))
         sorted_at = time.perf_counter()
@@ -225,14 +226,6 @@ def _reshapings(run: Run) -> list[tuple[str, float, Recovery]]:
     return list(dict.fromkeys(found))
 
 
-def _of_choice(run: Run, choice: Choice) -> Recovery:
-    """What a choice is compared with: allocations are good for what they were scored with, so all have the same.
-
-    Where they were scored without recovery, each is as it was published.
-    """
-    return run.config.scored_recovery if run.config.scored_recovery != "none" else "bias" if choice.bias else "none"
-
-
 def _own(run: Run, name: str) -> Recovery:
     """What a method that reshapes the model is compared with at all targets."""
     return "refit" if RECOVERIES[run.config.scored_recovery].refits and RESHAPINGS[name].refits else "none"
@@ -253,7 +246,7 @@ def _medians(spent: Sequence[Seconds]) -> Seconds:
 
 def comparison_fingerprints(run: Run) -> dict[str, str]:
     """What a comparison depends on."""
-    settings = run.config.search.recorded("roots", "targets", "confirm", "start", "descent", "refine")
+    settings = run.config.search.recorded("roots", "targets", "confirm", "start", "descent", "refine", "blends")
     searching = any(METHODS[name].search for name in compared_methods(run) if name in METHODS)
     return {
         **run.evaluation_fingerprints,

@@ -69,6 +69,7 @@ BEFORE: dict[str, Any] = {
     "start": None,
     "descent": None,
     "refine": None,
+    "blends": 0,
 }
 
 
@@ -146,6 +147,8 @@ class SearchSettings(Settings):
     (`lop.search.descent`); not with method `paper`.
     `recovery` is what allocations are scored with; if it is not set, that with which checkpoints ship, or what that one
     starts from where it trains.
+    `blends`: so many times each target tries mixtures of what its neighbours have found (`lop.search.blending`); not
+    with method `paper`.
     `refine`: whether each target's answer is searched near by once more, refitted on what its own layers see, as it
     ships (`lop.stages.refine`); not with method `paper`, nor where nothing is refitted or confirmed.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
@@ -172,6 +175,7 @@ class SearchSettings(Settings):
     confirm: ConfirmSettings | None = ConfirmSettings()
     descent: DescentSettings | None = None
     start: str | None = None
+    blends: Annotated[int, Field(ge=0)] = 2
     refine: RefineSettings | None = None
 
     @property
@@ -190,6 +194,11 @@ class SearchSettings(Settings):
         return self.descent if self.method == "guided" else None
 
     @property
+    def blended(self) -> int:
+        """How many times, if it does."""
+        return self.blends if self.method == "guided" else 0
+
+    @property
     def needs_answers(self) -> bool:
         """Whether evaluations are told apart by what is right or wrong, which prose never is."""
         return any(REWARDS[name].of_answers for name in (self.reward, self.tie_breaker))
@@ -202,6 +211,7 @@ class SearchSettings(Settings):
         values = self.model_dump(mode="json", exclude=set(left_out))
         if self.descends is None:
             values["descent"] = None
+        values["blends"] = self.blended
         return {name: value for name, value in values.items() if name not in BEFORE or value != BEFORE[name]}
 
     def tree_options(self) -> TreeOptions:

@@ -172,9 +172,17 @@ class SearchTree:
             while len(self._flights) < self._options.window and not self._exhausted:
                 allocation = self._simulate()
                 if allocation is not None:
-                    wanted.append(Candidate(allocation, self._opponent(), itemised=self._options.itemised))
+                    wanted.append(self.candidate(allocation))
             if not self._flights or not self._commit():
                 return wanted
+
+    def candidate(self, allocation: Allocation) -> Candidate:
+        """The allocation, to be evaluated against whom it has to beat now."""
+        return Candidate(allocation, self._opponent(), itemised=self._options.itemised)
+
+    def learn(self, allocation: Allocation, evaluation: Evaluation) -> None:
+        """Takes the result of an allocation that it did not ask for, once it is done."""
+        self.results.setdefault(allocation, evaluation)
 
     def depths(self) -> list[Depth]:
         """The tree's shape, from the root down."""

@@ -20,6 +20,7 @@ from lop.run.prediction import general_identity, unsearched
 from lop.run.results import Refined, entries
 from lop.run.run import Run
 from lop.run.surveys import statistics_for
+from lop.search.blending import blend
 from lop.search.confirmation import Confirmed, confirm
 from lop.search.descent import Few, RecordedDamages, descend, most_evaluations
 from lop.search.ledger import Ledger
@@ -61,6 +62,7 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
                     tree.add_start(best_additive(run.space, damages, tree.budget))
             descents = _descend(run, trees, workers, ledger, watcher)
             run_search(trees.values(), workers, ledger, watcher=watcher)
+            blend(list(trees.values()), run.config.search.blended, workers, ledger, watcher)
             settings = run.config.search.confirm
             guards = {t: [uniform(run.space, tree.budget), *_of(starts, t)] for t, tree in trees.items()}
             confirmed = (

@@ -25,7 +25,7 @@ from lop.methods.puzzletron import library
 from lop.methods.registry import METHODS
 from lop.model.backbone import Heads
 from lop.model.elastic import ElasticFfn, Repair
-from lop.model.repair import Biases, Factor, Refits, factor, factors
+from lop.model.repair import Biases, Refits, factor, factors
 from lop.model.samples import Sample, fingerprint_samples
 from lop.report.intervals import Interval, keyed_bootstrap
 from lop.run.building import Materials, Workshop
@@ -150,7 +150,7 @@ class Bench:
         return Workshop(Materials.of(self.run))
 
     @cached_property
-    def factors(self) -> list[Factor]:
+    def factors(self) -> list[torch.Tensor]:
         """Each layer's, in the order of the run's importance."""
         self.workshop.elastic.sort(self.run.order, self.run.group_order)
         encoded = self.workshop.encode(self.run.samples.calibration)
@@ -265,7 +265,7 @@ class Bench:
             return Biases(run.statistics.mean) if RECOVERIES[recovery].adds_bias else None
         moves = [np.argsort(ours)[theirs] for ours, theirs in zip(run.order, ranked, strict=True)]
         if groups is not None and run.group_order is not None:
-            held = np.arange(len(known[-1].lower) // groups.shape[1])  # Columns of a group.
+            held = np.arange(len(known[-1]) // groups.shape[1])  # Columns of a group.
             orders = zip(run.group_order, groups, strict=True)
             moves += [((np.argsort(ours)[theirs] * len(held))[:, None] + held).ravel() for ours, theirs in orders]
         made = [
@@ -409,12 +409,12 @@ class Bench:
         return Chosen(name, ratio, found.best.widths, importance, round(found.curve[-1][0] * share * whole), seconds)
 
 
-def _reordered(made: Factor, move: torch.Tensor) -> Factor:
+def _reordered(made: torch.Tensor, move: torch.Tensor) -> torch.Tensor:
     """The factor of the same sums with the neurons in another order.
 
     Args:
-        made: of the dense model.
-        move: [F], which of its neurons comes first to last.
+        made: [F, F], C (`lop.model.repair.factors`).
+        move: [F], which of C's neurons comes first to last.
     """
-    rows = made.lower[move].double()
-    return Factor(factor(rows @ rows.T, ridge=0.0))
+    rows = made[move].double()
+    return factor(rows @ rows.T, ridge=0.0)

@@ -188,7 +188,7 @@ class Bench:
         warm, without = (clock(lambda e=each: e.evaluate(Candidate(mixed)), self._model) for each in (refitting, plain))  # type: ignore[misc]
         return {
             "seconds": seconds,
-            "host_bytes": sum(each.lower.nbytes for each in made),
+            "host_bytes": sum(each.nbytes for each in made),
             "solve_ms": solve,
             "cold_seconds": cold,
             "warm_seconds": warm,

@@ -9,7 +9,6 @@ from lop.run.config import Config
 from lop.run.run import Run
 from lop.search.loop import Workers
 from lop.search.progress import Sink
-from lop.space.allocation import Allocation
 from lop.stages.local import Local
 from lop.storage.location import Location
 from ray_jobs.evaluators import evaluator_fleet
@@ -21,9 +20,9 @@ from ray_jobs.tuning import tune_each
 class OnRay:
     """Computes on actors; see `lop.run.compute.Compute`."""
 
-    def evaluators(self, run: Run, near: Allocation | None = None) -> AbstractContextManager[Workers]:
+    def evaluators(self, run: Run) -> AbstractContextManager[Workers]:
         """A fleet of at most the config's `workers` actors."""
-        return evaluator_fleet(Materials.of(run, near), *run.searched_samples)
+        return evaluator_fleet(Materials.of(run), *run.searched_samples)
 
     def map(
         self, build: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: Config

@@ -190,7 +190,9 @@ def _searched(run: Run) -> list[Curve]:
         return []
     samples = len(run.samples.reward)
     points = {
-        run.space.ratio(run.space.cost(found.best.widths)): wilson(round(found.evaluation.accuracy * samples), samples)
+        run.space.ratio(run.space.cost(found.best.widths)): wilson(
+            round(dict(found.evaluations)[found.best].accuracy * samples), samples
+        )
         for found in read_search(run)
     }
     source = "the search's best on its own reward samples (optimistic)"

@@ -24,7 +24,7 @@ from lop.model.elastic import ElasticFfn, ElasticModel, Repair
 from lop.model.encoding import Encoded, encode
 from lop.model.image_settings import ImageSettings
 from lop.model.normal import NormalEquations
-from lop.model.repair import RIDGE, Biases, Factor, Refits, factors, refitted
+from lop.model.repair import RIDGE, Biases, Refits, factors
 from lop.model.samples import Sample
 from lop.model.sources import check_checkpoint
 from lop.model.streamed import StreamedModel
@@ -64,12 +64,10 @@ def repair_for(
     calibration: Callable[[], Encoded],
     cache_bytes: int,
     attention: bool = False,
-    near: Allocation | None = None,
 ) -> Repair | None:
     """What candidates are scored with where they ship with a recovery.
 
-    For `refit` that is one with the dense model's activations, or those of the model pruned to an allocation, from one
-    factor a layer (`lop.model.repair.Refits`).
+    For `refit` that is one with the dense model's activations, from one factor a layer (`lop.model.repair.Refits`).
 
     Args:
         elastic: dense, and in the order in which neurons are kept.
@@ -77,48 +75,11 @@ def repair_for(
         calibration: makes the samples for `refit`; a pass over them.
         cache_bytes: for weights solved for.
         attention: is pruned, too.
-        near: the allocation whose layers' inputs candidates near it are refitted on, as its export is.
     """
     mending = RECOVERIES[recovery]
-    if mending.refits and near:
-        return Refits(factors_near(elastic, near, calibration(), attention=attention), cache_bytes=cache_bytes)
     if mending.refits:
         return Refits(factors(elastic.backbone, calibration(), attention=attention), cache_bytes=cache_bytes)
     return Biases(means) if mending.adds_bias else None
-
-
-def factors_near(
-    elastic: ElasticModel,
-    allocation: Allocation,
-    calibration: Encoded,
-    *,
-    ridge: float = RIDGE,
-    catch_up: float = CATCH_UP,
-    attention: bool = False,
-) -> list[Factor]:
-    """Each axis's factor where the layers before it are pruned to an allocation's widths, and refitted.
-
-    What they give for that allocation is what `refit` makes of it (but for the ridge, which is of all units here and of
-    those kept there), and for others near by about what it would: every later layer makes up for the errors of the
-    allocation's own.
-
-    Args:
-        elastic: dense, and dense again afterwards.
-        ridge, catch_up: as for `refit`.
-        attention: makes those of the layers' heads, too, which come after those of their FFNs.
-
-    Returns:
-        In host memory: [F, F] and [H, F] float32 a layer.
-    """
-    layers = elastic.backbone.layers
-    solver = _Factored(ridge)
-    widths, groups = allocation.widths[: len(layers)], [layer.heads.groups for layer in layers]
-    kept = allocation.widths[len(layers) :] or (groups if attention else None)
-    for _ in _layer_by_layer(elastic.backbone, layers, calibration, widths, kept, solver, catch_up):
-        pass
-    elastic.restore()
-    parts = 2 if attention else 1  # A layer's heads come before its FFN.
-    return [each for part in reversed(range(parts)) for each in solver.made[part::parts]]
 
 
 def recover_checkpoint(
@@ -205,6 +166,7 @@ class Refitted(NamedTuple):
     out: Tensor
 
 
+@torch.inference_mode()
 def refit(
     backbone: Backbone,
     layers: Iterable[Layer],
@@ -245,59 +207,9 @@ def refit(
         units, or none, keeps its weights. Memory: three hidden states for each calibration token, in the host's; on the
         device one batch, and G, [k, k] in float64, twice.
     """
-    return _layer_by_layer(backbone, layers, encoded, widths, groups, _Direct(ridge), catch_up)
-
-
-class _Direct:
-    """Sums over what is kept alone, and solves for its weights."""
-
-    sums_all = False
-
-    def __init__(self, ridge: float) -> None:
-        self._ridge = ridge
-
-    def equations(self, weight: Tensor, columns: int) -> NormalEquations | None:
-        """None where nothing is refitted."""
-        return NormalEquations(weight, columns) if 0 < columns < weight.shape[1] else None
-
-    def solve(self, equations: NormalEquations, weight: Tensor, columns: int) -> Tensor | None:
-        """The weights [H, columns]."""
-        return equations.solve(self._ridge)
-
-
-class _Factored:
-    """Sums over all units of every part, and keeps what weights for every width are read off."""
-
-    sums_all = True
-
-    def __init__(self, ridge: float) -> None:
-        self._ridge = ridge
-        self.made: list[Factor] = []
-
-    def equations(self, weight: Tensor, columns: int) -> NormalEquations:
-        """Of all columns."""
-        return NormalEquations(weight, weight.shape[1])
-
-    def solve(self, equations: NormalEquations, weight: Tensor, columns: int) -> Tensor | None:
-        """The weights [H, columns]; None where nothing is refitted."""
-        self.made.append(equations.factor(self._ridge))
-        return refitted(weight, self.made[-1], columns) if 0 < columns < weight.shape[1] else None
-
-
-@torch.inference_mode()
-def _layer_by_layer(
-    backbone: Backbone,
-    layers: Iterable[Layer],
-    encoded: Encoded,
-    widths: Sequence[int],
-    groups: Sequence[int] | None,
-    solver: _Direct | _Factored,
-    catch_up: float,
-) -> Iterator[Refitted]:
     device = backbone.norm.device
     dense = [batch.embeddings for batch in encoded.batches]
-    # As in the dense model, up to the first layer that loses anything.
-    pruned: list[Tensor] | None = list(dense) if solver.sums_all else None
+    pruned: list[Tensor] | None = None  # As in the dense model, up to the first layer that loses anything.
     for number, (layer, width) in enumerate(zip(layers, widths, strict=True)):
         ffn, heads = cast(ElasticFfn, layer.ffn), layer.heads
         ffn.keep(ffn.neurons)
@@ -305,14 +217,13 @@ def _layer_by_layer(
         kept = heads.groups if groups is None else groups[number]
         if pruned is None and (kept < heads.groups or width < ffn.neurons):
             pruned = list(dense)
-        of_heads = pruned is not None and groups is not None and (kept < heads.groups or solver.sums_all)
-        if pruned is not None and of_heads:
-            _refit_heads(backbone, layer, encoded, kept, dense, pruned, solver, catch_up)
-        normal = solver.equations(ffn.down, width)
+        if pruned is not None and kept < heads.groups:
+            _refit_heads(backbone, layer, encoded, kept, dense, pruned, ridge=ridge, catch_up=catch_up)
+        normal = NormalEquations(ffn.down, width) if 0 < width < ffn.neurons else None
         for index, batch in enumerate(encoded.batches):
             rotation = batch.rotation.to(device)
             output = dense[index].to(device)
-            if not of_heads:
+            if kept == heads.groups:
                 output = backbone.attend(layer, output, rotation, batch.groups)
             output = backbone.feed_forward(layer, output)
             dense[index] = output.to("cpu")
@@ -323,8 +234,8 @@ def _layer_by_layer(
                 normal.add(backbone, layer, residual, output, catch_up)
             pruned[index] = residual.to("cpu")
         ffn.keep(width)
-        if normal and (weights := solver.solve(normal, ffn.down, width)) is not None:
-            ffn.refit(weights)
+        if normal:
+            ffn.refit(normal.solve(ridge))
         residuals = pruned or []
         for index, residual in enumerate(residuals):
             residuals[index] = backbone.feed_forward(layer, residual.to(device)).to("cpu")
@@ -338,7 +249,8 @@ def _refit_heads(
     kept: int,
     dense: list[Tensor],
     pruned: Sequence[Tensor],
-    solver: _Direct | _Factored,
+    *,
+    ridge: float,
     catch_up: float,
 ) -> None:
     """Leaves a layer its first groups of heads, refitted, and takes the dense model's states through all of them.
@@ -351,7 +263,7 @@ def _refit_heads(
     heads.keep(kept)
     columns = heads.columns
     heads.keep(heads.groups)
-    normal = solver.equations(heads.whole, columns)
+    normal = NormalEquations(heads.whole, columns) if kept else None
     for index, batch in enumerate(encoded.batches):
         rotation = batch.rotation.to(device)
         output = backbone.attend(layer, dense[index].to(device), rotation, batch.groups)
@@ -359,5 +271,5 @@ def _refit_heads(
             normal.add_heads(backbone, layer, batch, pruned[index].to(device), output, catch_up)
         dense[index] = output.to("cpu")
     heads.keep(kept)
-    if normal and (weights := solver.solve(normal, heads.whole, columns)) is not None:
-        heads.refit(weights)
+    if normal:
+        heads.refit(normal.solve(ridge))

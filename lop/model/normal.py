@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lop.model.backbone import ROWS, Backbone, Layer
 from lop.model.elastic import ElasticFfn
 from lop.model.encoding import Batch
-from lop.model.repair import Factor, ridged_factor
+from lop.model.repair import ridged_factor
 
 
 class NormalEquations:
@@ -61,9 +61,3 @@ class NormalEquations:
         """The weights [H, k], in the dense weights' dtype; changes the sums."""
         change = torch.cholesky_solve(self._change.T, ridged_factor(self._gram, ridge)).T
         return (self._weight[:, : self._width].double() + change).to(self._weight.dtype)
-
-    def factor(self, ridge: float) -> Factor:
-        """What the weights for every width are read off, in host memory; of sums over all units, which it changes."""
-        lower = ridged_factor(self._gram, ridge)
-        error = torch.linalg.solve_triangular(lower.T, self._change, upper=True, left=False)
-        return Factor(lower.float().cpu(), error.float().cpu())

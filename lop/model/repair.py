@@ -1,12 +1,11 @@
 """What makes up for pruned units at any width, at hardly any cost: what candidates are scored with.
 
-`lop.checkpoint.recovery` refits layer by layer, which takes minutes for one allocation and is what ships. Candidates
-are scored with what is read off sums taken once, of what the layers of the dense model see, or those of a pruned one.
+Both repairs see the dense model's activations; `lop.checkpoint.recovery` refits layer by layer, which takes minutes and
+is what ships.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,19 +18,6 @@ from lop.model.walk import Walk, next_gram, next_grams
 
 # Of the mean square of a layer's activations: what `refit` pulls towards the weights that are there with.
 RIDGE = 0.01
-
-
-class Factor(NamedTuple):
-    """What the refit of an axis is read off, at every width.
-
-    Attributes:
-        lower: C [F, F], lower triangular: 4·F² bytes in float32 (1.4 GB for a layer of a 7B, 9 MB of `smol`).
-        error: E [H, F], `D·C⁻ᵀ`, where `D = Σ e·hᵀ` and e is what the axis is to make up for beside its own units'
-            loss; None for nothing, as in the dense model.
-    """
-
-    lower: Tensor
-    error: Tensor | None = None
 
 
 class Biases:
@@ -63,15 +49,15 @@ class Refits:
         V = W[:, :k] + (W[:, k:]·C[k:, :k])·C[:k, :k]⁻¹:
 
     a product and a triangular solve, `2·H·k·(F − k) + H·k²` operations for a width that is new, none for one that is
-    kept in memory. Where the inputs are those of a pruned model, what is to be made up for of its error comes on top
-    (`Factor.error`), and serves every width in the same way.
+    kept in memory.
 
     Args:
-        factors: of each axis, in host memory; axes that are always dense, as attention is by default, need none.
+        factors: each axis's C, [F, F] float32, in host memory: 4·F² bytes a layer (1.4 GB in a 7B, 9 MB in `smol`);
+            axes that are always dense, as attention is by default, need none.
         cache_bytes: for the weights solved for; those unused for longest make room.
     """
 
-    def __init__(self, factors: Sequence[Factor], *, cache_bytes: int) -> None:
+    def __init__(self, factors: Sequence[Tensor], *, cache_bytes: int) -> None:
         self._factors = factors
         self._cache_bytes = cache_bytes
         self._known: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
@@ -95,27 +81,22 @@ class Refits:
             self._bytes -= self._known.popitem(last=False)[1].nbytes
 
 
-def refitted(down: Tensor, factor: Factor, width: int) -> Tensor:
+def refitted(down: Tensor, factor: Tensor, width: int) -> Tensor:
     """The weights [H, width] that take the place of `down` [H, F]; see `Refits`.
 
-    With an error D at width k they are `W_k + (W[:, k:]·G[k:, :k] + D[:, :k])·(G_k + λI)⁻¹`; the first k columns of
-    `D·C⁻ᵀ` are those of D alone by C[:k, :k]⁻ᵀ, as Cᵀ is upper triangular.
-
     Args:
-        factor: may be in host memory.
+        factor: [F, F], C; may be in host memory.
     """
-    rows = factor.lower[:, :width].to(down.device)
+    rows = factor[:, :width].to(down.device)
     weight = down.float()
     lost = weight[:, width:] @ rows[width:]
-    if factor.error is not None:
-        lost += factor.error[:, :width].to(down.device)
     change = torch.linalg.solve_triangular(rows[:width], lost, upper=False, left=False)
     return (weight[:, :width] + change).to(down.dtype)
 
 
 @torch.inference_mode()
-def factors(backbone: Backbone, encoded: Encoded, *, ridge: float = RIDGE, attention: bool = False) -> list[Factor]:
-    """Each axis's factor C of `G + λI`, `G = Σ h·hᵀ` over the dense model's tokens, `λ = ridge · mean(diag G)`.
+def factors(backbone: Backbone, encoded: Encoded, *, ridge: float = RIDGE, attention: bool = False) -> list[Tensor]:
+    """Each axis's factor C of `G + λI`, `G = Σ h·hᵀ` over the tokens, `λ = ridge · mean(diag G)`.
 
     Memory: one hidden state for each token, in the host's; on the device one batch, and G in float64, twice.
 
@@ -124,13 +105,13 @@ def factors(backbone: Backbone, encoded: Encoded, *, ridge: float = RIDGE, atten
         attention: makes those of the layers' heads, too, which come after those of their FFNs.
 
     Returns:
-        [F, F] or [Q·D, Q·D] float32 each, in host memory.
+        [F, F] or [Q·D, Q·D] float32 each, lower triangular, in host memory.
     """
     walk = Walk(backbone, encoded)
     made = []
     for _ in backbone.layers:
         grams = next_grams(walk) if attention else (next_gram(walk),)
-        made.append([Factor(factor(gram, ridge=ridge).cpu()) for gram in grams])
+        made.append([factor(gram, ridge=ridge).cpu() for gram in grams])
     return [each for part in zip(*made) for each in part]
 
 

@@ -246,7 +246,7 @@ def _medians(spent: Sequence[Seconds]) -> Seconds:
 
 def comparison_fingerprints(run: Run) -> dict[str, str]:
     """What a comparison depends on."""
-    settings = run.config.search.recorded("roots", "targets", "confirm", "start", "descent", "refine", "blends")
+    settings = run.config.search.recorded("roots", "targets", "confirm", "start", "descent", "blends")
     searching = any(METHODS[name].search for name in compared_methods(run) if name in METHODS)
     return {
         **run.evaluation_fingerprints,

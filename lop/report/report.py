@@ -142,10 +142,9 @@ def _confirmation_parts(run: Run, found: Sequence[Found]) -> list[str]:
     rows = []
     for result in found:
         searched, confirmed = dict(result.evaluations), dict(result.confirmed)
-        answer = result.refined[0].near if result.refined else result.best
         numbers = [
             "-" if allocation not in evaluations else f"{evaluations[allocation].worth(reward):.4f}"
-            for allocation in (answer, uniform(run.space, run.space.budget(result.target)))
+            for allocation in (result.best, uniform(run.space, run.space.budget(result.target)))
             for evaluations in (searched, confirmed)
         ]
         rows.append([f"{result.target:.1%}", *numbers])
@@ -155,24 +154,6 @@ def _confirmation_parts(run: Run, found: Sequence[Found]) -> list[str]:
         "part of the reward samples that it did not see, by which the answer was chosen among them. The best of many "
         "scores is partly the luckiest; what is kept back tells by how much.",
         _table(header, rows),
-        *_refinement_parts(run, found),
-    ]
-
-
-def _refinement_parts(run: Run, found: Sequence[Found]) -> list[str]:
-    """What samples kept back say of the trees' answers, and of what was found near them, refitted as they ship."""
-    rows = []
-    for result in found:
-        for number, each in enumerate(result.refined, start=1):
-            confirmed = dict(each.confirmed)
-            both = (f"{confirmed[a].worth(run.config.search.reward):.4f}" for a in (each.near, each.best))
-            rows.append([f"{result.target:.1%}", str(number), str(len(each.evaluations)), *both])
-    if not rows:
-        return []
-    return [
-        "From each of these answers the search went on near by, with all refitted on what the answer's own layers see, "
-        "as it ships; rewards on the samples kept back, before and after.",
-        _table(["pruned", "round", "evaluations", "the answer before", "the answer"], rows),
     ]
 
 

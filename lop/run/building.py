@@ -19,7 +19,6 @@ from lop.search.descent import Few
 from lop.search.evaluation import Scorer, Scorers
 from lop.search.evaluator import Evaluator
 from lop.search.racing import Racing, split
-from lop.space.allocation import Allocation
 
 if TYPE_CHECKING:
     from lop.run.run import Run
@@ -35,7 +34,6 @@ class Materials:
         means: [L, F] `E[h]` in the dense model's numbering.
         calibration: the samples that weights are refitted on.
         groups: [L, K] groups of each layer's attention, the most important first; None where they are not pruned.
-        near: the allocation whose layers' inputs are refitted on; None for the dense model's.
     """
 
     config: Config
@@ -43,17 +41,15 @@ class Materials:
     means: np.ndarray
     calibration: tuple[Sample, ...]
     groups: np.ndarray | None = None
-    near: Allocation | None = None
 
     @classmethod
-    def of(cls, run: "Run", near: Allocation | None = None) -> "Materials":
+    def of(cls, run: "Run") -> "Materials":
         """A run's.
 
         Raises:
             LopError: it has no statistics, or those of another model or other samples.
         """
-        calibration = tuple(run.samples.calibration)
-        return cls(run.settled, run.order, run.statistics.mean, calibration, run.group_order, near)
+        return cls(run.settled, run.order, run.statistics.mean, tuple(run.samples.calibration), run.group_order)
 
 
 class Workshop:
@@ -90,7 +86,6 @@ class Workshop:
             calibration=lambda: self.encode(materials.calibration),
             cache_bytes=config.refit_bytes,
             attention=materials.groups is not None,
-            near=materials.near,
         )
 
     def evaluator(self, samples: Sequence[Sample], repair: Repair | None) -> Evaluator:

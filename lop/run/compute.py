@@ -17,7 +17,6 @@ from lop.storage.location import Location
 if TYPE_CHECKING:
     from lop.search.loop import Workers
     from lop.search.progress import Sink
-    from lop.space.allocation import Allocation
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,11 +25,8 @@ Result = TypeVar("Result")
 class Compute(Protocol):
     """What a stage needs others to do for it."""
 
-    def evaluators(self, run: Run, near: "Allocation | None" = None) -> "AbstractContextManager[Workers]":
+    def evaluators(self, run: Run) -> "AbstractContextManager[Workers]":
         """Whatever evaluates allocations on the run's reward samples, inside the block.
-
-        Args:
-            near: an allocation whose layers' inputs they are refitted on, in place of the dense model's.
 
         Raises:
             LopError: the model cannot be loaded, or workers cannot be had.

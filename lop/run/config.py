@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
-from lop.checkpoint.recoveries import RECOVERIES, untrained
+from lop.checkpoint.recoveries import untrained
 from lop.errors import LopError
 from lop.model.find import EMBEDDED, SHIPPED, settled
 from lop.model.image_settings import ImageSettings
@@ -77,14 +77,6 @@ class Config(Settings):
     tables: TablesSettings = TablesSettings()
     measure: MeasureSettings = MeasureSettings()
     distil: DistilSettings = DistilSettings()
-
-    @model_validator(mode="after")
-    def _refinable(self) -> "Config":
-        search = self.search
-        able = search.method == "guided" and search.confirm and RECOVERIES[self.scored_recovery].refits
-        if search.refine and not able:
-            raise ValueError("search.refine needs search.method guided, search.confirm, and a recovery that refits")
-        return self
 
     @property
     def scored_recovery(self) -> Recovery:

@@ -34,7 +34,7 @@ SEEDS = "seeds"
 _MADE = (
     "config.yaml", "statistics.safetensors", "search.json", "seconds.json", "status.json", "predictors.json",
     "features.safetensors", "probes.json", "results.json", "report.md", "tables.json", "tables.md", "ledger/",
-    "predictors/", "predictor/", "rivals/", "refinements/", "cells/", "seeds/", "checkpoints/", "tune/", "surveys/",
+    "predictors/", "predictor/", "rivals/", "cells/", "seeds/", "checkpoints/", "tune/", "surveys/",
     "qualities.json", "qualities.png",
 )  # fmt: skip
 

@@ -68,7 +68,6 @@ BEFORE: dict[str, Any] = {
     "confirm": None,
     "start": None,
     "descent": None,
-    "refine": None,
     "blends": 0,
 }
 
@@ -126,14 +125,6 @@ class DescentSettings(Settings):
     rounds: Positive = 2
 
 
-class RefineSettings(Settings):
-    """How a search goes on near its answer: `rounds` times, `evaluations` each, axes changed by at most `step`."""
-
-    rounds: Positive = 1
-    evaluations: Positive = 16
-    step: Annotated[float, Field(gt=0, le=1)] = 0.1
-
-
 class SearchSettings(Settings):
     """The UCB trees; see `lop.search.tree.TreeOptions` for what each number does.
 
@@ -149,8 +140,6 @@ class SearchSettings(Settings):
     starts from where it trains.
     `blends`: so many times each target tries mixtures of what its neighbours have found (`lop.search.blending`); not
     with method `paper`.
-    `refine`: whether each target's answer is searched near by once more, refitted on what its own layers see, as it
-    ships (`lop.stages.refine`); not with method `paper`, nor where nothing is refitted or confirmed.
     `sensitivity_levels` is at how many widths each layer is scanned alone, for the root (or the rival) of that name.
     `start` is the folder of a finished run of the same model: each target starts from that run's largest answer that
     its budget holds, with attention dense where it had none open, and is confirmed against it.
@@ -176,7 +165,6 @@ class SearchSettings(Settings):
     descent: DescentSettings | None = None
     start: str | None = None
     blends: Annotated[int, Field(ge=0)] = 2
-    refine: RefineSettings | None = None
 
     @property
     def needs_divergence(self) -> bool:

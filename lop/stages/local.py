@@ -9,7 +9,6 @@ from lop.run.config import Config
 from lop.run.run import Run
 from lop.search.loop import InProcess, Workers
 from lop.search.progress import Sink
-from lop.space.allocation import Allocation
 from lop.storage.location import Location
 
 
@@ -17,9 +16,9 @@ class Local:
     """Computes here; see `lop.run.compute.Compute`."""
 
     @contextmanager
-    def evaluators(self, run: Run, near: Allocation | None = None) -> Iterator[Workers]:
+    def evaluators(self, run: Run) -> Iterator[Workers]:
         """One evaluator."""
-        yield InProcess(build_scorer(Materials.of(run, near), *run.searched_samples))
+        yield InProcess(build_scorer(Materials.of(run), *run.searched_samples))
 
     def map(
         self, build: Callable[[], Callable[[Item], Result]], items: Sequence[Item], config: Config

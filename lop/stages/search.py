@@ -1,12 +1,16 @@
 """From statistics and reward samples to the best allocation of every target."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.methods.method import Root
@@ -17,7 +21,6 @@ from lop.run.building import few_samples
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.prediction import general_identity, unsearched
-from lop.run.results import Refined, entries
 from lop.run.run import Run
 from lop.run.surveys import statistics_for
 from lop.search.blending import blend
@@ -25,18 +28,19 @@ from lop.search.confirmation import Confirmed, confirm
 from lop.search.descent import Few, RecordedDamages, descend, most_evaluations
 from lop.search.ledger import Ledger
 from lop.search.loop import Workers, run_search
-from lop.search.progress import SearchProgress
+from lop.search.progress import SearchProgress, Sink, bar_sink, log_sink, status_sink
 from lop.search.sensitivity import best_additive, measure_damages
 from lop.search.tree import SearchTree
-from lop.space.allocation import Allocation, dense, project, uniform
-from lop.stages.refine import refine
+from lop.space.allocation import Allocation, dense, project
 from lop.stages.rivals import rival_root
 from lop.stages.timing import timed
-from lop.stages.watching import watched
 from lop.storage.files import read_as, write_json
 from lop.storage.fingerprint import check_fingerprints, fingerprint
 
 log = logging.getLogger(__name__)
+_SECONDS_BETWEEN_BARS = 0.2
+_SECONDS_BETWEEN_STATUS = 2.0
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
@@ -54,7 +58,7 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
     trees = build_trees(run, starts)
     with timed(run, "search"), Ledger(run.ledger, run.ledger_fingerprints) as ledger:
         save_config(run.settled, run.folder / "config.yaml")
-        with compute.evaluators(run) as workers, watched(run, trees, compute.sinks(), shown=progress) as watcher:
+        with compute.evaluators(run) as workers, _watched(run, trees, compute.sinks(), shown=progress) as watcher:
             if run.config.search.scans:
                 levels = run.config.search.sensitivity_levels
                 damages = measure_damages(run.space, levels, workers, ledger, watcher=watcher)
@@ -64,23 +68,17 @@ def search_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
             run_search(trees.values(), workers, ledger, watcher=watcher)
             blend(list(trees.values()), run.config.search.blended, workers, ledger, watcher)
             settings = run.config.search.confirm
-            guards = {t: [uniform(run.space, tree.budget), *_of(starts, t)] for t, tree in trees.items()}
             confirmed = (
-                confirm(trees, settings.candidates, workers, ledger, watcher.tick, guards=guards) if settings else {}
+                confirm(trees, settings.candidates, workers, ledger, watcher.tick, guards=starts) if settings else {}
             )
             watcher.finish(workers)
-        refined: Mapping[float, list[Refined]] = {}
-        if (near := run.config.search.refine) is not None:
-            answers = {target: tree.confirmed(confirmed[target]) for target, tree in trees.items()}
-            refined = refine(run, compute, answers, near, lambda t: watched(run, t, compute.sinks(), shown=progress))
     write_json(
         run.search_file,
         {
             "fingerprints": fingerprints,
             "reward": run.config.search.reward,
             "targets": [
-                _target_record(run, target, tree, confirmed.get(target, {}), refined.get(target, []))
-                | descents.get(target, {})
+                _target_record(run, target, tree, confirmed.get(target, {})) | descents.get(target, {})
                 for target, tree in trees.items()
             ],
         },
@@ -128,7 +126,7 @@ def build_trees(run: Run, starts: Mapping[float, Allocation] | None = None) -> d
         target: SearchTree(
             run.space,
             [
-                *_of(starts or {}, target),
+                *([starts[target]] if starts else []),
                 *(_root(run, name, target, budget) for name in names),
             ],
             settings.tree_options(),
@@ -185,31 +183,37 @@ def _root(run: Run, name: str, target: float, budget: int) -> Allocation:
     return rival_root(run, name, target)
 
 
-def _of(starts: Mapping[float, Allocation], target: float) -> list[Allocation]:
-    return [starts[target]] if target in starts else []
+@contextmanager
+def _watched(
+    run: Run, trees: Mapping[float, SearchTree], others: Sequence[Sink], *, shown: bool
+) -> Iterator[SearchProgress]:
+    """Progress as a bar on a terminal and as lines in a log, in the run's folder, and where else it goes."""
+    sinks: list[tuple[float, Sink]] = [(_SECONDS_BETWEEN_STATUS, sink) for sink in (status_sink(run.location), *others)]
+    is_terminal = shown and sys.stderr.isatty()
+    with tqdm(desc="search", unit="evaluation", disable=not is_terminal, smoothing=0.05) as bar:
+        if is_terminal:
+            sinks.append((_SECONDS_BETWEEN_BARS, bar_sink(bar)))
+        elif shown:
+            sinks.append((_SECONDS_BETWEEN_LINES, log_sink))
+        yield SearchProgress(trees, run.space, run.config.search.reward, sinks)
 
 
-def _target_record(
-    run: Run, target: float, tree: SearchTree, confirmed: Confirmed, refined: Sequence[Refined]
-) -> dict[str, Any]:
+def _target_record(run: Run, target: float, tree: SearchTree, confirmed: Confirmed) -> dict[str, Any]:
     best = tree.confirmed(confirmed) if confirmed else tree.best[0]
     # The uniform allocation may not have been scored in full by the search, if it races.
     evaluation = tree.results.get(best) or confirmed[best]
-    if refined:
-        best = refined[-1].best
-        evaluation = dict(refined[-1].evaluations)[best]
     record = {
         "target": target,
         "budget": tree.budget,
         "simulations": tree.simulations,
         "depths": [asdict(depth) for depth in tree.depths()],
         "best": {"widths": list(best.widths), "ratios": list(best.ratios(run.space)), **evaluation.as_dict()},
-        "evaluations": entries(tree.results.items()),
+        "evaluations": [
+            {"widths": list(allocation.widths), **result.as_dict()} for allocation, result in tree.results.items()
+        ],
     }
     if confirmed:
-        record["confirmed"] = entries(confirmed.items())
-    if refined:
-        record["refined"] = [each.as_dict() for each in refined]
+        record["confirmed"] = [{"widths": list(a.widths), **result.as_dict()} for a, result in confirmed.items()]
     return record
 
 

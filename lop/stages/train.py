@@ -116,7 +116,7 @@ def _pairs(run: Run, found: Sequence[Found]) -> list[Pair]:
 
     pairs = []
     for result in found:
-        ranked = sorted((item for item in result.judged if item[1].is_complete), key=key, reverse=True)
+        ranked = sorted((item for item in result.evaluations if item[1].is_complete), key=key, reverse=True)
         for allocation, _ in ranked[: run.config.train.best_per_target]:
             pairs.append(Pair(run.space.ratio(run.space.cost(allocation.widths)), allocation.ratios(run.space)))
     return pairs

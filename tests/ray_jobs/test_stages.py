@@ -36,10 +36,7 @@ GUIDED = [
 ]
 
 
-REFINED = [*GUIDED, "search.targets={first: 0.5, last: 0.5, step: 0.1}", "search.refine={evaluations: 4}"]
-
-
-@pytest.mark.parametrize("settings", [[], RACED, GUIDED, REFINED], ids=["plain", "raced", "guided", "refined"])
+@pytest.mark.parametrize("settings", [[], RACED, GUIDED], ids=["plain", "raced", "guided"])
 def test_a_search_on_actors_is_the_search_of_one_process(tmp_path: Path, settings: list[str]) -> None:
     alone = searched(tmp_path / "alone", 0, settings)
     assert searched(tmp_path / "fleet", 2, settings) == alone
@@ -47,8 +44,5 @@ def test_a_search_on_actors_is_the_search_of_one_process(tmp_path: Path, setting
     assert any(races) == bool(settings)
     for target in alone[0]["targets"]:  # type: ignore[attr-defined]
         finalists = [entry["widths"] for entry in target.get("confirmed", [])]
-        assert len(finalists) in ((2, 3) if settings in (GUIDED, REFINED) else (0,))
-        refined = target.get("refined", [])
-        assert len(refined) == (settings is REFINED)
-        ends = [entry["widths"] for last in refined[-1:] for entry in last["confirmed"]] or finalists
-        assert not ends or target["best"]["widths"] in ends
+        assert len(finalists) in ((2, 3) if settings is GUIDED else (0,))
+        assert not finalists or target["best"]["widths"] in finalists

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lop.model.removal import remove_greedily
-from lop.model.repair import Factor, factor, refitted
+from lop.model.repair import factor, refitted
 
 RIDGE = 0.01
 
@@ -70,7 +70,7 @@ def test_the_published_steps_give_the_same_order_and_the_weights_of_refit() -> N
         weight[:, gone] = 0
     order = remove_greedily(down, gram.clone(), ridge=RIDGE).order
     assert order[kept:][::-1].tolist() == gone
-    by_refit = refitted(down[:, order], Factor(factor(gram[order][:, order].clone(), ridge=RIDGE)), kept)
+    by_refit = refitted(down[:, order], factor(gram[order][:, order].clone(), ridge=RIDGE), kept)
     np.testing.assert_allclose(by_refit.numpy(), weight[:, order[:kept]].numpy(), atol=1e-4)
 
 

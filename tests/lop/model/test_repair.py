@@ -8,7 +8,7 @@ from lop.model.adapter import QwenVL, load_model
 from lop.model.elastic import ElasticFfn, ElasticModel
 from lop.model.encoding import Encoded, encode
 from lop.model.find import assets
-from lop.model.repair import RIDGE, Factor, Refits, factor, factors, refitted
+from lop.model.repair import RIDGE, Refits, factor, factors, refitted
 from lop.model.samples import SampleSets
 from lop.search.scoring import Scoring
 from lop.space.allocation import Allocation
@@ -30,7 +30,7 @@ def elastic() -> ElasticModel:
 
 
 @pytest.fixture(scope="module")
-def made(elastic: ElasticModel, encoded: Encoded) -> list[Factor]:
+def made(elastic: ElasticModel, encoded: Encoded) -> list[torch.Tensor]:
     return factors(elastic.backbone, encoded)
 
 
@@ -53,7 +53,7 @@ def ffn_of(elastic: ElasticModel) -> ElasticFfn:
     return ffn
 
 
-def test_every_width_is_the_direct_solution(elastic: ElasticModel, encoded: Encoded, made: list[Factor]) -> None:
+def test_every_width_is_the_direct_solution(elastic: ElasticModel, encoded: Encoded, made: list[torch.Tensor]) -> None:
     gram = naive_gram(elastic, encoded)
     weight = ffn_of(elastic).down.double()
     ridge = RIDGE * gram.diagonal().mean()
@@ -68,13 +68,13 @@ def test_silent_neurons_can_be_refitted() -> None:
     gram = torch.zeros(6, 6, dtype=torch.float64)
     gram[:3, :3] = torch.eye(3)
     down = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    found = refitted(down, Factor(factor(gram)), 4)
+    found = refitted(down, factor(gram), 4)
     assert found.isfinite().all()
     torch.testing.assert_close(found, down[:, :4])  # Nothing that is pruned was ever heard.
 
 
 def test_a_candidate_is_repaired_and_the_model_dense_again(
-    elastic: ElasticModel, encoded: Encoded, made: list[Factor]
+    elastic: ElasticModel, encoded: Encoded, made: list[torch.Tensor]
 ) -> None:
     half = Allocation((ffn_of(elastic).neurons // 2,) * len(elastic.backbone.layers))
     scoring = Scoring(elastic.backbone, encoded)
@@ -89,7 +89,7 @@ def test_a_candidate_is_repaired_and_the_model_dense_again(
     assert (scoring.scores().log_probability == before).all()
 
 
-def test_weights_are_kept_within_the_memory_given(elastic: ElasticModel, made: list[Factor]) -> None:
+def test_weights_are_kept_within_the_memory_given(elastic: ElasticModel, made: list[torch.Tensor]) -> None:
     ffn = ffn_of(elastic)
     row = ffn.down[:, :1].nbytes
     refits = Refits(made, cache_bytes=row * 25)

@@ -58,8 +58,7 @@ def searched(folder: Path, scorer: Scorers) -> Allocation:
     with Ledger(folder, {}) as ledger:
         workers = InProcess(scorer)
         run_search([tree], workers, ledger)
-        guards = {0.5: [uniform(SPACE, budget)]}
-        found = confirm({0.5: tree}, 4, workers, ledger, lambda _: None, guards=guards)[0.5]
+        found = confirm({0.5: tree}, 4, workers, ledger, lambda _: None)[0.5]
     assert found.keys() == {*tree.ranked[:4], uniform(SPACE, budget)}
     assert all(evaluation.confirms for evaluation in found.values())
     return tree.confirmed(found)

@@ -64,8 +64,8 @@ LOPS = {
     "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
     "lop-general": ("search.roots=[wanda, flap, general]",),
 }
-# What LOP's searches at all of `LEARNT` have found, blended with their neighbours'.
-BLENDED = "lop-blended"
+# What LOP's searches at all of `LEARNT` have found, blended with their neighbours', and what learns from that.
+BLENDED, BLENDED_PREDICTOR = "lop-blended", "lop-blended-predictor"
 # The same search, scoring widths as they are without any recovery.
 UNREFITTED = "lop-unrefitted"
 _FORMS = {**LOPS, UNREFITTED: ("search.recovery=none",)}
@@ -177,6 +177,8 @@ class Bench:
                 return asdict(self._search(method, ratio))
             if method == BLENDED:
                 return asdict(self._blended(ratio))
+            if method == BLENDED_PREDICTOR:
+                return asdict(self._answered(BLENDED_PREDICTOR, self._blended_run(), ratio))
             if method == PREDICTOR:
                 return asdict(self._predicted(ratio))
             if METHODS[method].search:
@@ -318,23 +320,29 @@ class Bench:
         return spent + found.get("descent", {}).get("scored", 0) / search[1] * search[0], spared
 
     def _blended(self, ratio: float) -> Chosen:
+        run, mine = self._blended_run(), self.choose(LOP, ratio)
+        (found,) = (each for each in read_json(run.search_file)["targets"] if each["target"] == ratio)
+        spent, spared = self._spent(run, found)
+        seconds = run.seconds()["search"] / len(LEARNT)
+        tokens, unraced = round(mine.tokens + spent), round(mine.unraced + spent + spared)
+        widths = tuple(found["best"]["widths"])
+        return Chosen(BLENDED, ratio, widths, run.config.importance, tokens, mine.seconds + seconds, unraced)
+
+    def _blended_run(self) -> Run:
         """By all of LOP's searches together: a search of two evaluations that starts from each one's answer."""
-        start, known = self._folder / f"{self.seed}-answers", {each: self.choose(LOP, each) for each in LEARNT}
+        start = self._folder / f"{self.seed}-answers"
         start.mkdir(parents=True, exist_ok=True)
-        answers = [{"best": {"widths": list(each.widths)}} for each in known.values()]
+        answers = [{"best": {"widths": list(self.choose(LOP, each).widths)}} for each in LEARNT]
         made_from = {"model": self.run.model_fingerprint}
         write_json(start / self.run.search_file.name, {"fingerprints": made_from, "targets": answers})
-        changed = f"search.start={start}", "search.roots=[]", "search.evaluations=2", "search.blends=2"
+        # Of each target two are learnt from: what else is known of it by now is the uniform allocation.
+        few = "search.evaluations=2", "train.best_per_target=2"
+        changed = f"search.start={start}", "search.roots=[]", "search.blends=2", *few
         run = Run(self._config(LEARNT[0], *changed, last=LEARNT[-1]), self._folder / f"{self.seed}-blended")
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / run.statistics_file.name).write_bytes(self.run.statistics_file.read_bytes())
         search_stage(run, Local(), progress=False)
-        (found,) = (each for each in read_json(run.search_file)["targets"] if each["target"] == ratio)
-        spent, spared = self._spent(run, found)
-        mine, seconds = known[ratio], run.seconds()["search"] / len(LEARNT)
-        tokens, unraced = round(mine.tokens + spent), round(mine.unraced + spent + spared)
-        widths = tuple(found["best"]["widths"])
-        return Chosen(BLENDED, ratio, widths, run.config.importance, tokens, mine.seconds + seconds, unraced)
+        return run
 
     def search_folder(self, ratio: float, name: str = LOP) -> Path:
         """Of LOP's search at a ratio, by the settings of that name."""
@@ -355,11 +363,15 @@ class Bench:
             searches.append(read_json(file))
         (run.folder / run.statistics_file.name).write_bytes(self.run.statistics_file.read_bytes())
         write_json(run.search_file, {**searches[0], "targets": [target for s in searches for target in s["targets"]]})
+        return self._answered(PREDICTOR, run, ratio)
+
+    def _answered(self, name: str, run: Run, ratio: float) -> Chosen:
+        """By the predictor that learns from a run's search."""
         train_stage(run, Local(), progress=False)
         start = time.perf_counter()
         allocation = open_predictor(run, run.predictor_folder).allocate(run.space.budget(ratio))
         seconds = time.perf_counter() - start
-        return Chosen(PREDICTOR, ratio, allocation.widths, run.config.importance, 0, seconds)
+        return Chosen(name, ratio, allocation.widths, run.config.importance, 0, seconds)
 
     def _read(self, name: str, ratio: float) -> Chosen:
         """What a method reads off the statistics."""

@@ -15,7 +15,8 @@ over a question's answer, mean over a passage's tokens, mean over items), `kl_of
 bootstrap over images and texts) and `significant`: whether LOP is ahead of every other method by an interval that lies
 above zero; `behind` names those where it is not; `tokens_saved`, how many times as many reward tokens it would have
 scored without races (where its cell knows); `predictor_over_search` is the predictor's KL as a share of the
-search's, at the target held out of its training (its run's `predictors.json` names it) as at the others.
+search's, at the target held out of its training (its run's `predictors.json` names it) as at the others. `blended` has
+the same of LOP's searches at six targets that share what they have found, and of the predictor that learns from these.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import LOP, PREDICTOR, Bench
+from bench import BLENDED, BLENDED_PREDICTOR, LOP, PREDICTOR, Bench
 
 from lop.model.samples import Sample
 
@@ -33,6 +34,9 @@ RESULTS = Path(__file__).parent.parent / "results" / "smol"
 RATIOS = (0.2, 0.3, 0.4, 0.5)
 READ = ("uniform", "magnitude", "wanda", "flap", "owl", "alphapruning")
 SEARCHING = ("random", "sensitivity", "evolution")
+OURS = (LOP, PREDICTOR, BLENDED, BLENDED_PREDICTOR)
+# Of each item, by method and ratio.
+_Kl = dict[tuple[str, float], np.ndarray]
 
 
 def parts(items: Sequence[Sample]) -> dict[str, np.ndarray]:
@@ -45,7 +49,7 @@ def parts(items: Sequence[Sample]) -> dict[str, np.ndarray]:
 def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> dict[str, Any]:
     """The last line."""
     kinds = parts(bench.items)
-    kl: dict[tuple[str, float], np.ndarray] = {}
+    kl: _Kl = {}
     lines: dict[str, Any] = {
         "benchmark": "smol",
         "seed": bench.seed,
@@ -60,6 +64,8 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
             chosen, kl[method, ratio], hits = bench.result(method, ratio)
             if method == LOP and chosen.unraced:
                 lines["tokens_saved"][str(ratio)] = chosen.unraced / chosen.tokens
+            if method == BLENDED:
+                lines.setdefault("blended", {}).setdefault("tokens", {})[str(ratio)] = chosen.tokens
             lines["kl"].setdefault(method, {})[str(ratio)] = float(kl[method, ratio].mean())
             lines["accuracy"].setdefault(method, {})[str(ratio)] = hits
             shares = {part: float(kl[method, ratio][mine].mean()) for part, mine in kinds.items()}
@@ -67,27 +73,35 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
             print(
                 f"{method:<14} {ratio:.0%}  KL {kl[method, ratio].mean():.4f}  right {hits:.1%}  {chosen.tokens} tokens"
             )
-    lines |= {"lead": {}, "interval": {}, "significant": {}, "behind": {}}
-    for ratio in ratios if LOP in methods else ():
-        others = [method for method in methods if method not in (LOP, PREDICTOR)]
-        differences = {m: bench.interval(kl[m, ratio] - kl[LOP, ratio]) for m in others}
-        base = kl["uniform", ratio].mean()
-        lead = differences["uniform"]
-        lines["lead"][str(ratio)] = lead.value / base
-        lines["interval"][str(ratio)] = [lead.low / base, lead.high / base]
-        lines["behind"][str(ratio)] = [m for m, difference in differences.items() if difference.low <= 0]
-        lines["significant"][str(ratio)] = not lines["behind"][str(ratio)]
-    if {LOP, PREDICTOR} <= set(methods):
-        share = {str(ratio): float(kl[PREDICTOR, ratio].mean() / kl[LOP, ratio].mean()) for ratio in ratios}
-        lines["predictor_over_search"] = share
+    for search, predictor, of_search in ((LOP, PREDICTOR, lines), (BLENDED, BLENDED_PREDICTOR, lines.get("blended"))):
+        if search in methods:
+            of_search |= _leads(bench, kl, [method for method in methods if method not in OURS], ratios, search)
+        if {search, predictor} <= set(methods):
+            share = {str(ratio): float(kl[predictor, ratio].mean() / kl[search, ratio].mean()) for ratio in ratios}
+            of_search["predictor_over_search"] = share
     return lines
+
+
+def _leads(
+    bench: Bench, kl: _Kl, others: Sequence[str], ratios: Sequence[float], search: str
+) -> dict[str, dict[str, Any]]:
+    """How far a search is ahead of others at each ratio."""
+    found: dict[str, dict[str, Any]] = {"lead": {}, "interval": {}, "significant": {}, "behind": {}}
+    for ratio in ratios:
+        differences = {m: bench.interval(kl[m, ratio] - kl[search, ratio]) for m in others}
+        base, lead = kl["uniform", ratio].mean(), differences["uniform"]
+        found["lead"][str(ratio)] = lead.value / base
+        found["interval"][str(ratio)] = [lead.low / base, lead.high / base]
+        found["behind"][str(ratio)] = [m for m, difference in differences.items() if difference.low <= 0]
+        found["significant"][str(ratio)] = not found["behind"][str(ratio)]
+    return found
 
 
 def main() -> None:
     """Makes what is missing, and prints."""
     parser = argparse.ArgumentParser(description="LOP against every other way to choose widths, on smol.")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
-    known = [*READ, *SEARCHING, LOP, PREDICTOR]
+    known = [*READ, *SEARCHING, *OURS]
     parser.add_argument("--methods", nargs="+", default=known, choices=known)
     parser.add_argument("--only", choices=("search", "scores"), help="make this part alone")
     parser.add_argument("--seed", type=int, default=0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lop.checkpoint.recovery import recover_elastic
 from lop.methods.registry import RESHAPINGS
 from lop.model.adapter import QwenVL
 from lop.model.elastic import ElasticModel
@@ -23,6 +24,7 @@ from lop.run.building import Materials
 from lop.run.config import find_config, load_config
 from lop.run.run import Run
 from lop.search.scoring import Scoring
+from lop.space.allocation import Allocation
 
 WIDTHS = (0.5, 0.9)  # Of every other layer, so that layers differ.
 
@@ -58,6 +60,27 @@ def test_hits_are_what_a_model_cut_by_hand_generates(
     assert scored.hits.tolist() == expected
     assert 0 < sum(expected) < len(expected)
     assert Scored.from_dict(scored.as_dict(), len(asked)).hits.tolist() == expected
+
+
+@pytest.mark.parametrize("importance_name", ["activation", "flap"])
+def test_cells_have_what_the_search_scores_with(
+    importance_name: str, tiny: QwenVL, samples: SampleSets, tiny_statistics: NeuronStatistics
+) -> None:
+    asked, few = samples.test[::20], samples.calibration[::8]
+    ranked = order(importance("activation", tiny_statistics))
+    cell = Cell(importance_name, (48,) * 12, bias=importance_name == "flap")
+    hits = {}
+    for recovery in ("none", "refit"):
+        config = load_config(find_config("tiny"), [f"search.recovery={recovery}"])
+        worker = CellWorker(Materials(config, ranked, tiny_statistics.mean, few), tiny_statistics, asked)
+        hits[recovery] = worker(cell).hits
+        assert worker(Cell("activation", (160,) * 12)).hits.sum() > hits[recovery].sum()  # It is dense again.
+    elastic = ElasticModel(tiny, order(importance(importance_name, tiny_statistics)))
+    calibration = encode(tiny, few, batch_tokens=2048)
+    recover_elastic(elastic, Allocation(cell.widths), "refit", means=tiny_statistics.mean, calibration=calibration)
+    expected = Scoring(elastic.backbone, encode(tiny, asked, batch_tokens=2048)).scores().correct
+    assert hits["refit"].tolist() == expected.tolist()
+    assert hits["refit"].sum() > hits["none"].sum() + 5  # Where each is as published, FLAP has its bias.
 
 
 def test_reshaped_models_are_scored_as_their_method_makes_them(

@@ -132,6 +132,14 @@ def own_recovery(scored: Recovery, *, bias: bool) -> Recovery:
     return scored if scored != "none" else "bias" if bias else "none"
 
 
+def recovered_in_words(run: Run) -> str:
+    """How every method is compared; see `own_recovery`."""
+    recovery = run.config.scored_recovery
+    if recovery == "none":
+        return "as it was published (FLAP with bias, the others without recovery)"
+    return f"with recovery `{recovery}`, as the search has it"
+
+
 def score_cells(
     run: Run, cells: Sequence[Cell], samples: Sequence[Sample], spread: Spread, *, progress: bool = True
 ) -> dict[Cell, Scored]:

@@ -10,6 +10,7 @@ from rich.table import Table
 from lop.console import PlainConsole
 from lop.methods.registry import CONTEXTUAL, DROPPINGS, EVERY
 from lop.model.samples import FORMS
+from lop.report.cells import recovered_in_words
 from lop.report.compare import Average, Comparison, Recovered, Spent, asked, bootstrap
 from lop.report.intervals import Interval
 from lop.report.needs import needs_in_words, without_checkpoint
@@ -76,9 +77,9 @@ def _markdown(run: Run, comparison: Comparison, answered: Mapping[Way, Answered]
         f"{search.evaluations} evaluated allocations each (the paper: 300 and 200), roots: "
         f"{', '.join(search.roots) or 'none'}.",
         "## Accuracy on the test samples",
-        f"Every method {_mended(run)}. Mean over the forms of question, with the 95% interval of a bootstrap over "
-        "images. The last column is the difference to the best baseline at that target, in points, paired on the same "
-        "questions.",
+        f"Every method {recovered_in_words(run)}. Mean over the forms of question, with the 95% interval of a "
+        "bootstrap over images. The last column is the difference to the best baseline at that target, in points, "
+        "paired on the same questions.",
         _average_table(comparison),
         "![Accuracy by target](accuracy.png)",
         "### By form of question",
@@ -119,13 +120,6 @@ def _attention(run: Run) -> str:
         f", and {attention.groups} groups of attention heads, pruned like them: ratios are shares of the parameters of "
         "both, and methods that know FFNs alone keep attention dense where the budget allows"
     )
-
-
-def _mended(run: Run) -> str:
-    recovery = run.config.scored_recovery
-    if recovery == "none":
-        return "as it was published (FLAP with bias, the others without recovery)"
-    return f"with recovery `{recovery}`, as the search has it"
 
 
 def _limited(run: Run) -> str:

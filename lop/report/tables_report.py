@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 from lop.methods.method import Side
 from lop.methods.registry import EVERY, IN_REPORT, METHODS
 from lop.report.board import Value
+from lop.report.cells import recovered_in_words
 from lop.report.intervals import Interval
 from lop.report.needs import needs_in_words, without_checkpoint
 from lop.report.plots import save_figure
@@ -64,6 +65,7 @@ def _markdown(run: Run, tables: Tables, pictures: dict[str, tuple[Row, list[Row]
         "test share no image; the paper searches on MMBench and reports MMBench, so its own figures there are not of "
         f"unseen questions. Seeds of searches and trainings: {seeds}.",
         "## Table 1: methods by pruning ratio",
+        f"Every method {recovered_in_words(run)}. "
         "In each benchmark's own unit (MME: points of accuracy + accuracy+, others: percent), with the drop against "
         "the dense model in brackets; the average is over the columns, each in percent of its maximum, with the 95% "
         "interval of a bootstrap over images. **Bold**: significantly better (p < 0.05, paired bootstrap over images) "

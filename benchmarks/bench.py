@@ -7,7 +7,7 @@ scored on the same test items, drawn once by a fixed seed, with the refit that o
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -368,8 +368,13 @@ class Bench:
     def _answered(self, name: str, run: Run, ratio: float) -> Chosen:
         """By the predictor that learns from a run's search."""
         train_stage(run, Local(), progress=False)
-        start = time.perf_counter()
-        allocation = open_predictor(run, run.predictor_folder).allocate(run.space.budget(ratio))
+        # What was held out of training it is not to know either.
+        held_out = read_json(run.folder / "predictors.json")["validation_targets"]
+        start, predictor = time.perf_counter(), open_predictor(run, run.predictor_folder)
+        targets = [run.space.ratio(run.space.cost(allocation.widths)) for allocation in predictor.known]
+        near = [min(abs(target - held) for held in held_out) < 0.01 for target in targets]
+        known = tuple(allocation for allocation, is_held in zip(predictor.known, near, strict=True) if not is_held)
+        allocation = replace(predictor, known=known).allocate(run.space.budget(ratio))
         seconds = time.perf_counter() - start
         return Chosen(name, ratio, allocation.widths, run.config.importance, 0, seconds)
 

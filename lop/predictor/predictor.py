@@ -6,6 +6,7 @@ Nothing here needs torch: an answer takes milliseconds, and so should the way to
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ _NETWORK = {"dimension": DIMENSION, "heads": HEADS, "encoder_layers": ENCODER_LA
 class Predictor:
     """A trained network with all that turns a target into an allocation: no model is needed.
 
+    A network through as few pairs as a search leaves is smooth, and a little beside each of them. What it is beside at
+    the targets that were searched is added, and between two of them what lies between: so it says there what the search
+    has found (regression and interpolated residuals, as in universal kriging).
+
     Attributes:
         architecture: a name of `lop.predictor.inference.NETWORKS`.
         weights: the network's parameters by name.
         space: the allocations of the model that it was trained for.
         size: the dense model's numbers.
         fingerprints: what the predictor was made from.
+        known: the search's answers, of different budgets; without any the network answers alone.
     """
 
     architecture: str
@@ -40,21 +46,43 @@ class Predictor:
     space: Space
     size: ModelSize
     fingerprints: Mapping[str, str]
+    known: tuple[Allocation, ...] = ()
 
     @property
     def source(self) -> None:
         """None: the model's own search is what it learned from."""
 
     def ratios(self, target: float) -> np.ndarray:
-        """[axes] the network's pruning ratios for a target in [0, 1], before they are projected onto the budget.
+        """[axes] the pruning ratios for a target in [0, 1], before they are projected onto the budget.
+
+        Raises:
+            LopError: the weights are of another network.
+        """
+        found = self.network_ratios(target)
+        if self.known:
+            targets, beside = self._beside
+            found += [np.interp(target, targets, of_axis) for of_axis in beside.T]
+        return found
+
+    def network_ratios(self, target: float) -> np.ndarray:
+        """[axes] the network's own.
 
         Raises:
             LopError: the weights are of another network.
         """
         return predict(self.architecture, self.weights, self.space.axes, target).astype(np.float64)
 
+    @cached_property
+    def _beside(self) -> tuple[np.ndarray, np.ndarray]:
+        """The targets [n] of what is known, rising, and by how much the network is beside [n, axes]."""
+        space = self.space
+        known = sorted(self.known, key=lambda allocation: space.ratio(space.cost(allocation.widths)))
+        targets = np.array([space.ratio(space.cost(allocation.widths)) for allocation in known])
+        answers = np.array([allocation.ratios(space) for allocation in known])
+        return targets, answers - np.array([self.network_ratios(target) for target in targets])
+
     def allocate(self, budget: int) -> Allocation:
-        """The allocation of `budget` nearest to what the network predicts.
+        """The allocation of `budget` nearest to what is predicted.
 
         Raises:
             LopError: the budget is not one of the space's.
@@ -70,6 +98,8 @@ class Predictor:
             "space": self.space.as_dict(),
             "size": asdict(self.size),
             "fingerprints": dict(self.fingerprints),
+            # Only where there is any, so that what was trained before keeps its fingerprint.
+            **({"known": [list(allocation.widths) for allocation in self.known]} if self.known else {}),
             "weights": hashlib.sha256(data).hexdigest(),
         }
         with atomic_folder(folder, replace=True) as temporary:
@@ -100,11 +130,12 @@ def load_predictor(folder: Path) -> Predictor:
             space=parse_space(about["space"]),
             size=ModelSize(**about["size"]),
             fingerprints=about["fingerprints"],
+            known=tuple(Allocation(tuple(widths)) for widths in about.get("known", [])),
         )
     except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
         raise LopError(f"{folder} is damaged: {' '.join(str(error).split())}") from None
     try:
-        predictor.ratios(0.5)  # Weights that do not fit the network are found here, not at the first prediction.
+        predictor.ratios(0.5)  # What does not fit the network is found here, not at the first prediction.
     except LopError as error:
         raise LopError(f"{folder} is damaged: {error}") from None
     return predictor

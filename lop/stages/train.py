@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 
 from tqdm import tqdm
@@ -55,8 +55,9 @@ class Trial:
 def train_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
     """Trains each architecture on the search's pairs, keeps the best of each, and of those the one that scores best.
 
-    Writes `predictors/<architecture>`, `predictor` (the best one) and `predictors.json` (the comparison). Where the
-    model's features are known, the general predictor is compared, too; what was trained for the model answers.
+    Writes `predictors/<architecture>`, `predictor` (the best one, which knows the search's answers, too: see
+    `Predictor`) and `predictors.json` (the comparison, of networks alone). Where the model's features are known, the
+    general predictor is compared, too; what was trained for the model answers.
 
     Raises:
         LopError: the search has not been run, or has too few targets to hold one out.
@@ -84,7 +85,7 @@ def train_stage(run: Run, compute: Compute, *, progress: bool = True) -> None:
         for predictor in predictors:
             predictor.save(run.predictors_folder / predictor.architecture)
         chosen = max(range(len(best)), key=lambda index: (rewards[index], -best[index].validation_error))
-        predictors[chosen].save(run.predictor_folder)
+        replace(predictors[chosen], known=tuple(result.best for result in found)).save(run.predictor_folder)
     write_json(
         report,
         {

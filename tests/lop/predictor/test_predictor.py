@@ -1,5 +1,6 @@
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,30 @@ def test_ratios_are_shares_and_the_allocation_is_the_one_nearest_to_them(name: s
     assert np.ptp(ratios) > 1e-3
     budget = SPACE.budget(0.5)
     assert PREDICTORS[name].allocate(budget) == project(PREDICTORS[name].ratios(SPACE.ratio(budget)), SPACE, budget)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.floats(0.02, SPACE.max_target), min_size=1, max_size=5), st.integers(0, 2**32 - 1))
+def test_where_the_search_was_it_answers_what_the_search_found(targets: list[float], seed: int) -> None:
+    generator, bare = np.random.default_rng(seed), PREDICTORS["mlp"]
+    budgets = {SPACE.budget(target) for target in targets}
+    known = tuple(project(generator.uniform(0, 0.9, SPACE.layers), SPACE, budget) for budget in budgets)
+    knowing = replace(bare, known=known)
+    assert {knowing.allocate(allocation.budget) for allocation in known} == set(known)
+    by_target = sorted(known, key=lambda allocation: -allocation.budget)
+    beside = [np.array(a.ratios(SPACE)) - bare.ratios(SPACE.ratio(a.budget)) for a in by_target]
+    for left, right, low, high in zip(by_target, by_target[1:], beside, beside[1:]):
+        between = (SPACE.ratio(left.budget) + SPACE.ratio(right.budget)) / 2
+        np.testing.assert_allclose(knowing.ratios(between), bare.ratios(between) + (low + high) / 2, atol=1e-9)
+    np.testing.assert_allclose(knowing.ratios(0.999) - bare.ratios(0.999), beside[-1], atol=1e-9)
+
+
+def test_what_it_knows_is_saved(tmp_path: Path) -> None:
+    known = (project(np.linspace(0, 0.8, SPACE.layers), SPACE, SPACE.budget(0.4)),)
+    replace(PREDICTORS["mlp"], known=known).save(tmp_path / "p")
+    found = load_predictor(tmp_path / "p")
+    assert found.known == known
+    assert found.allocate(SPACE.budget(0.4)) == known[0] != PREDICTORS["mlp"].allocate(SPACE.budget(0.4))
 
 
 @pytest.mark.parametrize("name", NAMES)

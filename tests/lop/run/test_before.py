@@ -22,6 +22,7 @@ def test_a_run_of_before_is_read_as_it_was_searched(before: Path) -> None:
     run = Run(load_config(before), before.parent)
     assert (run.config.search.method, run.config.scored_recovery, run.config.search.confirm) == ("paper", "none", None)
     assert run.config.search.descends is None
+    assert run.config.search.blends == 0
     assert read_search(run)  # Its fingerprints are those that it was made with.
 
 
@@ -40,7 +41,8 @@ def test_a_new_config_has_all_three() -> None:
 def test_what_the_papers_search_does_not_do_is_not_in_its_fingerprint() -> None:
     search = load_config(find_config("tiny")).search
     assert search.method == "paper"
-    assert "descent" not in search.recorded()
+    assert search.blends > search.blended == 0
+    assert not {"descent", "blends"} & search.recorded().keys()
     descends = ["search.descent={}"]
     assert "descent" not in load_config(find_config("tiny"), descends).search.recorded()
     assert "descent" in load_config(find_config("tiny"), [*descends, "search.method=guided"]).search.recorded()

@@ -88,7 +88,7 @@ class Chosen:
 
     Attributes:
         tokens: reward tokens that its search scored; 0 if it does not search.
-        unraced: that it would have scored, had it scored every candidate in full; 0 if it does not race.
+        unraced: that it would have scored, had it scored every candidate in full; 0 if it does not race or is not known.
     """
 
     method: str
@@ -324,7 +324,8 @@ class Bench:
         (found,) = (each for each in read_json(run.search_file)["targets"] if each["target"] == ratio)
         spent, spared = self._spent(run, found)
         seconds = run.seconds()["search"] / len(LEARNT)
-        tokens, unraced = round(mine.tokens + spent), round(mine.unraced + spent + spared)
+        tokens = round(mine.tokens + spent)
+        unraced = round(mine.unraced + spent + spared) if mine.unraced else 0
         widths = tuple(found["best"]["widths"])
         return Chosen(BLENDED, ratio, widths, run.config.importance, tokens, mine.seconds + seconds, unraced)
 

@@ -88,7 +88,7 @@ class Chosen:
 
     Attributes:
         tokens: reward tokens that its search scored; 0 if it does not search.
-        unraced: that it would have scored, had it scored every candidate in full; 0 if it does not race or is not known.
+        unraced: that it would have scored without races; 0 if it has none, or it is not known.
     """
 
     method: str

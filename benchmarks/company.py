@@ -3,7 +3,7 @@
 On `tiny` and `smol`, at as many parameters, refit for everybody who can be refitted: LLM-Pruner (element- and
 vector-wise), Minitron, DarwinLM, Puzzletron, Týr and EfficientLLaVA over FFN neurons, beside uniform widths and LOP's
 search; ShortGPT, LLM-Streamline and SliceGPT, which leave the FFNs as they are; and LOP's search in other forms
-(`LOPS` in `bench.py`). Beside these, as it keeps all weights and adds some, DejaVu at as many active neurons. At as
+(`FORMS`). Beside these, as it keeps all weights and adds some, DejaVu at as many active neurons. At as
 many operations (`lop.model.beyond.flops`, of the language backbone): FastV, SparseVLM and YOPO, by themselves and on
 what LOP's search found, against LOP's widths alone that compute as much (between the ratios that were searched its
 ratios of layers are interpolated). See `benchmarks/bench.py` and `beyond.py` for what is equal for all.
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import EXPORTED, LOP, LOPS, REFIT, Bench, Exported
+from bench import BLENDED, EXPORTED, LOP, LOPS, REFIT, Bench, Exported
 from beyond import Beyond, Measured
 
 from lop.checkpoint.recoveries import Recovery
@@ -45,6 +45,8 @@ RATIOS = (0.2, 0.3, 0.5)
 SHARES = (0.33, 0.5, 0.75)
 READ = ("uniform", "llm-pruner", "llm-pruner-vector", "minitron", "darwinlm")
 SEARCHING = ("puzzletron", "tyr", "efficientllava")
+# LOP's search in every form.
+FORMS = (*LOPS, BLENDED)
 _ELSEWHERE = {"smol": [RESULTS / "smol"]}
 # By method and ratio.
 _Table = Mapping[tuple[str, float], Measured]
@@ -81,8 +83,8 @@ def summary(beyond: Beyond, table: _Table) -> dict[str, Any]:
         values = {"kl": float(one.kl.mean()), "accuracy": one.right, "seconds": one.seconds, "left": one.left}
         for name, value in {**values, "flops": one.flops / whole}.items():
             found[name][method][str(ratio)] = value
-    beside = {*LOPS, *CONTEXTUAL}  # LOP itself, and what has more parameters.
-    for name, ratio in [key for key in table if key[0] in LOPS]:
+    beside = {*FORMS, *CONTEXTUAL}  # LOP itself, and what has more parameters.
+    for name, ratio in [key for key in table if key[0] in FORMS]:
         others = {method: one for (method, at), one in table.items() if at == ratio and method not in beside}
         differences = {method: bench.interval(one.kl - table[name, ratio].kl) for method, one in others.items()}
         behind = {method: [each.low, each.high] for method, each in differences.items() if each.low <= 0}
@@ -154,13 +156,13 @@ def plot(beyond: Beyond, table: _Table, dropped: Sequence[Mapping[str, Any]], pa
 
 
 def _label(method: str) -> str:
-    if method in LOPS:
+    if method in FORMS:
         return "LOP search" if method == LOP else method
     return (CONTEXTUAL[method] if method in CONTEXTUAL else EVERY[method]).label or method
 
 
 def _needs(method: str) -> list[str]:
-    return sorted({**EVERY, **CONTEXTUAL, **DROPPINGS}[LOP if method in LOPS else method].needs)
+    return sorted({**EVERY, **CONTEXTUAL, **DROPPINGS}[LOP if method in FORMS else method].needs)
 
 
 def _in_words(gain: Interval) -> str:
@@ -173,7 +175,7 @@ def _numbers(gain: Interval) -> str:
 
 def main() -> None:
     """Makes what is missing, and prints."""
-    known = [*READ, *RESHAPINGS, *SEARCHING, *CONTEXTUAL, *LOPS]
+    known = [*READ, *RESHAPINGS, *SEARCHING, *CONTEXTUAL, *FORMS]
     parser = argparse.ArgumentParser(description="LOP against the systems its paper names, on tiny and smol.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))

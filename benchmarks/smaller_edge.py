@@ -127,7 +127,7 @@ class Bench:
         read = [(sample, *says(network, sample)) for sample in self.items(model)]
         found: dict[str, Any] = {}
         for kind in TYPES:
-            with Llama(self.file(model, variant, kind)) as llama:
+            with Llama(self.file(model, variant, kind), repacked=False) as llama:
                 items = [divergence(llama, *rest) | {"image": bool(sample.image)} for sample, *rest in read]
             kl = np.concatenate([item.pop("kl") for item in items])
             found[kind] = {

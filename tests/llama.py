@@ -27,12 +27,14 @@ class Llama:
     Args:
         file: the language model's.
         context: most tokens of a sequence.
+        repacked: whether weights are put in the order that the machine's kernels like; those for AMX crash on some
+            quantised rows (seen at 1,088 values, version 0.3.36).
 
     Raises:
         RuntimeError: llama.cpp refuses the file; says with which words.
     """
 
-    def __init__(self, file: Path, *, context: int = 512) -> None:
+    def __init__(self, file: Path, *, context: int = 512, repacked: bool = True) -> None:
         from llama_cpp import llama_cpp as api
 
         self.api: Any = api
@@ -41,6 +43,7 @@ class Llama:
         api.llama_log_set(log_callback(), ctypes.c_void_p(0))
         model = api.llama_model_default_params()
         model.n_gpu_layers = 0
+        model.use_extra_bufts = repacked
         self.model = api.llama_model_load_from_file(str(file).encode(), model)
         if not self.model:
             raise RuntimeError("".join(self.said))

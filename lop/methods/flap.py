@@ -54,6 +54,8 @@ _ALL = {
 }
 METHOD = replace(_ALL[_PUBLISHED], name="flap", root=Root.READ, in_report=True, has_profile=True, label="FLAP")
 VARIANTS = tuple(method for name, method in _ALL.items() if name not in (_PUBLISHED, _WANDA))
+# What is another method but for its bias, and so the same where all have one recovery.
+TWINS = frozenset(name for name in _ALL if name.endswith("-bias")) | {_PUBLISHED.removesuffix("-bias")}
 
 
 def over_both_parts(statistics: "NeuronStatistics", space: Space, budget: int) -> Allocation:

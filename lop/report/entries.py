@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from lop.methods.flap import TWINS
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.methods.method import Given, Method, Need, Side
 from lop.methods.registry import METHODS, RESHAPINGS, USUAL_BASELINES
@@ -63,9 +64,18 @@ def dense_entry(run: Run) -> Entry:
     return Entry("dense", Side.DENSE, 0.0, run.config.seed, cell, frozenset(), 0.0)
 
 
+def baselines(run: Run) -> Sequence[str]:
+    """The baselines that the config names, or the usual; of these none twice where all have one recovery."""
+    if run.config.tables.baselines:
+        return run.config.tables.baselines
+    if run.config.scored_recovery == "none":
+        return USUAL_BASELINES
+    return [name for name in USUAL_BASELINES if name not in TWINS]
+
+
 def baseline_entries(run: Run, targets: Sequence[float], *, progress: bool) -> Iterator[Entry]:
-    """The baselines that the config names, or the usual: what reads its allocation off the statistics, or reshapes."""
-    for name in run.config.tables.baselines or USUAL_BASELINES:
+    """The `baselines`: what reads its allocation off the statistics, or reshapes."""
+    for name in baselines(run):
         if name in RESHAPINGS:
             yield from _reshaped_entries(run, RESHAPINGS[name], targets)
             continue
@@ -103,7 +113,7 @@ def found_by(run: Run, outcomes: Sequence[Outcome]) -> Found:
 def lop_entries(run: Run, targets: Sequence[float]) -> Iterator[Entry]:
     """LOP's own methods, and each architecture that was trained, as a method by itself."""
     for method in METHODS.values():
-        if method.side is Side.LOP:
+        if method.side is Side.LOP and method.is_compared:
             yield from _entries(method, given(run, method), targets, run.config.seed)
     for architecture in run.config.train.architectures:
         if (folder := run.predictors_folder / architecture).exists():

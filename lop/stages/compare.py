@@ -8,14 +8,14 @@ from operator import itemgetter
 from pathlib import Path
 
 from lop.errors import LopError
-from lop.methods.registry import METHODS, USUAL_BASELINES
+from lop.methods.registry import METHODS
 from lop.model.adapter import load_model
 from lop.model.find import find_model, find_samples
 from lop.model.generation import answers
 from lop.model.samples import Sample
 from lop.report.benchmark import check_disjoint, limit, load_benchmark
 from lop.report.compare import Comparison, asked, compare, compared_methods, comparison_fingerprints
-from lop.report.entries import Found, found_by
+from lop.report.entries import Found, baselines, found_by
 from lop.report.operations import compared_ways, score_ways
 from lop.report.report import write_report
 from lop.report.tables import make_tables
@@ -71,8 +71,7 @@ def tables_stage(run: Run, compute: Compute, *, others: Sequence[str] = (), prog
         return None
     check_disjoint(questions, run.samples)
     run.check_writable()
-    baselines = run.config.tables.baselines or USUAL_BASELINES
-    survey_stage(run, compute, [name for name in baselines if name in METHODS], progress=progress)
+    survey_stage(run, compute, [name for name in baselines(run) if name in METHODS], progress=progress)
     runs = list(_seed_runs(run, compute, progress=progress))
     outcomes = rivals_stage(run, compute, seeds=len(runs), progress=progress)
     asked = [question.sample for mine in questions.values() for question in mine]

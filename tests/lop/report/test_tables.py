@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -12,7 +13,7 @@ from lop.model.find import assets
 from lop.report.benchmark import Question, Verdict, limit, load_benchmark
 from lop.report.board import Board, pairwise_tests, values
 from lop.report.cells import Cell, Scored
-from lop.report.entries import Entry, grouped
+from lop.report.entries import Entry, baselines, grouped
 from lop.report.intervals import mcnemar
 from lop.report.speed import speeds
 from lop.run.config import find_config, load_config
@@ -165,3 +166,14 @@ def test_speed_ups_worked_by_hand() -> None:
     # LOP's statistics and order are there when a target is asked for.
     assert (found["lop-predictor"].paper, found["lop-predictor"].cached) == pytest.approx((whole / 1.5, 5 / 1.5))
     assert np.isnan(next(speeds(run, entries[:1], scored)).paper)
+
+
+def test_nothing_stands_twice_where_all_have_one_recovery(tmp_path: Path) -> None:
+    published, recovered = (
+        baselines(Run(load_config(find_config("tiny"), [f"search.recovery={recovery}"]), tmp_path))
+        for recovery in ("none", "refit")
+    )
+    assert {"flap", "flap-wifv-al-am", "flap-ifv-al-am", "flap-ifv-al-am-bias"} <= set(published)
+    assert {"flap", "flap-ifv-al-am"} <= set(recovered)
+    assert not {"flap-wifv-al-am", "flap-ifv-al-am-bias"} & set(recovered)
+    assert {"uniform", "magnitude", "wanda", "owl", "alphapruning"} <= set(recovered)

@@ -74,6 +74,7 @@ def test_every_way_to_ask_the_predictor_keeps_to_the_widths_allowed(setting: str
     assert LOP_PREDICTOR(given(mine, LOP_PREDICTOR), budget).allocation == wanted
     entries = {entry.method: entry.cell.widths for entry in lop_entries(mine, [0.5])}
     assert entries["lop-predictor"] == wanted.widths
+    assert "general" not in entries  # It is where a search starts from, and no row.
     assert comparison_fingerprints(mine) != comparison_fingerprints(run())
 
 

@@ -2,9 +2,9 @@
 
 On `tiny` and `smol`, at as many parameters, refit for everybody who can be refitted: LLM-Pruner (element- and
 vector-wise), Minitron, DarwinLM, Puzzletron, Týr and EfficientLLaVA over FFN neurons, beside uniform widths and LOP's
-search; ShortGPT, LLM-Streamline and SliceGPT, which leave the FFNs as they are; and LOP's search in other forms
-(`FORMS`). Beside these, as it keeps all weights and adds some, DejaVu at as many active neurons. At as
-many operations (`lop.model.beyond.flops`, of the language backbone): FastV, SparseVLM and YOPO, by themselves and on
+search; ShortGPT, LLM-Streamline and SliceGPT, which leave the FFNs as they are; and, where `--methods` names them,
+other forms of LOP's search (`FORMS`). Beside these, as it keeps all weights and adds some, DejaVu at as many active
+neurons. At as many operations (`lop.model.beyond.flops`, of the language backbone): FastV, SparseVLM and YOPO, by themselves and on
 what LOP's search found, against LOP's widths alone that compute as much (between the ratios that were searched its
 ratios of layers are interpolated). See `benchmarks/bench.py` and `beyond.py` for what is equal for all.
 
@@ -175,12 +175,13 @@ def _numbers(gain: Interval) -> str:
 
 def main() -> None:
     """Makes what is missing, and prints."""
-    known = [*READ, *RESHAPINGS, *SEARCHING, *CONTEXTUAL, *FORMS]
+    usual = [*READ, *RESHAPINGS, *SEARCHING, *CONTEXTUAL, LOP, BLENDED]
+    known = [*usual, *(form for form in FORMS if form not in usual)]
     parser = argparse.ArgumentParser(description="LOP against the systems its paper names, on tiny and smol.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--shares", type=float, nargs="*", default=list(SHARES), help="of images' tokens, to drop")
-    parser.add_argument("--methods", nargs="+", default=known, choices=known)
+    parser.add_argument("--methods", nargs="+", default=usual, choices=known)
     parser.add_argument(
         "--recovery", default=REFIT, choices=(REFIT, EXPORTED), help="of widths: one factor a layer, or an export's"
     )

@@ -4,6 +4,7 @@ Nothing here needs torch: an answer takes milliseconds, and so should the way to
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -61,7 +62,9 @@ class Predictor:
         found = self.network_ratios(target)
         if self.known:
             targets, beside = self._beside
-            found += [np.interp(target, targets, of_axis) for of_axis in beside.T]
+            position = float(np.interp(target, targets, np.arange(len(targets))))
+            low, high = math.floor(position), math.ceil(position)
+            found += beside[low] + (position - low) * (beside[high] - beside[low])
         return found
 
     def network_ratios(self, target: float) -> np.ndarray:

@@ -320,6 +320,7 @@ class Bench:
         return spent + found.get("descent", {}).get("scored", 0) / search[1] * search[0], spared
 
     def _blended(self, ratio: float) -> Chosen:
+        """A target's answer of `_blended_run`."""
         run, mine = self._blended_run(), self.choose(LOP, ratio)
         (found,) = (each for each in read_json(run.search_file)["targets"] if each["target"] == ratio)
         spent, spared = self._spent(run, found)
@@ -330,7 +331,7 @@ class Bench:
         return Chosen(BLENDED, ratio, widths, run.config.importance, tokens, mine.seconds + seconds, unraced)
 
     def _blended_run(self) -> Run:
-        """By all of LOP's searches together: a search of two evaluations that starts from each one's answer."""
+        """All of LOP's searches together: a search of two evaluations a target that starts from each one's answer."""
         start = self._folder / f"{self.seed}-answers"
         start.mkdir(parents=True, exist_ok=True)
         answers = [{"best": {"widths": list(self.choose(LOP, each).widths)}} for each in LEARNT]
@@ -372,10 +373,8 @@ class Bench:
         # What was held out of training it is not to know either.
         held_out = read_json(run.folder / "predictors.json")["validation_targets"]
         start, predictor = time.perf_counter(), open_predictor(run, run.predictor_folder)
-        targets = [run.space.ratio(run.space.cost(allocation.widths)) for allocation in predictor.known]
-        near = [min(abs(target - held) for held in held_out) < 0.01 for target in targets]
-        known = tuple(allocation for allocation, is_held in zip(predictor.known, near, strict=True) if not is_held)
-        allocation = replace(predictor, known=known).allocate(run.space.budget(ratio))
+        known = [found for found in predictor.known if run.space.ratio_of(found.widths) not in held_out]
+        allocation = replace(predictor, known=tuple(known)).allocate(run.space.budget(ratio))
         seconds = time.perf_counter() - start
         return Chosen(name, ratio, allocation.widths, run.config.importance, 0, seconds)
 

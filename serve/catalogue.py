@@ -190,7 +190,7 @@ def _searched(run: Run) -> list[Curve]:
         return []
     samples = len(run.samples.reward)
     points = {
-        run.space.ratio(run.space.cost(found.best.widths)): wilson(
+        run.space.ratio_of(found.best.widths): wilson(
             round(dict(found.evaluations)[found.best].accuracy * samples), samples
         )
         for found in read_search(run)

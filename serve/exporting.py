@@ -46,7 +46,7 @@ def write_checkpoint(
         run,
         allocation,
         out,
-        target=run.space.ratio(run.space.cost(allocation.widths)),
+        target=run.space.ratio_of(allocation.widths),
         format=format,
         recovery=recovery,
         bits=bits,

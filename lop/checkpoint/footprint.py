@@ -170,7 +170,7 @@ class Footprint:
         """
         widths, *attention = space.by_part(allocation.widths)
         answer = {
-            "ratio": space.ratio(space.cost(allocation.widths)),
+            "ratio": space.ratio_of(allocation.widths),
             "ratios": list(allocation.ratios(space)[: space.layers]),
             "widths": list(widths),
             "kept_neurons": sum(widths),

@@ -78,11 +78,10 @@ class Predictor:
     @cached_property
     def _beside(self) -> tuple[np.ndarray, np.ndarray]:
         """The targets [n] of what is known, rising, and by how much the network is beside [n, axes]."""
-        space = self.space
-        known = sorted(self.known, key=lambda allocation: space.ratio(space.cost(allocation.widths)))
-        targets = np.array([space.ratio(space.cost(allocation.widths)) for allocation in known])
-        answers = np.array([allocation.ratios(space) for allocation in known])
-        return targets, answers - np.array([self.network_ratios(target) for target in targets])
+        by_target = {self.space.ratio_of(allocation.widths): allocation for allocation in self.known}
+        targets = sorted(by_target)
+        beside = [by_target[target].ratios(self.space) - self.network_ratios(target) for target in targets]
+        return np.array(targets), np.array(beside)
 
     def allocate(self, budget: int) -> Allocation:
         """The allocation of `budget` nearest to what is predicted.

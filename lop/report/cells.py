@@ -93,7 +93,7 @@ class CellWorker:
         start = time.perf_counter()
         if cell.reshaped:
             method, removed = cell.reshaped
-            refits = RESHAPINGS[method].refits and RECOVERIES[self._recovery].refits
+            refits = RECOVERIES[own_of_reshaping(self._recovery, method)].refits
             made = RESHAPINGS[method].reshape(self._elastic.backbone, self._calibration, removed, refits)
             seconds = time.perf_counter() - start
             return Scored(Scoring(made.backbone, self._scoring.encoded).scores().correct, 0.0, seconds)
@@ -130,6 +130,11 @@ def own_recovery(scored: Recovery, *, bias: bool) -> Recovery:
         bias: whether the method was published with one.
     """
     return scored if scored != "none" else "bias" if bias else "none"
+
+
+def own_of_reshaping(scored: Recovery, method: str) -> Recovery:
+    """The same of a method that reshapes the model."""
+    return "refit" if RECOVERIES[scored].refits and RESHAPINGS[method].refits else "none"
 
 
 def recovered_in_words(run: Run) -> str:

@@ -17,7 +17,7 @@ from lop.methods.registry import EVERY, IN_REPORT, METHODS, RESHAPINGS
 from lop.model.encoding import Encoded
 from lop.model.samples import FORMS, Sample, check_answers, fingerprint_samples
 from lop.model.statistics import calibrate
-from lop.report.cells import own_recovery
+from lop.report.cells import own_of_reshaping, own_recovery
 from lop.report.entries import Found, given
 from lop.report.intervals import Interval, paired_bootstrap, wilson
 from lop.run.building import Materials, Workshop
@@ -199,7 +199,7 @@ def compare(run: Run, found: Mapping[str, Found] | None = None, *, progress: boo
         made = RESHAPINGS[name].reshape(elastic.backbone, calibration, removed, RECOVERIES[recovery].refits)
         seconds = time.perf_counter() - start
         correct = Scoring(made.backbone, scoring.encoded).scores().correct
-        if target in targets and recovery == _own(run, name):
+        if target in targets and recovery == own_of_reshaping(config.scored_recovery, name):
             spent.setdefault(name, []).append(Seconds(0.0, seconds, 0.0, 0.0))
             hits[name, target], widths[name, target] = correct, (run.space.neurons,) * len(made.backbone.layers)
         if target in recovery_targets and recovery in recoveries:
@@ -220,15 +220,10 @@ def _reshapings(run: Run) -> list[tuple[str, float, Recovery]]:
     for name in compared_methods(run):
         if name in RESHAPINGS:
             able = ("none", "refit") if RESHAPINGS[name].refits else ("none",)
-            found += [(name, target, _own(run, name)) for target in settings.targets]
+            found += [(name, target, own_of_reshaping(run.config.scored_recovery, name)) for target in settings.targets]
             wanted = [recovery for recovery in able if recovery in settings.recoveries]
             found += [(name, target, recovery) for target in settings.recovery_targets for recovery in wanted]
     return list(dict.fromkeys(found))
-
-
-def _own(run: Run, name: str) -> Recovery:
-    """What a method that reshapes the model is compared with at all targets."""
-    return "refit" if RECOVERIES[run.config.scored_recovery].refits and RESHAPINGS[name].refits else "none"
 
 
 def asked(run: Run) -> tuple[Sample, ...]:
@@ -246,7 +241,7 @@ def _medians(spent: Sequence[Seconds]) -> Seconds:
 
 def comparison_fingerprints(run: Run) -> dict[str, str]:
     """What a comparison depends on."""
-    settings = run.config.search.recorded("roots", "targets", "confirm", "start", "descent", "blends")
+    settings = run.config.search.recorded_of_rivals()
     searching = any(METHODS[name].search for name in compared_methods(run) if name in METHODS)
     return {
         **run.evaluation_fingerprints,

@@ -135,7 +135,7 @@ class WayWorker:
         found = replace(found, flops=found.flops / self._flops(dense(self._space)))
         if alone is None:
             return found
-        ratio = self._space.ratio(self._space.cost(alone.widths))
+        ratio = self._space.ratio_of(alone.widths)
         return replace(found, ratio=ratio, alone=self._hits(alone))
 
     def _dropping(self, way: Way) -> Answered:

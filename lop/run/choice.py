@@ -68,7 +68,7 @@ class Choice:
     def ratio(self) -> float:
         """The allocation's pruning ratio."""
         space = self.predictor.space
-        return space.ratio(space.cost(self.allocation.widths))
+        return space.ratio_of(self.allocation.widths)
 
     def describe(self) -> dict[str, Any]:
         """Plain JSON values; see `Footprint.describe`."""
@@ -188,7 +188,7 @@ def _fitting(footprint: Footprint, target: Target, predictor: Answering) -> Allo
 def _option(footprint: Footprint, found: Allocation | None, space: Space, qualities: Qualities) -> Option:
     if found is None:
         return Option(footprint.bits)
-    ratio = space.ratio(space.cost(found.widths))
+    ratio = space.ratio_of(found.widths)
     return Option(footprint.bits, ratio, footprint.bytes(found.widths), qualities.at(footprint.bits, ratio))
 
 

@@ -202,6 +202,10 @@ class SearchSettings(Settings):
         values["blends"] = self.blended
         return {name: value for name, value in values.items() if name not in BEFORE or value != BEFORE[name]}
 
+    def recorded_of_rivals(self) -> dict[str, Any]:
+        """The same of a rival's search, which LOP's own starts, targets and steps are nothing to."""
+        return self.recorded("roots", "targets", "confirm", "start", "descent", "blends")
+
     def tree_options(self) -> TreeOptions:
         """What a tree needs of these settings."""
         return TreeOptions(

@@ -31,6 +31,8 @@ def blend(trees: Sequence[SearchTree], rounds: int, workers: Workers, ledger: Le
             smaller = ordered[index - 1] if index else None
             larger = ordered[index + 1] if index + 1 < len(ordered) else None
             owners |= {made: tree for made in blends(tree, smaller, larger) if made not in tree.results}
+        if not owners:
+            return
         wanted = [tree.candidate(allocation) for allocation, tree in owners.items()]
         found = evaluate_recorded(wanted, workers, ledger, lambda _: watcher.tick(workers))
         for allocation, tree in owners.items():

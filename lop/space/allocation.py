@@ -184,6 +184,10 @@ class Space:
         """What the widths of all axes cost together."""
         return sum(part.cost * sum(kept) for part, kept in zip(self.parts, self.by_part(widths), strict=True))
 
+    def ratio_of(self, widths: Sequence[int]) -> float:
+        """The pruning ratio of the widths of all axes."""
+        return self.ratio(self.cost(widths))
+
     def by_part(self, widths: Sequence[int]) -> list[Sequence[int]]:
         """The widths of all axes, by part."""
         return [widths[start : start + self.layers] for start in range(0, len(widths), self.layers)]

@@ -124,8 +124,7 @@ def _jobs(run: Run, rivals: Sequence[str], targets: Sequence[float], seeds: int)
 
 def _job_fingerprint(run: Run, job: Job) -> str:
     config = run.config
-    # A search may start from what a rival found: its roots and targets are none of the rival's.
-    search = config.search.recorded("roots", "targets", "confirm", "start", "descent", "blends")
+    search = config.search.recorded_of_rivals()
     # Shares of the samples are drawn by the config's seed, whatever the job's.
     drawn = [config.seed] if min(job.search.shares) < 1 else []
     return fingerprint([run.evaluation_fingerprints, run.space.as_dict(), search, asdict(job), *drawn])

@@ -119,7 +119,7 @@ def _pairs(run: Run, found: Sequence[Found]) -> list[Pair]:
     for result in found:
         ranked = sorted((item for item in result.evaluations if item[1].is_complete), key=key, reverse=True)
         for allocation, _ in ranked[: run.config.train.best_per_target]:
-            pairs.append(Pair(run.space.ratio(run.space.cost(allocation.widths)), allocation.ratios(run.space)))
+            pairs.append(Pair(run.space.ratio_of(allocation.widths), allocation.ratios(run.space)))
     return pairs
 
 

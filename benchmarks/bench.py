@@ -41,6 +41,7 @@ from lop.search.scoring import Scoring
 from lop.space.allocation import Allocation
 from lop.stages.calibrate import calibrate_stage, features_stage
 from lop.stages.local import Local
+from lop.stages.probe import probe_stage
 from lop.stages.rivals import rivals_stage
 from lop.stages.search import search_stage
 from lop.stages.surveys import survey_stage
@@ -55,6 +56,7 @@ Exported = Literal["exported"]
 # What LOP's predictor learns from: its searches at these ratios.
 LEARNT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _DESCENT = "search.descent={rounds: 3}"
+LOP_GENERAL = "lop-general"
 # LOP's search by other settings: ideas of methods that it was not ahead of.
 LOPS = {
     LOP: (),
@@ -62,7 +64,8 @@ LOPS = {
     "lop-taylor": ("importance=taylor",),
     "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16", _DESCENT),
     "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
-    "lop-general": ("search.roots=[wanda, flap, general]",),
+    "lop-200": ("search.evaluations=200", "search.simulations=400"),
+    LOP_GENERAL: ("search.roots=[wanda, flap, general]",),
 }
 # What LOP's searches at all of `LEARNT` have found, blended with their neighbours', and what learns from that.
 BLENDED, BLENDED_PREDICTOR = "lop-blended", "lop-blended-predictor"
@@ -185,7 +188,10 @@ class Bench:
                 return asdict(self._rival(method, ratio, self.choose(LOP, ratio).tokens))
             return asdict(self._read(method, ratio))
 
-        found = self.cell(f"choice-{method}-{ratio}-{self.seed}.json", make)
+        return self._chosen(f"choice-{method}-{ratio}-{self.seed}.json", make)
+
+    def _chosen(self, name: str, make: Callable[[], dict[str, Any]]) -> Chosen:
+        found = self.cell(name, make)
         del found["made_from"]
         return Chosen(**{**found, "widths": tuple(found["widths"])})
 
@@ -345,6 +351,23 @@ class Bench:
         (run.folder / run.statistics_file.name).write_bytes(self.run.statistics_file.read_bytes())
         search_stage(run, Local(), progress=False)
         return run
+
+    def probed(self, count: int, ratio: float) -> Chosen:
+        """What the general predictor says after so many evaluations for a ratio, of which none was made for another."""
+
+        def make() -> dict[str, Any]:
+            run = Run(self._config(ratio), self.search_folder(ratio, name))
+            run.folder.mkdir(parents=True, exist_ok=True)
+            features_stage(self.run)
+            for mine in (self.run.statistics_file, features_file(self.run)):
+                (run.folder / mine.name).write_bytes(mine.read_bytes())
+            found = probe_stage(run, Local(), count, ratio, progress=False)
+            widths = found.best[run.space.budget(ratio)].widths
+            tokens = found.evaluations * self._tokens(run.searched_samples[0])[0]
+            return asdict(Chosen(name, ratio, widths, run.config.importance, tokens, run.seconds()["probe"]))
+
+        name = f"probes-{count}"
+        return self._chosen(f"choice-{name}-{ratio}-{self.seed}.json", make)
 
     def search_folder(self, ratio: float, name: str = LOP) -> Path:
         """Of LOP's search at a ratio, by the settings of that name."""

@@ -16,7 +16,8 @@ bootstrap over images and texts) and `significant`: whether LOP is ahead of ever
 above zero; `behind` names those where it is not; `tokens_saved`, how many times as many reward tokens it would have
 scored without races (where its cell knows); `predictor_over_search` is the predictor's KL as a share of the
 search's, at the target held out of its training (its run's `predictors.json` names it) as at the others. `blended` has
-the same of LOP's searches at six targets that share what they have found, and of the predictor that learns from these.
+the same of LOP's searches at six targets that share what they have found, and of the predictor that learns from these;
+`general` of searches that also start from what the general predictor says, as those of config `smol` do.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import BLENDED, BLENDED_PREDICTOR, LOP, PREDICTOR, Bench
+from bench import BLENDED, BLENDED_PREDICTOR, LOP, LOP_GENERAL, PREDICTOR, Bench
 
 from lop.model.samples import Sample
 
@@ -34,7 +35,9 @@ RESULTS = Path(__file__).parent.parent / "results" / "smol"
 RATIOS = (0.2, 0.3, 0.4, 0.5)
 READ = ("uniform", "magnitude", "wanda", "flap", "owl", "alphapruning")
 SEARCHING = ("random", "sensitivity", "evolution")
-OURS = (LOP, PREDICTOR, BLENDED, BLENDED_PREDICTOR)
+OURS = (LOP, PREDICTOR, BLENDED, BLENDED_PREDICTOR, LOP_GENERAL)
+# What the last line calls what it says of LOP's other searches.
+NAMES = {BLENDED: "blended", LOP_GENERAL: "general"}
 # Of each item, by method and ratio.
 _Kl = dict[tuple[str, float], np.ndarray]
 
@@ -64,8 +67,8 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
             chosen, kl[method, ratio], hits = bench.result(method, ratio)
             if method == LOP and chosen.unraced:
                 lines["tokens_saved"][str(ratio)] = chosen.unraced / chosen.tokens
-            if method == BLENDED:
-                lines.setdefault("blended", {}).setdefault("tokens", {})[str(ratio)] = chosen.tokens
+            if method in NAMES:
+                lines.setdefault(NAMES[method], {}).setdefault("tokens", {})[str(ratio)] = chosen.tokens
             lines["kl"].setdefault(method, {})[str(ratio)] = float(kl[method, ratio].mean())
             lines["accuracy"].setdefault(method, {})[str(ratio)] = hits
             shares = {part: float(kl[method, ratio][mine].mean()) for part, mine in kinds.items()}
@@ -73,7 +76,8 @@ def summary(bench: Bench, methods: Sequence[str], ratios: Sequence[float]) -> di
             print(
                 f"{method:<14} {ratio:.0%}  KL {kl[method, ratio].mean():.4f}  right {hits:.1%}  {chosen.tokens} tokens"
             )
-    for search, predictor, of_search in ((LOP, PREDICTOR, lines), (BLENDED, BLENDED_PREDICTOR, lines.get("blended"))):
+    for search, predictor in ((LOP, PREDICTOR), (BLENDED, BLENDED_PREDICTOR), (LOP_GENERAL, None)):
+        of_search = lines[NAMES[search]] if search in NAMES and search in methods else lines
         if search in methods:
             of_search |= _leads(bench, kl, [method for method in methods if method not in OURS], ratios, search)
         if {search, predictor} <= set(methods):

@@ -31,7 +31,7 @@ from lop.model.find import EMBEDDED
 from lop.predictor.curves import PLAIN, Curves, rising
 from lop.predictor.general import General, load_general
 from lop.predictor.general_training import Measured, leave_one_out
-from lop.predictor.probing import Probe, small_tree, start_for, surest
+from lop.predictor.probing import Probe, corrected, look_around, probe_layers, surest
 from lop.run.config import find_config, load_config
 from lop.search.racing import unpack_values
 from lop.space.allocation import Allocation, Space, uniform
@@ -77,45 +77,46 @@ def probed(scores: Scores, general: General, features: Features, budget: int, co
 
     if not count:
         return allocate(())
-    start = start_for(general.curves(features), space, count, allocate, scores.reward)
-    options = load_config(find_config(EMBEDDED)).search.tree_options()
-    tree = small_tree(
-        space, start.allocation, budget, start.left, options, seed=0, reward=lambda found: found.worth("divergence")
-    )
-    while asked := tree.advance():
-        for candidate in asked:
-            tree.tell(candidate.allocation, scores.evaluation(candidate.allocation))
-    return surest(tree)
+    curves = general.curves(features)
+    probes = probe_layers(curves, space, count, allocate, scores.reward)
+    starts = list(dict.fromkeys([allocate(probes), allocate(())]))
+    left, size = count - len(probes), load_config(find_config(EMBEDDED)).search.step
+    known = corrected(curves, probes)
+    return surest(look_around(space, known, starts, budget, left, scores.evaluation, size=size, seed=0), starts)
 
 
-def smol_costs(runs: Path | None, general: General) -> dict[str, dict[float, float]]:
-    """`smol`'s, from what `benchmarks/smol.py` has scored, and the zero-probe allocations on the same items.
+def smol_costs(runs: Path | None, general: General, counts: Sequence[int]) -> dict[str, dict[float, float]]:
+    """`smol`'s, from what `benchmarks/smol.py` has scored, and what is chosen with so many probes on the same items.
 
     Args:
         runs: its statistics; what is missing is not measured without.
     """
     (member,) = load_members(["smol"])
     bench = None if runs is None else Bench("smol", runs, 0, [RESULTS, SMOL])
+    probing = {f"{count} probes": f"probes-{count}" for count in counts if count}
+    names = {"uniform": "uniform", **{name: name for name in PUBLISHED}, **probing, "search": LOP}
     found: dict[str, dict[float, float]] = {}
     for target in TARGETS:
-        budget = SMOL_SPACE.budget(target)
-        chosen = {"0 probes": general.answering(member.features)(SMOL_SPACE, budget).widths, "uniform": None}
-        for method in (*chosen, *PUBLISHED, LOP):
-            widths, importance = chosen.get(method), "activation"
-            if widths is None:
-                path = SMOL / f"choice-{method}-{target}-0.json"
-                if not path.exists():
-                    continue
-                choice = read_json(path)
-                widths, importance = tuple(choice["widths"]), choice["importance"]
-            elif bench is not None:
-                bench.scored(Chosen(method, target, widths, importance, 0, 0.0))
-            name = f"score-{fingerprint([importance, widths])}.json"
-            there = [folder / name for folder in (RESULTS, SMOL) if (folder / name).exists()]
-            if there:
-                kl = float(unpack_values(read_json(there[0])["divergence"]).mean())
-                found.setdefault("search" if method == LOP else method, {})[target] = kl
+        widths = general.answering(member.features)(SMOL_SPACE, SMOL_SPACE.budget(target)).widths
+        chosen = {"0 probes": Chosen("general", target, widths, "activation", 0, 0.0)}
+        for method, name in names.items():
+            if path := _kept(f"choice-{name}-{target}-0.json"):
+                choice = {key: value for key, value in read_json(path).items() if key != "made_from"}
+                chosen[method] = Chosen(**{**choice, "widths": tuple(choice["widths"])})
+            elif bench is not None and method in probing:
+                chosen[method] = bench.probed(int(method.split()[0]), target)
+        for method, choice in chosen.items():
+            if bench is not None:
+                bench.scored(choice)
+            if path := _kept(f"score-{fingerprint([choice.importance, choice.widths])}.json"):
+                kl = float(unpack_values(read_json(path)["divergence"]).mean())
+                found.setdefault(method, {})[target] = kl
     return found
+
+
+def _kept(name: str) -> Path | None:
+    """The cell of that name, if there is one."""
+    return next((folder / name for folder in (RESULTS, SMOL) if (folder / name).exists()), None)
 
 
 def milliseconds(general: General) -> float:
@@ -158,7 +159,7 @@ def summary(work: Path | None, smol_runs: Path | None, kind: str, counts: Sequen
                 pairs.append((found[name][target], found["uniform"][target]))
             if "30 probes" in found and target in found.get("search", {}):
                 over_search.append((found["30 probes"][target], found["search"][target]))
-    smol = smol_costs(smol_runs, left_out["smol"])
+    smol = smol_costs(smol_runs, left_out["smol"], counts)
     for method, row in smol.items():
         print(f"{'smol':<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()))
     zero = {t: kl for t, kl in smol.get("0 probes", {}).items() if t in smol.get("uniform", {})}

@@ -9,6 +9,7 @@ from lop.space.features import PRUNED
 from lop.space.programme import least_damage, pruned_shares
 
 _AT = np.log(PRUNED)
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class Curves:
     def at(self, shares: np.ndarray) -> np.ndarray:
         """[L, n] the expected logarithms at pruned shares [n], linear in the logarithm of the share."""
         return read_at(self.mean, shares)
+
+    def together(self, ratios: np.ndarray) -> np.ndarray:
+        """[n] the logarithm of what layers cost together at ratios [n, L] if damages add up; −∞ for nothing pruned."""
+        shares = ratios.T.clip(_LEAST)
+        logs = np.array([np.interp(np.log(row), _AT, curve) for curve, row in zip(self.mean, shares, strict=True)])
+        # Below all that is known by its square, as what is small is.
+        logs += 2 * np.minimum(np.log(shares) - _AT[0], 0)
+        return np.asarray(np.logaddexp.reduce(np.where(ratios.T > 0, logs, -np.inf), axis=0))
 
     def allocate(self, space: Space, budget: int, rule: Rule) -> Allocation:
         """The allocation of `budget` that costs least.

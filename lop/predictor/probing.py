@@ -1,14 +1,14 @@
 """A few evaluations on a new model: which are worth making, and what they say of all the others."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lop.predictor.curves import Curves, rising
 from lop.search.evaluation import Evaluation
+from lop.search.guide import Guide
 from lop.search.racing import unpack_values
-from lop.search.tree import SearchTree, TreeOptions
 from lop.space.allocation import Allocation, Space, dense
 from lop.space.features import PRUNED
 
@@ -20,7 +20,9 @@ _COMMON, _REACH, _FOLDS = 0.3, 1.0, 1.5
 _NOISE = 0.05
 _TINY = 1e-9
 # Standard errors.
-_DOUBT = 2.0
+_DOUBT = 1.0
+# Of the allocations evaluated so far, from which moves are made.
+_BEST = 3
 # Of the evaluations for a target, those of layers alone.
 _ALONE = 0.4
 
@@ -124,30 +126,15 @@ def probe(
     return probes[len(made) :]
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a small search for a target begins with.
-
-    Attributes:
-        probes: that were made for it.
-        allocation: the better of what is predicted with all probes and with none.
-        left: evaluations, the allocation's own included.
-    """
-
-    probes: tuple[Probe, ...]
-    allocation: Allocation
-    left: int
-
-
-def start_for(
+def probe_layers(
     curves: Curves,
     space: Space,
     count: int,
     allocate: Callable[[Sequence[Probe]], Allocation],
     measure: Callable[[Allocation], float],
     made: Sequence[Probe] = (),
-) -> Start:
-    """Spends the first of `count` evaluations on layers alone, at what an allocation of the target asks of each.
+) -> list[Probe]:
+    """Spends some of `count` evaluations on layers alone, at what an allocation of the target asks of each.
 
     The layer that is measured next is the one whose damage there is least certain, in nats, given those before.
 
@@ -162,12 +149,7 @@ def start_for(
         places = enumerate(_asked_shares(space, allocate(probes)))
         return _least_certain(known, [place for place in places if place[0] not in seen])
 
-    new = tuple(probe(curves, space, int(_ALONE * count) - len(made), measure, made, choose))
-    starts = dict.fromkeys([allocate([*made, *new]), allocate(())])
-    left = count - len(new)
-    if len(starts) == 1 or left < 2:
-        return Start(new, next(iter(starts)), left)
-    return Start(new, min(starts, key=measure), left - 1)
+    return probe(curves, space, int(_ALONE * count) - len(made), measure, made, choose)
 
 
 def _asked_shares(space: Space, allocation: Allocation) -> list[float]:
@@ -177,43 +159,63 @@ def _asked_shares(space: Space, allocation: Allocation) -> list[float]:
     return [1 - alone(space, layer, share).widths[layer] / space.neurons for layer, share in enumerate(inside)]
 
 
-def small_tree(
+def look_around(
     space: Space,
-    start: Allocation,
+    curves: Curves,
+    starts: Sequence[Allocation],
     budget: int,
-    evaluations: int,
-    options: TreeOptions,
+    count: int,
+    evaluate: Callable[[Allocation], Evaluation],
     *,
+    size: float,
     seed: int,
-    reward: Callable[[Evaluation], float],
-) -> SearchTree:
-    """A search of a few evaluations from what the curves come to.
+) -> dict[Allocation, Evaluation]:
+    """Evaluates allocations of a budget one after the other: first the starts, then always the most promising move.
+
+    That is, of many from the three best so far, the one that is expected to surpass the best by most, by what the
+    curves say together and a Gaussian process through how far they were wrong (`lop.search.guide`). So few evaluations
+    are better spent where most is expected than on a tree.
 
     Args:
-        start: what is predicted.
-        options: of a search; the tree has its moves, guided by all results so far, and fewer evaluations.
+        curves: given all probes.
+        starts: what is predicted, with and without them; none comes after one that is the same.
+        count: evaluations in all.
+        evaluate: on each sample, too.
+        size: about the largest change of a layer's ratio.
+
+    Returns:
+        What was evaluated, in that order; less than `count` where no move leads anywhere new.
     """
-    small = replace(options, evaluations=evaluations, simulations=2 * evaluations, guided=True, itemised=True)
-    return SearchTree(space, [start], small, seed=(seed, budget), budget=budget, reward=reward)
+    guide = Guide(space, budget, prior=lambda ratios: -curves.together(ratios[:, : space.layers]))
+    random = np.random.default_rng([seed, budget])
+    found = {start: evaluate(start) for start in starts[:count]}
+    while len(found) < count:
+        rewards = {allocation: evaluation.worth("divergence") for allocation, evaluation in found.items()}
+        best = sorted(rewards, key=lambda allocation: rewards[allocation], reverse=True)[:_BEST]
+        move = guide.move(best, size, random, rewards, dict.fromkeys(found), found)
+        if move in found:
+            break
+        found[move] = evaluate(move)
+    return found
 
 
-def surest(tree: SearchTree) -> Allocation:
-    """The allocation that is ahead of the tree's first by most, of which two standard errors are taken off.
+def surest(found: Mapping[Allocation, Evaluation], starts: Sequence[Allocation]) -> Allocation:
+    """The allocation that is ahead of the better start by most, of which a standard error is taken off.
 
     The best of thirty means over some hundred samples is mostly the luckiest: what is predicted is left only for what
-    is better on the same samples, sample by sample, beyond chance; else it is the answer.
+    is better on the same samples, sample by sample, by more than that; else it is the answer.
+
+    Args:
+        found: what `look_around` found from the starts.
     """
+    worth = {allocation: unpack_values(known.values) for allocation, known in found.items() if known.values}
+    able = [start for start in starts if start in worth]
+    if not able:  # None could be evaluated.
+        return starts[0]
+    first = worth[max(able, key=lambda start: float(worth[start].mean()))]
 
     def lead(allocation: Allocation) -> float:
-        gains = worth(allocation) - first
+        gains = worth[allocation] - first
         return float(gains.mean() - _DOUBT * gains.std() / np.sqrt(len(gains)))
 
-    def worth(allocation: Allocation) -> np.ndarray:
-        return unpack_values(tree.results[allocation].values or "")
-
-    start = tree.root.allocation
-    told = [allocation for allocation in tree.ranked if tree.results[allocation].values]
-    if start not in told:
-        return tree.best[0]
-    first = worth(start)
-    return max([start, *told], key=lead)
+    return max([*able, *worth], key=lead)

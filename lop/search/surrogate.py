@@ -46,6 +46,10 @@ class Surrogate:
         shares: [n] of the samples that each was scored on: what was given up early is known the less well.
         setting: of the grid; the likeliest if None.
         parts: how many of equally many axes there are.
+
+    Attributes:
+        setting: the given one, or the likeliest.
+        likelihood: the logarithm of the rewards' with it, up to a constant of their number.
     """
 
     def __init__(
@@ -65,7 +69,9 @@ class Surrogate:
         values = (rewards - self._mean) / self._scale
         fits = [fit for each in (GRID if setting is None else (setting,)) if (fit := self._fit(each, values, shares))]
         # By likelihood; the first of equals.
-        _, self.setting, self._factor, self._weights = max(fits, key=lambda fit: fit[0])
+        likelihood, self.setting, self._factor, self._weights = max(fits, key=lambda fit: fit[0])
+        # Of the rewards as they are, not as they were scaled.
+        self.likelihood = likelihood - len(rewards) * math.log(self._scale)
 
     def predict(self, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean [m] and standard deviation [m] of the rewards of allocations [m, axes], if they were known exactly."""
@@ -77,8 +83,12 @@ class Surrogate:
         deviation = np.sqrt(np.maximum(own - (solved**2).sum(axis=0), 0))
         return self._mean + self._scale * (across @ self._weights), self._scale * deviation
 
-    def improvement(self, ratios: np.ndarray, best: float) -> np.ndarray:
-        """[m] by how much each of the allocations [m, axes] is expected to surpass the reward `best` (Mockus 1975)."""
+    def improvement(self, ratios: np.ndarray, best: float | np.ndarray) -> np.ndarray:
+        """[m] by how much each of the allocations [m, axes] is expected to surpass the reward `best` (Mockus 1975).
+
+        Args:
+            best: of all of them, or [m] of each.
+        """
         mean, deviation = self.predict(ratios)
         deviation = np.maximum(deviation, 1e-12)
         z = (mean - best) / deviation

@@ -31,7 +31,6 @@ class TreeOptions:
             most of (`lop.search.guide`); otherwise the paper's moves are taken as they are drawn.
         opponent: a candidate races against the allocation that is the how-manieth best of the target when it is asked
             for; 0: no races.
-        itemised: asks for what each sample is worth, which `surest` compares by.
     """
 
     simulations: int
@@ -44,7 +43,6 @@ class TreeOptions:
     window: int
     guided: bool = False
     opponent: int = 0
-    itemised: bool = False
 
 
 @dataclass
@@ -178,7 +176,7 @@ class SearchTree:
 
     def candidate(self, allocation: Allocation) -> Candidate:
         """The allocation, to be evaluated against whom it has to beat now."""
-        return Candidate(allocation, self._opponent(), itemised=self._options.itemised)
+        return Candidate(allocation, self._opponent())
 
     def learn(self, allocation: Allocation, evaluation: Evaluation) -> None:
         """Takes the result of an allocation that it did not ask for, once it is done."""
@@ -269,7 +267,7 @@ class SearchTree:
             return _adopt(node, perturb(node.allocation, self.space, self.budget, self._random, size))
         rewards = {allocation: self._reward(evaluation) for allocation, evaluation in self.results.items()}
         shares = {allocation: evaluation.scored for allocation, evaluation in self.results.items()}
-        return _adopt(node, self._guide.move(node.allocation, size, self._random, rewards, shares, self._asked))
+        return _adopt(node, self._guide.move([node.allocation], size, self._random, rewards, shares, self._asked))
 
 
 def _adopt(parent: Node, allocation: Allocation) -> Node:

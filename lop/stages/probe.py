@@ -7,37 +7,20 @@ from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.predictor.general import load_general
-from lop.predictor.probing import Probe, alone, probe, small_tree, start_for, surest
+from lop.predictor.probing import Probe, alone, corrected, look_around, probe, probe_layers, surest
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.probes import Probed, load_probes, save_probes
 from lop.run.run import Run
+from lop.search.evaluation import Evaluation
 from lop.search.ledger import Ledger
-from lop.search.loop import Workers, evaluate_recorded, run_search
+from lop.search.loop import evaluate_recorded
 from lop.search.racing import Candidate
-from lop.search.tree import SearchTree
 from lop.space.allocation import Allocation, of_ffns
 from lop.stages.calibrate import features_stage
 from lop.stages.timing import timed
 
 log = logging.getLogger(__name__)
-
-
-class _Shown:
-    """Moves the bar as a tree grows."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self._bar, self._before = bar, bar.n
-
-    def advanced(self, tree: SearchTree) -> None:
-        """So many allocations are known."""
-        self._bar.update(self._before + len(tree.results) - self._bar.n)
-
-    def prepared(self, step: str, done: int, planned: int) -> None:
-        """Nothing comes before the tree."""
-
-    def tick(self, workers: Workers) -> None:
-        """The bar shows what is committed."""
 
 
 def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = None, *, progress: bool = True) -> Probed:
@@ -69,36 +52,38 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
     ):
         save_config(run.settled, run.folder / "config.yaml")
 
-        def measure(allocation: Allocation) -> float:
-            # A tree asks again for what it may start from, and then for what each sample is worth.
-            candidate = Candidate(allocation, itemised=allocation.budget == budget)
-            found = evaluate_recorded([candidate], workers, ledger)
+        def evaluate(allocation: Allocation, *, itemised: bool = True) -> Evaluation:
+            found = evaluate_recorded([Candidate(allocation, itemised=itemised)], workers, ledger)[allocation]
             made.add(allocation)
             bar.update()
-            return -found[allocation].worth("divergence")
+            return found
+
+        def measure(allocation: Allocation) -> float:
+            return -evaluate(allocation, itemised=False).worth("divergence")
 
         probes, best = list(before.probes), dict(before.best)
+        curves = general.curves(features)
         if budget is None:
-            probes = probe(general.curves(features), run.space, count, measure)
+            probes = probe(curves, run.space, count, measure)
         else:
 
             def allocate(known: Sequence[Probe], budget: int = budget) -> Allocation:
                 return of_ffns(run.space, budget, general.answering(features, known))
 
-            start = start_for(general.curves(features), run.space, count, allocate, measure, probes)
-            probes += start.probes
-            tree = small_tree(
+            new = probe_layers(curves, run.space, count, allocate, measure, probes)
+            probes += new
+            starts = list(dict.fromkeys([allocate(probes), allocate(())]))
+            around = look_around(
                 run.space,
-                start.allocation,
+                corrected(curves, probes),
+                starts,
                 budget,
-                start.left,
-                run.config.search.tree_options(),
+                count - len(new),
+                evaluate,
+                size=run.config.search.step,
                 seed=run.config.seed,
-                reward=lambda evaluation: evaluation.worth(run.config.search.reward),
             )
-            run_search([tree], workers, ledger, watcher=_Shown(bar))
-            made.update(tree.results)
-            best[budget] = surest(tree)
+            best[budget] = surest(around, starts)
     found = Probed(tuple(probes), best, len(made))
     save_probes(run, found)
     log.info("probe: %d layers alone, %d evaluations in all", len(probes), found.evaluations)

@@ -146,6 +146,15 @@ def test_curves_are_met_where_they_are_known_and_made_to_rise() -> None:
     assert rising(np.array([[0.0, 2.0, 1.0, 3.0]])).tolist() == [[0.0, 1.5, 1.5, 3.0]]
 
 
+def test_what_layers_cost_together_is_the_sum_of_what_each_costs() -> None:
+    # Damages that go by the square of the share: known at every share, between those of the grid and below them.
+    factors = np.array([0.1, 1.0, 5.0])
+    curves = Curves(np.log(factors)[:, None] + 2 * np.log(PRUNED), np.ones((3, 9)))
+    ratios = np.array([[0.5, 0.25, 0.001], [0.0, 0.9, 0.0], [0.3, 0.0, 0.6]])
+    np.testing.assert_allclose(np.exp(curves.together(ratios)), ratios**2 @ factors, rtol=1e-6)
+    assert np.isneginf(curves.together(np.zeros((1, 3)))).all()
+
+
 def test_probes_pull_their_layer_and_its_neighbours_and_are_made_once() -> None:
     curves = Curves(np.log(SHARES)[None] * np.ones((8, 1)), np.ones((8, 9)))
     half = PRUNED.index(0.5)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lop.search.evaluation import Evaluation
-from lop.search.moves import MOVES, Move
+from lop.search.guide import Guide, Prior
+from lop.search.moves import MOVES, Move, bend
 from lop.search.surrogate import GRID, Surrogate
 from lop.search.tree import SearchTree, TreeOptions
 from lop.space.allocation import Allocation, Space, uniform
@@ -29,10 +30,12 @@ def test_moves_keep_the_budget_and_the_limits(move: Move, seed: int, target: flo
         assert all(SPACE.min_width <= width <= SPACE.neurons for width in found.widths)
 
 
+WEIGHTS = np.exp(-np.arange(SPACE.layers) / 4) + 0.2
+
+
 def damages(ratios: np.ndarray) -> np.ndarray:
     """[n] of allocations [n, L]: nearly additive, the first layers dear, neighbours alike."""
-    weights = np.exp(-np.arange(SPACE.layers) / 4) + 0.2
-    return (ratios**2) @ weights + 0.5 * (ratios[:, 1:] * ratios[:, :-1]).sum(axis=1)
+    return (ratios**2) @ WEIGHTS + 0.5 * (ratios[:, 1:] * ratios[:, :-1]).sum(axis=1)
 
 
 def test_what_was_seen_is_known_and_what_is_far_is_not() -> None:
@@ -96,3 +99,35 @@ def test_a_guided_tree_is_a_function_of_its_seed_and_asks_for_nothing_twice() ->
     assert first == again != other
     assert len(set(first)) == len(first) == OPTIONS.evaluations == len(tree.results)
     assert tree.done
+
+
+def test_with_a_prior_the_first_moves_already_go_where_it_is_better_and_rewards_correct_it() -> None:
+    start, budget = uniform(SPACE, SPACE.budget(0.5)), SPACE.budget(0.5)
+
+    def costs(allocation: Allocation) -> float:
+        return float(damages(np.array([allocation.ratios(SPACE)]))[0])
+
+    def follow(prior: Prior | None, count: int) -> list[float]:
+        guide, random, known = Guide(SPACE, budget, prior), np.random.default_rng(0), {start: -costs(start)}
+        while len(known) < count:
+            best = sorted(known, key=lambda allocation: known[allocation], reverse=True)[:3]
+            move = guide.move(best, 0.3, random, known, dict.fromkeys(known), known)
+            known[move] = -costs(move)
+        return [-reward for reward in known.values()]
+
+    # About right: neighbours cost more together, which it does not know.
+    right, wrong = (lambda r, sign=sign: -sign * np.log((r**2) @ WEIGHTS) for sign in (1, -1))
+    # The least that there is to be found is about nine tenths of the start.
+    assert max(follow(right, 8)[3:]) < 0.95 * costs(start) < np.mean(follow(None, 8)[3:])
+    assert min(follow(wrong, 24)) < 0.95 * costs(start)
+
+
+def test_any_constant_may_be_added_to_a_prior() -> None:
+    start, budget = uniform(SPACE, SPACE.budget(0.5)), SPACE.budget(0.5)
+
+    def moved(constant: float) -> Allocation:
+        known = {start: -2.0, bend(start, SPACE, budget, np.random.default_rng(1), 0.2): -1.0}
+        guide = Guide(SPACE, budget, lambda ratios: constant - np.log(damages(ratios)))
+        return guide.move(list(known), 0.3, np.random.default_rng(0), known, dict.fromkeys(known), known)
+
+    assert moved(0.0) == moved(100.0)

@@ -12,7 +12,7 @@ import pytest
 from lop.cli import main
 from lop.errors import LopError
 from lop.model.find import assets
-from lop.predictor.probing import small_tree, surest
+from lop.predictor.probing import surest
 from lop.run.choice import answer
 from lop.run.config import load_config
 from lop.run.features import features_file, save_features
@@ -21,6 +21,7 @@ from lop.run.probes import probes_file
 from lop.run.run import Run
 from lop.search.evaluation import Evaluation
 from lop.search.loop import InProcess, Workers
+from lop.search.moves import perturb
 from lop.search.racing import Candidate, pack_values
 from lop.space.allocation import Allocation, uniform
 from lop.space.features import PRUNED, SCALARS, Features
@@ -104,27 +105,35 @@ def test_for_a_target_allocations_are_compared_and_the_best_answers(run: Run) ->
     assert predictor_for(run, run.config).allocate(budget).widths[7] == best.widths[7]
 
 
-def test_what_is_predicted_is_left_only_for_what_is_better_beyond_chance(run: Run) -> None:
-    random, samples, budget = np.random.default_rng(0), 400, run.space.budget(0.5)
-    noise = random.standard_exponential(samples)
-    options = run.config.search.tree_options()
+@pytest.mark.parametrize(("gain", "is_taken"), [(-3.0, False), (0.0, False), (0.9, False), (1.1, True), (3.0, True)])
+def test_what_is_predicted_is_left_only_for_a_gain_of_more_than_its_standard_error(
+    run: Run, gain: float, is_taken: bool
+) -> None:
+    random, samples, start = np.random.default_rng(0), 400, uniform(run.space, run.space.budget(0.5))
+    other = perturb(start, run.space, start.budget, random, 0.3)
+    apart = random.standard_exponential(samples)
+    apart = (apart - apart.mean()) / apart.std() + gain / np.sqrt(samples)
+    # What samples differ by alike for both is no doubt about either.
+    worth = -10 * random.standard_exponential(samples)
 
-    def answered(gain: float) -> tuple[Allocation, Allocation]:
-        tree = small_tree(
-            run.space, uniform(run.space, budget), budget, 9, options, seed=0, reward=lambda e: e.worth("divergence")
-        )
-        while asked := tree.advance():
-            for candidate in asked:
-                assert candidate.itemised
-                is_first = candidate.allocation == tree.root.allocation
-                values = -noise if is_first else gain - random.permutation(noise)
-                evaluation = Evaluation(0.5, -1.0, divergence=-float(values.mean()), values=pack_values(values))
-                tree.tell(candidate.allocation, evaluation)
-        return surest(tree), tree.root.allocation
+    def evaluation(values: np.ndarray) -> Evaluation:
+        return Evaluation(0.5, -1.0, divergence=-float(values.mean()), values=pack_values(values))
 
-    for gain, is_better in ((0.0, False), (0.01, False), (0.5, True)):
-        answer, start = answered(gain)
-        assert (answer != start) == is_better
+    found = {start: evaluation(worth), other: evaluation(worth + apart)}
+    assert surest(found, [start]) == (other if is_taken else start)
+
+
+def test_what_could_not_be_evaluated_is_no_answer_while_anything_else_is(run: Run) -> None:
+    starts = [
+        uniform(run.space, run.space.budget(0.5)),
+        perturb(
+            uniform(run.space, run.space.budget(0.5)), run.space, run.space.budget(0.5), np.random.default_rng(0), 0.3
+        ),
+    ]
+    failed = Evaluation.failed("out of memory")
+    assert surest(dict.fromkeys(starts, failed), starts) == starts[0]
+    known = Evaluation(0.5, -1.0, divergence=1.0, values=pack_values(np.full(4, -1.0)))
+    assert surest({starts[0]: failed, starts[1]: known}, starts) == starts[1]
 
 
 def test_a_search_starts_from_it(run: Run) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from photographs import SHAPES, hub_config
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
@@ -142,18 +143,7 @@ def load(name: str, device: str, dtype: str) -> QwenVL:
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     kind = getattr(torch, ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype)
     small = load_model(assets() / "model", device="cpu")
-    config = copy.deepcopy(small.model.config).to_dict()
-    # transformers' defaults are the 7B's but for these.
-    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
-    text |= {
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "eos_token_id": small.processor.tokenizer.eos_token_id,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
-    vision = {"out_hidden_size": 3584}
-    ids = {name: config[name] for name in config if name.endswith("_token_id")}
-    built = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    built = Qwen2_5_VLConfig.from_dict(hub_config(SHAPES[name]))
     with torch.device(place):
         torch.manual_seed(0)
         model = Qwen2_5_VLForConditionalGeneration._from_config(built, dtype=kind).eval().requires_grad_(False)

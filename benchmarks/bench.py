@@ -27,6 +27,8 @@ from lop.model.backbone import Heads
 from lop.model.elastic import ElasticFfn, Repair
 from lop.model.repair import Biases, Refits, factor, factors
 from lop.model.samples import Sample, fingerprint_samples
+from lop.predictor.general import General, load_general
+from lop.predictor.general_training import leave_one_out
 from lop.report.intervals import Interval, keyed_bootstrap
 from lop.run.building import Materials, Workshop
 from lop.run.config import Config, find_config, load_config
@@ -69,6 +71,9 @@ LOPS = {
 }
 # What LOP's searches at all of `LEARNT` have found, blended with their neighbours', and what learns from that.
 BLENDED, BLENDED_PREDICTOR = "lop-blended", "lop-blended-predictor"
+# What the general predictor says after so many evaluations: had it not learnt from the model, and as it ships.
+UNSEEN = {"lop-probes-10": 10, "lop-probes-30": 30}
+PROBED = {**UNSEEN, "lop-probes-30-shipped": 30}
 # The same search, scoring widths as they are without any recovery.
 UNREFITTED = "lop-unrefitted"
 _FORMS = {**LOPS, UNREFITTED: ("search.recovery=none",)}
@@ -178,6 +183,8 @@ class Bench:
         def make() -> dict[str, Any]:
             if method in _FORMS:
                 return asdict(self._search(method, ratio))
+            if method in PROBED:
+                return asdict(self._probed(method, ratio))
             if method == BLENDED:
                 return asdict(self._blended(ratio))
             if method == BLENDED_PREDICTOR:
@@ -188,10 +195,7 @@ class Bench:
                 return asdict(self._rival(method, ratio, self.choose(LOP, ratio).tokens))
             return asdict(self._read(method, ratio))
 
-        return self._chosen(f"choice-{method}-{ratio}-{self.seed}.json", make)
-
-    def _chosen(self, name: str, make: Callable[[], dict[str, Any]]) -> Chosen:
-        found = self.cell(name, make)
+        found = self.cell(f"choice-{method}-{ratio}-{self.seed}.json", make)
         del found["made_from"]
         return Chosen(**{**found, "widths": tuple(found["widths"])})
 
@@ -352,22 +356,27 @@ class Bench:
         search_stage(run, Local(), progress=False)
         return run
 
-    def probed(self, count: int, ratio: float) -> Chosen:
-        """What the general predictor says after so many evaluations for a ratio, of which none was made for another."""
+    def _unseen(self) -> General:
+        """The general predictor, had it not learnt from this model."""
+        # Where it is needed: scripts of training are no part of what is installed.
+        from training.zoo.data import load_members
+        from training.zoo.fit import RULE
 
-        def make() -> dict[str, Any]:
-            run = Run(self._config(ratio), self.search_folder(ratio, name))
-            run.folder.mkdir(parents=True, exist_ok=True)
-            features_stage(self.run)
-            for mine in (self.run.statistics_file, features_file(self.run)):
-                (run.folder / mine.name).write_bytes(mine.read_bytes())
-            found = probe_stage(run, Local(), count, ratio, progress=False)
-            widths = found.best[run.space.budget(ratio)].widths
-            tokens = found.evaluations * self._tokens(run.searched_samples[0])[0]
-            return asdict(Chosen(name, ratio, widths, run.config.importance, tokens, run.seconds()["probe"]))
+        return leave_one_out(load_general().kind, load_members(), rule=RULE)[self.model]
 
-        name = f"probes-{count}"
-        return self._chosen(f"choice-{name}-{ratio}-{self.seed}.json", make)
+    def _probed(self, name: str, ratio: float) -> Chosen:
+        """What the general predictor says after evaluations for a ratio, of which none was made for another."""
+        run = Run(self._config(ratio), self.search_folder(ratio, name))
+        run.folder.mkdir(parents=True, exist_ok=True)
+        features_stage(self.run)
+        for mine in (self.run.statistics_file, features_file(self.run)):
+            (run.folder / mine.name).write_bytes(mine.read_bytes())
+        found = probe_stage(
+            run, Local(), PROBED[name], ratio, general=self._unseen() if name in UNSEEN else None, progress=False
+        )
+        widths = found.best[run.space.budget(ratio)].widths
+        tokens = found.evaluations * self._tokens(run.searched_samples[0])[0]
+        return Chosen(name, ratio, widths, run.config.importance, tokens, run.seconds()["probe"])
 
     def search_folder(self, ratio: float, name: str = LOP) -> Path:
         """Of LOP's search at a ratio, by the settings of that name."""

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import BLENDED, EXPORTED, LOP, LOPS, REFIT, Bench, Exported
+from bench import BLENDED, EXPORTED, LOP, LOPS, PROBED, REFIT, Bench, Exported
 from beyond import Beyond, Measured
 
 from lop.checkpoint.recoveries import Recovery
@@ -46,8 +46,8 @@ RATIOS = (0.2, 0.3, 0.5)
 SHARES = (0.33, 0.5, 0.75)
 READ = ("uniform", "llm-pruner", "llm-pruner-vector", "minitron", "darwinlm")
 SEARCHING = ("puzzletron", "tyr", "efficientllava")
-# LOP's search in every form.
-FORMS = (*LOPS, BLENDED)
+# LOP in every form that searches or probes.
+FORMS = (*LOPS, BLENDED, *PROBED)
 _ELSEWHERE = {"smol": [RESULTS / "smol"]}
 # By method and ratio.
 _Table = Mapping[tuple[str, float], Measured]

@@ -93,7 +93,7 @@ def smol_costs(runs: Path | None, general: General, counts: Sequence[int]) -> di
     """
     (member,) = load_members(["smol"])
     bench = None if runs is None else Bench("smol", runs, 0, [RESULTS, SMOL])
-    probing = {f"{count} probes": f"probes-{count}" for count in counts if count}
+    probing = {f"{count} probes": f"lop-probes-{count}" for count in counts if count}
     names = {"uniform": "uniform", **{name: name for name in PUBLISHED}, **probing, "search": LOP}
     found: dict[str, dict[float, float]] = {}
     for target in TARGETS:
@@ -104,7 +104,7 @@ def smol_costs(runs: Path | None, general: General, counts: Sequence[int]) -> di
                 choice = {key: value for key, value in read_json(path).items() if key != "made_from"}
                 chosen[method] = Chosen(**{**choice, "widths": tuple(choice["widths"])})
             elif bench is not None and method in probing:
-                chosen[method] = bench.probed(int(method.split()[0]), target)
+                chosen[method] = bench.choose(name, target)
         for method, choice in chosen.items():
             if bench is not None:
                 bench.scored(choice)

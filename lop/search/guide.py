@@ -11,7 +11,8 @@ from lop.space.allocation import Allocation, Space
 # Expected rewards [n], scaled, of allocations with ratios [n, axes]; any constant may be added.
 Prior = Callable[[np.ndarray], np.ndarray]
 
-# Rewards to know before any is predicted; until then moves are taken as they are drawn, one kind after the other.
+# Rewards to know before any is predicted from them alone; until then moves are taken as they are drawn, one kind after
+# the other, or by what is expected.
 _LEAST, _LEAST_WITH_PRIOR = 8, 2
 # Moves to choose from: as long as the tree asks for, and shorter ones.
 _SIZES = (1.0, 1.0, 0.4, 0.15)
@@ -24,14 +25,14 @@ class Guide:
     """Proposes moves to allocations of a budget, a function of what it is asked, in order.
 
     Args:
-        prior: what is expected before anything is measured; the rewards tell by how much it is wrong, and whether they
-            are likelier without it.
+        prior: what is expected before anything is measured; the rewards tell by how much it is wrong, and once they are
+            enough, whether they are likelier without it.
     """
 
     def __init__(self, space: Space, budget: int, prior: Prior | None = None) -> None:
         self._space, self._budget = space, budget
         self._least = _LEAST if prior is None else _LEAST_WITH_PRIOR
-        self._priors: tuple[Prior, ...] = (_nothing,) if prior is None else (prior, _nothing)
+        self._prior = prior or _nothing
         self._settings: dict[Prior, Setting] = {}
         self._fitted = 0
 
@@ -64,7 +65,8 @@ class Guide:
         known, there = self._ratios(list(rewards)), self._ratios(new)
         if len(rewards) >= _GROWTH * self._fitted:
             self._settings, self._fitted = {}, len(rewards)
-        fits = [(prior, self._surrogate(prior, known, values, shares)) for prior in self._priors]
+        priors = dict.fromkeys([self._prior, _nothing] if len(rewards) >= _LEAST else [self._prior])
+        fits = [(prior, self._surrogate(prior, known, values, shares)) for prior in priors]
         prior, surrogate = max(fits, key=lambda fit: fit[1].likelihood)
         # To surpass the best by what is expected anyway is no merit.
         return new[int(np.argmax(surrogate.improvement(there, float(values.max()) - prior(there))))]

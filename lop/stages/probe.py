@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from lop.errors import LopError
-from lop.predictor.general import load_general
+from lop.predictor.general import General, load_general
 from lop.predictor.probing import Probe, alone, corrected, look_around, probe, probe_layers, surest
 from lop.run.compute import Compute
 from lop.run.config import save_config
@@ -23,7 +23,15 @@ from lop.stages.timing import timed
 log = logging.getLogger(__name__)
 
 
-def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = None, *, progress: bool = True) -> Probed:
+def probe_stage(
+    run: Run,
+    compute: Compute,
+    count: int,
+    ratio: float | None = None,
+    *,
+    general: General | None = None,
+    progress: bool = True,
+) -> Probed:
     """Spends `count` evaluations in all, those of earlier calls included, and keeps what they say.
 
     All of them are in the run's ledger: none is made twice, and a search goes on from them.
@@ -31,6 +39,7 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
     Args:
         ratio: the target that they are for: some of them measure layers alone, the others are a small search. Without
             one, all of them measure layers alone, for whatever target.
+        general: what expects something of the model before; what ships if None.
 
     Raises:
         LopError: the count is below 1, the model was not calibrated, the target is none of the model's, or the search's
@@ -41,7 +50,7 @@ def probe_stage(run: Run, compute: Compute, count: int, ratio: float | None = No
     if not run.config.search.needs_divergence:
         raise LopError("probes are divergences, which the search does not measure: --set search.reward=divergence")
     budget = None if ratio is None else run.space.budget(ratio)
-    features, general, before = features_stage(run), load_general(), load_probes(run)
+    features, general, before = features_stage(run), general or load_general(), load_probes(run)
     run.check_writable()
     made = {alone(run.space, known.layer, known.share) for known in before.probes}
     with (

@@ -31,7 +31,7 @@ from lop.model.find import EMBEDDED
 from lop.predictor.curves import PLAIN, Curves, rising
 from lop.predictor.general import General, load_general
 from lop.predictor.general_training import Measured, leave_one_out
-from lop.predictor.probing import Probe, corrected, look_around, probe_layers, surest
+from lop.predictor.probing import Probe, corrected, left_of, look_around, probe_layers, surest
 from lop.run.config import find_config, load_config
 from lop.search.racing import unpack_values
 from lop.space.allocation import Allocation, Space, uniform
@@ -80,7 +80,7 @@ def probed(scores: Scores, general: General, features: Features, budget: int, co
     curves = general.curves(features)
     probes = probe_layers(curves, space, count, allocate, scores.reward)
     starts = list(dict.fromkeys([allocate(probes), allocate(())]))
-    left, size = count - len(probes), load_config(find_config(EMBEDDED)).search.step
+    left, size = left_of(count, probes), load_config(find_config(EMBEDDED)).search.step
     known = corrected(curves, probes)
     return surest(look_around(space, known, starts, budget, left, scores.evaluation, size=size, seed=0), starts)
 

@@ -134,7 +134,7 @@ def probe_layers(
     measure: Callable[[Allocation], float],
     made: Sequence[Probe] = (),
 ) -> list[Probe]:
-    """Spends some of `count` evaluations on layers alone, at what an allocation of the target asks of each.
+    """Spends two fifths of `count` evaluations on layers alone, at what an allocation of the target asks of each.
 
     The layer that is measured next is the one whose damage there is least certain, in nats, given those before.
 
@@ -142,6 +142,9 @@ def probe_layers(
         allocate: the target's allocation, given probes.
         measure: as in `probe`.
         made: what is known already; these count.
+
+    Returns:
+        Those made before and now.
     """
 
     def choose(known: Curves, probes: Sequence[Probe]) -> tuple[int, float] | None:
@@ -149,7 +152,12 @@ def probe_layers(
         places = enumerate(_asked_shares(space, allocate(probes)))
         return _least_certain(known, [place for place in places if place[0] not in seen])
 
-    return probe(curves, space, int(_ALONE * count) - len(made), measure, made, choose)
+    return [*made, *probe(curves, space, int(_ALONE * count) - len(made), measure, made, choose)]
+
+
+def left_of(count: int, probes: Sequence[Probe]) -> int:
+    """Of so many evaluations those that are no layer's alone; of probes for another purpose two fifths count."""
+    return count - min(len(probes), int(_ALONE * count))
 
 
 def _asked_shares(space: Space, allocation: Allocation) -> list[float]:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.predictor.general import General, load_general
-from lop.predictor.probing import Probe, alone, corrected, look_around, probe, probe_layers, surest
+from lop.predictor.probing import Probe, alone, corrected, left_of, look_around, probe, probe_layers, surest
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.probes import Probed, load_probes, save_probes
@@ -79,15 +79,14 @@ def probe_stage(
             def allocate(known: Sequence[Probe], budget: int = budget) -> Allocation:
                 return of_ffns(run.space, budget, general.answering(features, known))
 
-            new = probe_layers(curves, run.space, count, allocate, measure, probes)
-            probes += new
+            probes = probe_layers(curves, run.space, count, allocate, measure, probes)
             starts = list(dict.fromkeys([allocate(probes), allocate(())]))
             around = look_around(
                 run.space,
                 corrected(curves, probes),
                 starts,
                 budget,
-                count - len(new),
+                left_of(count, probes),
                 evaluate,
                 size=run.config.search.step,
                 seed=run.config.seed,

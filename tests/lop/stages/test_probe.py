@@ -105,6 +105,19 @@ def test_for_a_target_allocations_are_compared_and_the_best_answers(run: Run) ->
     assert predictor_for(run, run.config).allocate(budget).widths[7] == best.widths[7]
 
 
+def test_the_same_budget_again_makes_nothing_and_layers_probed_before_leave_something_for_a_target(run: Run) -> None:
+    first, again, other = MadeUp(), MadeUp(), MadeUp()
+    known = probe_stage(run, first, 20, 0.5, progress=False)
+    assert probe_stage(run, again, 20, 0.5, progress=False) == known
+    assert not again.seen
+    probe_stage(run, other, 20, progress=False)
+    assert {sum(width < 160 for width in allocation.widths) for allocation in other.seen} == {1}
+    budget, last = run.space.budget(0.3), MadeUp()
+    probe_stage(run, last, 20, 0.3, progress=False)
+    assert 0 < len(last.seen) <= 12
+    assert {allocation.budget for allocation in last.seen} == {budget}
+
+
 @pytest.mark.parametrize(("gain", "is_taken"), [(-3.0, False), (0.0, False), (0.9, False), (1.1, True), (3.0, True)])
 def test_what_is_predicted_is_left_only_for_a_gain_of_more_than_its_standard_error(
     run: Run, gain: float, is_taken: bool

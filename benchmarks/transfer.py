@@ -3,7 +3,7 @@
 Each model of the zoo (`training/zoo`), `tiny` and `smol` is left out in turn, and the predictor learns from the others.
 What its allocations cost with 0, 10 and 30 evaluations on the model that was left out is held against uniform, the
 published allocations, the additive programme over all measured layers, and the model's own search of 200 evaluations a
-target (`python -m training.zoo.make --search`; `smol`: 24 with races, `benchmarks/smol.py`). Widths alone are compared:
+target (`python -m training.zoo.make --search`; `smol`: `lop-200` of `benchmarks/bench.py`). Widths alone are compared:
 everybody has the same order of neurons and the same refit (`smol`'s published methods: their own order). KL in nats on
 test samples.
 
@@ -11,9 +11,10 @@ Scores are kept under `results/transfer`, one file a model; what is missing is m
 the zoo's weights (`python -m training.zoo.make`). `--check N` measures N scores again, of models that are at hand.
 
 The last line is JSON: geometric means over models and targets of KL ratios (`zero_over_best_published`: to the best of
-uniform, FLAP, OWL and AlphaPruning in each case; `smol_zero_over_uniform`; `thirty_over_search`), `tau` (Kendall,
-between predicted and measured damages of models left out), `inside` (the share of measured damages in the 90%
-intervals) and `milliseconds` (an allocation at 28 layers with features at hand).
+uniform, FLAP, OWL and AlphaPruning in each case; `thirty_over_search`; `smol_zero_over_uniform` and
+`smol_thirty_over_search` of that model alone), `tau` (Kendall, between predicted and measured damages of models left
+out), `inside` (the share of measured damages in the 90% intervals) and `milliseconds` (an allocation at 28 layers with
+features at hand).
 """
 
 import argparse
@@ -94,7 +95,13 @@ def smol_costs(runs: Path | None, general: General, counts: Sequence[int]) -> di
     (member,) = load_members(["smol"])
     bench = None if runs is None else Bench("smol", runs, 0, [RESULTS, SMOL])
     probing = {f"{count} probes": f"lop-probes-{count}" for count in counts if count}
-    names = {"uniform": "uniform", **{name: name for name in PUBLISHED}, **probing, "search": LOP}
+    names = {
+        "uniform": "uniform",
+        **{name: name for name in PUBLISHED},
+        **probing,
+        "search": "lop-200",
+        "short search": LOP,
+    }
     found: dict[str, dict[float, float]] = {}
     for target in TARGETS:
         widths = general.answering(member.features)(SMOL_SPACE, SMOL_SPACE.budget(target)).widths
@@ -162,6 +169,7 @@ def summary(work: Path | None, smol_runs: Path | None, kind: str, counts: Sequen
     smol = smol_costs(smol_runs, left_out["smol"], counts)
     for method, row in smol.items():
         print(f"{'smol':<9} {method:<13}", " ".join(f"{t:.0%} {kl:.4f} " for t, kl in row.items()))
+    pairs = [(kl, smol["search"][t]) for t, kl in smol.get("30 probes", {}).items() if t in smol.get("search", {})]
     zero = {t: kl for t, kl in smol.get("0 probes", {}).items() if t in smol.get("uniform", {})}
     best += [(kl, min(smol[m][t] for m in ("uniform", *PUBLISHED) if t in smol[m])) for t, kl in zero.items()]
     means = {key: float(np.mean([found[key] for found in agreements])) for key in ("tau", "inside")}
@@ -171,7 +179,8 @@ def summary(work: Path | None, smol_runs: Path | None, kind: str, counts: Sequen
         "models": [member.name for member in members],
         "zero_over_best_published": mean_ratio(best),
         "smol_zero_over_uniform": mean_ratio([(kl, smol["uniform"][t]) for t, kl in zero.items()]),
-        "thirty_over_search": mean_ratio(over_search),
+        "thirty_over_search": mean_ratio([*over_search, *pairs]),
+        "smol_thirty_over_search": mean_ratio(pairs),
         "zero_over_programme": mean_ratio(over_programme),
         "over_uniform": {name: mean_ratio(pairs) for name, pairs in by_probes.items()},
         **means,

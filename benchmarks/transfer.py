@@ -32,7 +32,7 @@ from lop.model.find import EMBEDDED
 from lop.predictor.curves import PLAIN, Curves, rising
 from lop.predictor.general import General, load_general
 from lop.predictor.general_training import Measured, leave_one_out
-from lop.predictor.probing import Probe, corrected, left_of, look_around, probe_layers, surest
+from lop.predictor.probing import Probe, probe_for
 from lop.run.config import find_config, load_config
 from lop.search.racing import unpack_values
 from lop.space.allocation import Allocation, Space, uniform
@@ -78,12 +78,8 @@ def probed(scores: Scores, general: General, features: Features, budget: int, co
 
     if not count:
         return allocate(())
-    curves = general.curves(features)
-    probes = probe_layers(curves, space, count, allocate, scores.reward)
-    starts = list(dict.fromkeys([allocate(probes), allocate(())]))
-    left, size = left_of(count, probes), load_config(find_config(EMBEDDED)).search.step
-    known = corrected(curves, probes)
-    return surest(look_around(space, known, starts, budget, left, scores.evaluation, size=size, seed=0), starts)
+    curves, step = general.curves(features), load_config(find_config(EMBEDDED)).search.step
+    return probe_for(space, curves, budget, count, allocate, scores.reward, scores.evaluation, size=step, seed=0)[1]
 
 
 def smol_costs(runs: Path | None, general: General, counts: Sequence[int]) -> dict[str, dict[float, float]]:

@@ -155,11 +155,6 @@ def probe_layers(
     return [*made, *probe(curves, space, int(_ALONE * count) - len(made), measure, made, choose)]
 
 
-def left_of(count: int, probes: Sequence[Probe]) -> int:
-    """Of so many evaluations those that are no layer's alone; of probes for another purpose two fifths count."""
-    return count - min(len(probes), int(_ALONE * count))
-
-
 def _asked_shares(space: Space, allocation: Allocation) -> list[float]:
     """What each layer is pruned by, but for what is so little or so much that curves say nothing of it."""
     shares = (1 - width / space.neurons for width in allocation.widths[: space.layers])
@@ -227,3 +222,30 @@ def surest(found: Mapping[Allocation, Evaluation], starts: Sequence[Allocation])
         return float(gains.mean() - _DOUBT * gains.std() / np.sqrt(len(gains)))
 
     return max([*able, *worth], key=lead)
+
+
+def probe_for(
+    space: Space,
+    curves: Curves,
+    budget: int,
+    count: int,
+    allocate: Callable[[Sequence[Probe]], Allocation],
+    measure: Callable[[Allocation], float],
+    evaluate: Callable[[Allocation], Evaluation],
+    *,
+    size: float,
+    seed: int,
+    made: Sequence[Probe] = (),
+) -> tuple[list[Probe], Allocation]:
+    """Spends `count` evaluations on a budget: two fifths on layers alone, of which others' probes count as many.
+
+    Args: as in `probe_layers` and `look_around`.
+
+    Returns:
+        All probes, and the answer.
+    """
+    probes = probe_layers(curves, space, count, allocate, measure, made)
+    starts = list(dict.fromkeys([allocate(probes), allocate(())]))
+    left = count - min(len(probes), int(_ALONE * count))
+    known = corrected(curves, probes)
+    return probes, surest(look_around(space, known, starts, budget, left, evaluate, size=size, seed=seed), starts)

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from lop.errors import LopError
 from lop.predictor.general import General, load_general
-from lop.predictor.probing import Probe, alone, corrected, left_of, look_around, probe, probe_layers, surest
+from lop.predictor.probing import Probe, alone, probe, probe_for
 from lop.run.compute import Compute
 from lop.run.config import save_config
 from lop.run.probes import Probed, load_probes, save_probes
@@ -79,19 +79,10 @@ def probe_stage(
             def allocate(known: Sequence[Probe], budget: int = budget) -> Allocation:
                 return of_ffns(run.space, budget, general.answering(features, known))
 
-            probes = probe_layers(curves, run.space, count, allocate, measure, probes)
-            starts = list(dict.fromkeys([allocate(probes), allocate(())]))
-            around = look_around(
-                run.space,
-                corrected(curves, probes),
-                starts,
-                budget,
-                left_of(count, probes),
-                evaluate,
-                size=run.config.search.step,
-                seed=run.config.seed,
+            step, seed = run.config.search.step, run.config.seed
+            probes, best[budget] = probe_for(
+                run.space, curves, budget, count, allocate, measure, evaluate, size=step, seed=seed, made=probes
             )
-            best[budget] = surest(around, starts)
     found = Probed(tuple(probes), best, len(made))
     save_probes(run, found)
     log.info("probe: %d layers alone, %d evaluations in all", len(probes), found.evaluations)

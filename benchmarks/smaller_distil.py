@@ -50,7 +50,7 @@ RATIOS = (0.3, 0.5)
 ITEMS = 300
 TOKENS = 200_000
 CALIBRATION, MORE, ALL, OWN = SAMPLES = ("calibration", "more", "all", "own")
-_OWN_TOKENS = 600_000
+_OWN_PARTS, _OWN_TOKENS = 4, 1_000_000  # Each part has a seed of its own: they can be written side by side.
 _EVERY = 1_000_000  # Passages; there are fewer.
 
 
@@ -86,12 +86,13 @@ class Distilling:
             from training.smol.lessons import PASSAGES, write_lessons
 
             write_lessons(folder, PASSAGES if self._samples == MORE else _EVERY)
-        own = self._folder / "own"
-        if self._samples == OWN and not (own / "calibration.parquet").exists():
-            from training.smol.own import write_own
+        own = [self._folder / f"own-{part}" for part in range(_OWN_PARTS if self._samples == OWN else 0)]
+        for seed, part in enumerate(own):
+            if not (part / "calibration.parquet").exists():
+                from training.smol.own import write_own
 
-            write_own(own, _OWN_TOKENS)
-        return [folder, own] if self._samples == OWN else [folder]
+                write_own(part, _OWN_TOKENS, seed=seed)
+        return [folder, *own]
 
     @cached_property
     def judge(self) -> Judge:

@@ -1,6 +1,5 @@
 """The Ray cluster that a stage runs on: the one it was submitted to, or one on this machine."""
 
-import fcntl
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from ray.job_config import JobConfig
 
 from lop.errors import LopError, first_line
 from lop.interrupt import Interrupted
+from lop.storage.lock import locked
 
 _SECONDS_TO_CONNECT = 10
 
@@ -86,8 +86,7 @@ def _start(show_workers: bool) -> None:
 
     Ray looks for free ports and takes them later: of two clusters that start at once, one may meet the other's.
     """
-    with (Path(tempfile.gettempdir()) / f"lop-ray-{os.getuid()}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(Path(tempfile.gettempdir()) / f"lop-ray-{os.getuid()}.lock"):
         # Without an address Ray would join whatever cluster was last started on this machine.
         _init("local", show_workers, include_dashboard=False)
 

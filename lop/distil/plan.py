@@ -1,7 +1,8 @@
-"""Which samples each step of training reads, and how they are laid side by side."""
+"""Which samples each step of training reads, and how they are laid end to end."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -9,10 +10,8 @@ from torch import Tensor
 
 from lop.distil.loss import Likeliest
 from lop.distil.teacher import Note
+from lop.model.backbone import Group
 from lop.model.encoding import EncodedSample
-
-# Places of a batch that may hold no token, as a share of those that do.
-_PADDING = 0.25
 
 
 def steps_of(
@@ -42,77 +41,60 @@ def steps_of(
     return steps
 
 
-def side_by_side(indices: Sequence[int], lengths: Sequence[int], *, batch_tokens: int) -> list[list[int]]:
-    """Samples of like lengths together, so that little of a batch is padding, and none is larger than a step."""
-    batches: list[list[int]] = []
-    held = 0
-    for index in sorted(indices, key=lambda index: lengths[index]):
-        length = lengths[index]
-        places = length * (len(batches[-1]) + 1) if batches else 0
-        if not batches or places > (1 + _PADDING) * (held + length) or places > batch_tokens:
-            batches.append([])
-            held = 0
-        batches[-1].append(index)
-        held += length
-    return batches
-
-
 @dataclass(frozen=True)
 class Lesson:
-    """A batch of samples, padded at the end to B × T places, with what the teacher says to the P that are text.
+    """Samples laid end to end, N places, with what the teacher says to the P that are text.
 
     Attributes:
-        embeddings: [B, T, H].
-        positions: [3, B, T].
-        mask: [B, T], 1 where there are tokens; None if everywhere.
-        text: [B, T] bool, the P places.
+        embeddings: [N, H].
+        rotation: [N, D/2], complex: M-RoPE.
+        groups: how many samples of which length the N places are.
+        text: [N] bool, the P places.
         weights: [P], what each counts.
         likeliest: of the P places.
         states: [layers, P, H].
     """
 
     embeddings: Tensor
-    positions: Tensor
-    mask: Tensor | None
+    rotation: Tensor
+    groups: tuple[Group, ...]
     text: Tensor
     weights: Tensor
     likeliest: Likeliest
     states: Tensor
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Lesson":
+        """The lesson with its tensors somewhere else."""
+        parts = ("embeddings", "rotation", "text", "weights", "states")
+        told = {name: move(value) for name, value in vars(self.likeliest).items()}
+        return replace(self, likeliest=Likeliest(**told), **{name: move(getattr(self, name)) for name in parts})
 
-def lesson(samples: Sequence[EncodedSample], notes: Sequence[Note], *, prompt: float, device: torch.device) -> Lesson:
-    """Samples with their notes, on a device.
+
+def lesson(samples: Sequence[EncodedSample], notes: Sequence[Note], *, prompt: float) -> Lesson:
+    """Samples with their notes, in host memory.
 
     Args:
         prompt: what the place of a prompt's token counts, where an answer's counts 1.
     """
-    longest = max(sample.length for sample in samples)
-    shape = (len(samples), longest)
-    embeddings = samples[0].embeddings.new_zeros(*shape, samples[0].embeddings.shape[1])
-    positions = torch.zeros(3, *shape, dtype=torch.long)
-    mask, text = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-    weights = torch.full(shape, prompt)
-    for row, sample in enumerate(samples):
-        length = sample.length
-        embeddings[row, :length] = sample.embeddings
-        positions[:, row, :length] = sample.positions
-        mask[row, :length] = 1
-        text[row, :length] = ~sample.is_image
-        weights[row, length - len(sample.answer) : length] = 1
-    found = [note.likeliest for note in notes]
+    pairs = sorted(zip(samples, notes, strict=True), key=lambda pair: pair[0].length)
+    samples = [sample for sample, _ in pairs]
+    told = [note.likeliest for _, note in pairs]
+    lengths = [sample.length for sample in samples]
+    ends = np.cumsum(lengths)
+    weights = torch.full((int(ends[-1]),), prompt)
+    for sample, end in zip(samples, ends.tolist()):
+        weights[end - len(sample.answer) : end] = 1
+    text = ~torch.cat([sample.is_image for sample in samples])
     return Lesson(
-        embeddings.to(device),
-        positions.to(device),
-        None if bool(mask.all()) else mask.to(device),
-        text.to(device),
-        weights[text].to(device),
-        Likeliest(
-            *(
-                torch.cat([getattr(part, name) for part in found]).to(device)
-                for name in ("log_probabilities", "tokens", "rest")
-            )
+        embeddings=torch.cat([sample.embeddings for sample in samples]),
+        rotation=torch.cat([sample.rotation for sample in samples]),
+        groups=tuple(Group(count, length, length) for length, count in Counter(lengths).items()),
+        text=text,
+        weights=weights[text],
+        likeliest=Likeliest(
+            *(torch.cat([getattr(part, name) for part in told]) for name in ("log_probabilities", "tokens", "rest"))
         ),
-        torch.cat([note.states for note in notes], 1).to(device),
+        states=torch.cat([note.states for _, note in pairs], 1),
     )
 
 

@@ -1,17 +1,18 @@
 """The pruned model that learns: which of its weights do, and what they come to as a checkpoint has them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lop.errors import LopError
 from lop.model.adapter import Ffn, QwenVL, load_model, open_model
+from lop.model.backbone import Group
 from lop.model.dtypes import DTYPES
-from lop.model.sources import family_of
+from lop.model.families.family import Family
 from lop.run.settings import DistilSettings
 from lop.storage.headers import TensorInfo, read_tensors
 
@@ -31,7 +32,8 @@ class Student:
 
     Attributes:
         shipped: with the weights that `ship` was last given.
-        backbone: what learns; of its parameters those that require gradients.
+        network: of what learns, without a vision tower and embeddings of its own.
+        backbone: the part of it that learns; of its parameters those that require gradients.
 
     Raises:
         LopError: the checkpoint is damaged, or adapters are wanted and `peft` is not installed.
@@ -50,14 +52,16 @@ class Student:
     ) -> None:
         self.shipped = load_model(folder, device=device, dtype=dtype)
         _narrow(self.shipped, widths, groups)
-        family, kind = family_of(folder), self.shipped.model.dtype
-        self._settings = settings
+        family, kind = self.shipped.family, self.shipped.model.dtype
+        self.family, self._settings = family, settings
         # Weights that learn are read as they are stored: nothing is lost to the dtype that is computed in.
         network = open_model(folder, device=device, dtype=dtype if settings.lora_rank else "float32")
         learner = QwenVL(network, self.shipped.processor)
         _narrow(learner, widths, groups)
-        self.backbone: Any = learner.backbone
-        self.backbone.embed_tokens = nn.Identity()  # Of no use where embeddings are given.
+        self.network, self.backbone = network, cast(Any, learner.backbone)
+        for name in (family.tower, f"{family.backbone}.embed_tokens"):  # Of no use where embeddings are given.
+            network.set_submodule(name, nn.Identity())
+        network.set_submodule(family.head, self.shipped.head)
         self._names = _names_within(family.parameter, family.backbone, read_tensors(folder))
         if settings.lora_rank:
             with torch.random.fork_rng():
@@ -93,6 +97,12 @@ class Student:
         for tensor, value in weights.items():
             self.shipped.backbone.get_parameter(stored[tensor]).copy_(value)
 
+    def adapted_attention(self) -> list[str]:
+        """The network's modules of attention that have adapters."""
+        of_attention = f".{self.family.attention}."
+        named = self.network.named_modules()
+        return [name for name, module in named if of_attention in name and hasattr(module, "get_delta_weight")]
+
     def _merged(self) -> Iterator[tuple[str, Tensor]]:
         if not self._settings.lora_rank:
             yield from ((name, value) for name, value in self.backbone.named_parameters() if value.requires_grad)
@@ -119,49 +129,58 @@ class Student:
 
 
 class Reader(nn.Module):
-    """A backbone with the states between layers that are matched: one module, as `accelerate` wants it.
+    """A student's backbone with the states between layers that are matched: one module, as `accelerate` wants it.
+
+    It runs as `lop.model.backbone` does, in the dtype that the model is judged in: sequences lie end to end, nothing is
+    padded.
 
     Args:
         layers: after which the states are wanted.
     """
 
-    def __init__(self, backbone: nn.Module, layers: Sequence[int]) -> None:
+    def __init__(self, student: Student, layers: Sequence[int]) -> None:
         super().__init__()
-        self.backbone = backbone
+        self._passes = _Passes(student.network, student.family)
+        self._adapted = tuple(student.adapted_attention())
+        self._kind = student.shipped.model.dtype
         self._layers = tuple(layers)
 
-    def forward(self, embeddings: Tensor, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-        """The normed last states [B, T, H], then those after each layer of `layers`.
+    def forward(self, embeddings: Tensor, rotation: Tensor, groups: Sequence[Group]) -> tuple[Tensor, ...]:
+        """The normed last states [N, H], then those after each layer of `layers`.
 
         Args:
-            embeddings: [B, T, H].
-            positions: [3, B, T].
-            mask: [B, T], 1 where there are tokens; None if everywhere.
+            embeddings: [N, H].
+            rotation: [N, D/2] complex, M-RoPE.
+            groups: how many sequences of which length the N tokens are.
         """
-        with _seen(self.backbone, self._layers) as states:
-            out = self.backbone(
-                inputs_embeds=embeddings, position_ids=positions, attention_mask=mask, use_cache=False
-            ).last_hidden_state
-        return out, *(states[layer] for layer in self._layers)
+        weights = {name: value.to(self._kind) for name, value in self._passes.named_parameters()}
+        for name in self._adapted:  # The attention's are multiplied by together, so with adapters merged.
+            delta = self._passes.network.get_submodule(name).get_delta_weight(_ADAPTER)
+            base = f"network.{name}.base_layer.weight"
+            weights[base] = weights[base] + delta.to(self._kind)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return functional_call(self._passes, weights, (embeddings.to(self._kind), rotation, groups, self._layers))
 
 
-@contextmanager
-def _seen(backbone: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """What some layers give, as the block is left."""
-    states: dict[int, Tensor] = {}
+class _Passes(nn.Module):
+    """Builds the backbone of the weights that there are when it is called."""
 
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, given: Any, output: Any) -> None:
-            states[layer] = output[0] if isinstance(output, tuple) else output
+    def __init__(self, network: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.network, self._family = network, family
 
-        return hook
-
-    handles = [backbone.layers[layer].register_forward_hook(keep(layer)) for layer in layers]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
+    def forward(
+        self, embeddings: Tensor, rotation: Tensor, groups: Sequence[Group], layers: Sequence[int]
+    ) -> tuple[Tensor, ...]:
+        backbone = self._family.lean_backbone(self.network)
+        # A leaf of its own: where only some layers learn, too, nothing is done in the memory of what others need.
+        x = embeddings.requires_grad_()
+        seen = {}
+        for layer, states in enumerate(backbone.hidden(x, rotation, groups)):
+            x = states
+            if layer in layers:
+                seen[layer] = states
+        return backbone.normed(x), *(seen[layer] for layer in layers)
 
 
 def check_peft() -> None:

@@ -3,7 +3,8 @@
 import logging
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lop.distil.loss import distance, divergence
-from lop.distil.plan import lesson, side_by_side, steps_of, weight_of
+from lop.distil.plan import Lesson, lesson, steps_of, weight_of
 from lop.distil.student import Reader, Student
 from lop.distil.teacher import Note
 from lop.errors import CancelledError, LopError
@@ -109,6 +109,7 @@ class Training:
         self._accelerator, self._student, self._settings = accelerator, student, settings
         self._samples, self._notes, self._judge, self._file = samples, notes, judge, file
         self._lengths = [sample.length for sample in samples]
+        self._weights = [weight_of(sample, prompt=settings.prompt) for sample in samples]
         self._steps = steps_of(
             self._lengths,
             tokens=settings.tokens,
@@ -119,7 +120,7 @@ class Training:
         optimizer = torch.optim.AdamW(
             student.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0
         )
-        self._reader, self._optimizer = accelerator.prepare(Reader(student.backbone, settings.layers), optimizer)
+        self._reader, self._optimizer = accelerator.prepare(Reader(student, settings.layers), optimizer)
         self._state = self._resumed()
 
     def run(
@@ -140,9 +141,11 @@ class Training:
         state, settings = self._state, self._settings
         if not state.curve:
             self._look()
-        while state.step < len(self._steps) and state.since_best < settings.patience:
+        for taught in self._lessons(self._steps[state.step :]):
+            if state.since_best >= settings.patience:
+                break
             progress(state.step, len(self._steps))
-            self._learn(self._steps[state.step])
+            self._learn(self._steps[state.step], taught)
             state.tokens += sum(self._lengths[index] for index in self._steps[state.step])
             state.step += 1
             if state.step % settings.every == 0 or state.step == len(self._steps):
@@ -153,38 +156,42 @@ class Training:
         progress(len(self._steps), len(self._steps))
         return state
 
-    def _learn(self, step: Sequence[int]) -> None:
+    def _lessons(self, steps: Sequence[Sequence[int]]) -> Iterator[Lesson]:
+        """What this process reads in each step; each lesson is put together while the one before it is learnt."""
+        accelerator = self._accelerator
+        on_gpu = accelerator.device.type == "cuda"
+
+        def prepared(step: Sequence[int]) -> Lesson:
+            mine = step[accelerator.process_index :: accelerator.num_processes]
+            samples, notes = [self._samples[index] for index in mine], [self._notes(index) for index in mine]
+            found = lesson(samples, notes, prompt=self._settings.prompt)
+            return found.moved(Tensor.pin_memory) if on_gpu else found
+
+        with ThreadPoolExecutor(1) as ahead:
+            coming = ahead.submit(prepared, steps[0]) if steps else None
+            for step in (*steps[1:], None):
+                if coming is None:
+                    return
+                ready = coming.result()
+                coming = ahead.submit(prepared, step) if step is not None else None
+                yield ready.moved(lambda value: value.to(accelerator.device, non_blocking=True))
+
+    def _learn(self, step: Sequence[int], taught: Lesson) -> None:
         accelerator, settings = self._accelerator, self._settings
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate * _rate(self._state.step, len(self._steps))
         # All processes' places count alike; `accelerate` takes the mean of their gradients.
-        whole = sum(weight_of(self._samples[index], prompt=settings.prompt) for index in step)
-        scale = accelerator.num_processes / whole
-        mine = step[accelerator.process_index :: accelerator.num_processes]
-        batches = side_by_side(mine, self._lengths, batch_tokens=settings.batch_tokens)
-        for number, batch in enumerate(batches, start=1):
-            if number < len(batches):  # Gradients are exchanged once a step.
-                with accelerator.no_sync(self._reader):
-                    accelerator.backward(scale * self._loss(batch))
-            else:
-                accelerator.backward(scale * self._loss(batch))
+        scale = accelerator.num_processes / sum(self._weights[index] for index in step)
+        accelerator.backward(scale * self._loss(taught))
         accelerator.clip_grad_norm_(self._student.parameters(), _CLIP)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
-    def _loss(self, batch: Sequence[int]) -> Tensor:
-        """The sum over a batch's places of what each counts times how far the student is from the teacher."""
-        settings = self._settings
-        taught = lesson(
-            [self._samples[index] for index in batch],
-            [self._notes(index) for index in batch],
-            prompt=settings.prompt,
-            device=self._accelerator.device,
-        )
-        out, *states = self._reader(taught.embeddings, taught.positions, taught.mask)
-        head = self._student.head
-        logits = F.linear(out[taught.text].to(head.dtype), head)
-        loss = (taught.weights * divergence(taught.likeliest, logits)).sum()
+    def _loss(self, taught: Lesson) -> Tensor:
+        """The sum over a lesson's places of what each counts times how far the student is from the teacher."""
+        settings, head = self._settings, self._student.head
+        out, *states = self._reader(taught.embeddings, taught.rotation, taught.groups)
+        loss = (taught.weights * divergence(taught.likeliest, out[taught.text].to(head.dtype), head)).sum()
         for known, found in zip(taught.states, states):
             apart = distance(known, found[taught.text])
             loss = loss + settings.states / len(states) * (taught.weights * apart).sum()

@@ -235,7 +235,9 @@ class Backbone:
         return self._norm(x, layer.ffn_norm)
 
     def feed_forward(self, layer: Layer, x: Tensor) -> Tensor:
-        """The states [N, H] after a layer's FFN, in the memory of what `attend` gave, x [N, H]."""
+        """The states [N, H] after a layer's FFN, in the memory of what `attend` gave, x [N, H], without gradients."""
+        if x.requires_grad:
+            return _turned(x, layer.ffn_turn) + layer.ffn(self.ffn_input(layer, x))
         if layer.ffn_turn is not None:
             return torch.cat([part @ layer.ffn_turn + layer.ffn(self.ffn_input(layer, part)) for part in x.split(ROWS)])
         for part in x.split(ROWS):

@@ -211,9 +211,8 @@ def encode_each(model: QwenVL, samples: Sequence[Sample], images: ImageSettings)
         if new:
             found = image_tower(model, [decode_image(image) for image in new.values()], images)
             seen |= dict(zip(new, found))
+        yield from _sequences(model, chunk, [seen.get(sample.image_key, (None, None)) for sample in chunk])
         for sample in chunk:
-            grid, features = seen.get(sample.image_key, (None, None))
-            yield _sequence(model, sample, grid, features)
             uses[sample.image_key] -= 1
             if not uses[sample.image_key]:
                 seen.pop(sample.image_key, None)
@@ -245,31 +244,43 @@ def chat_text(model: QwenVL, prompt: str, *, images: int = 1) -> str:
     return str(model.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _sequence(model: QwenVL, sample: Sample, grid: Tensor | None, features: Tensor | None) -> EncodedSample:
-    """A sample, encoded.
+def _sequences(
+    model: QwenVL, samples: Sequence[Sample], images: Sequence[tuple[Tensor | None, Tensor | None]]
+) -> Iterator[EncodedSample]:
+    """Samples, encoded: together, as each word with the device takes longer than what it is asked.
 
     Args:
-        grid: [1, 3], the image's patches in time, height and width; None without an image.
-        features: [tokens, H], the image's embeddings.
+        images: of each sample the patches in time, height and width, [1, 3], and the embeddings, [tokens, H]; None
+            without an image.
     """
+    read = [_tokens(model, sample, features) for sample, (_, features) in zip(samples, images)]
+    ids = [torch.tensor([*prompt, *answer[:-1]]) for prompt, answer in read]
+    is_image = [tokens == model.processor.image_token_id for tokens in ids]
+    positions = [
+        model.positions(tokens, where.int(), None if grid is None else grid.cpu())
+        for tokens, where, (grid, _) in zip(ids, is_image, images)
+    ]
+    lengths = [len(tokens) for tokens in ids]
+    embeddings = model.token_embeddings(torch.cat(ids).to(model.device)).cpu()
+    rotation = model.rotation(torch.cat(positions, 1).to(model.device)).cpu()
+    parts = zip(embeddings.split(lengths), positions, rotation.split(lengths), is_image)
+    for (_, answer), (_, features), (embedded, position, turned, where) in zip(read, images, parts):
+        if features is not None:
+            embedded[where] = features.to("cpu", embedded.dtype)
+        # Copies: what they are parts of goes when the chunk does.
+        yield EncodedSample(embedded.clone(), position, turned.clone(), where, torch.tensor(answer))
+
+
+def _tokens(model: QwenVL, sample: Sample, features: Tensor | None) -> tuple[list[int], list[int]]:
+    """The tokens of a sample's prompt, its image's as many as there are features, and of its answer."""
     tokenizer = model.processor.tokenizer
     answer = tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
     if sample.is_prose:
-        prompt = tokenizer(sample.question, add_special_tokens=False)["input_ids"] or [_document_start(tokenizer)]
-    else:
-        text = chat_text(model, prompt_text(sample), images=int(features is not None))
-        if features is not None:
-            text = text.replace(model.processor.image_token, model.processor.image_token * len(features))
-        prompt = tokenizer(text)["input_ids"]
-        answer = [*answer, tokenizer.eos_token_id]
-    ids = torch.tensor([*prompt, *answer[:-1]], device=model.device)
-    is_image = ids == model.processor.image_token_id
-    embeddings = model.token_embeddings(ids).cpu()
+        return tokenizer(sample.question, add_special_tokens=False)["input_ids"] or [_document_start(tokenizer)], answer
+    text = chat_text(model, prompt_text(sample), images=int(features is not None))
     if features is not None:
-        embeddings[is_image.cpu()] = features.to(embeddings.dtype)
-    positions = model.positions(ids, is_image.int(), grid)
-    rotation = model.rotation(positions)
-    return EncodedSample(embeddings, positions.cpu(), rotation.cpu(), is_image.cpu(), torch.tensor(answer))
+        text = text.replace(model.processor.image_token, model.processor.image_token * len(features))
+    return tokenizer(text)["input_ids"], [*answer, tokenizer.eos_token_id]
 
 
 def _document_start(tokenizer: Any) -> int:

@@ -31,6 +31,7 @@ from lop.storage.files import disk_errors
 from lop.storage.fingerprint import fingerprint
 from lop.storage.headers import TensorInfo, read_header, read_tensors
 from lop.storage.location import Location
+from lop.storage.lock import locked
 
 log = logging.getLogger(__name__)
 WORK = Path("runs/distil")
@@ -121,7 +122,8 @@ def distil_stage(
     samples = list(encode_each(student.shipped, lessons.samples, config.images))
     reward = encode(student.shipped, lessons.reward, batch_tokens=config.batch_tokens, images=config.images)
     notes = Notes.below(work, _origin(config, lessons, teacher, student))
-    with accelerator.main_process_first():
+    # Of several students of the same teacher that begin at once, one writes the notes, and the others wait for them.
+    with accelerator.main_process_first(), locked(notes.folder / "lock"):
         if not notes.are_there:
             _take_notes(notes, teacher, samples, reward, config, device, progress)
     about = {

@@ -148,7 +148,9 @@ def test_text_and_other_samples_are_learnt_from_too(
     write(tmp_path / "own" / "calibration.parquet", samples.calibration[1::200])
     read: list[int] = []
     learn = Training._learn
-    monkeypatch.setattr(Training, "_learn", lambda self, step: (read.extend(step), learn(self, step))[1])
+    monkeypatch.setattr(
+        Training, "_learn", lambda self, step, taught: (read.extend(step), learn(self, step, taught))[1]
+    )
     plain = distilled(pruned, tmp_path / "plain", few, "distil.tokens=3000")
     known = set(read)
     read.clear()

@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lop.distil.loss import distance, divergence, likeliest
+from lop.distil import loss
+from lop.distil.loss import Likeliest, distance, likeliest
+
+
+def divergence(teacher: Likeliest, logits: Tensor) -> Tensor:
+    """Of logits themselves."""
+    return loss.divergence(teacher, logits, torch.eye(logits.shape[1]))
 
 
 def whole(teacher: Tensor, student: Tensor) -> Tensor:
@@ -56,6 +62,22 @@ def test_a_student_that_follows_it_comes_to_say_what_the_teacher_says(k: int) ->
         optimizer.step()
     reached = student.detach().log_softmax(1).gather(1, noted.tokens)
     torch.testing.assert_close(reached.exp(), noted.log_probabilities.exp(), rtol=0, atol=2e-3)
+
+
+@given(seed=st.integers(0, 99), k=st.integers(1, 9), rows=st.sampled_from([1, 3, 1500]))
+def test_its_gradient_is_that_of_the_formula(seed: int, k: int, rows: int) -> None:
+    torch.manual_seed(seed)
+    noted, head, weights = likeliest(2 * torch.randn(rows, 9), k), torch.randn(9, 4), torch.rand(rows)
+    states = torch.randn(rows, 4, requires_grad=True)
+    values = loss.divergence(noted, states, head)
+    (found,) = torch.autograd.grad((weights * values).sum(), states)
+    log_q = (states @ head.T).log_softmax(1)
+    expected = (noted.log_probabilities.exp() * (noted.log_probabilities - log_q.gather(1, noted.tokens))).sum(1)
+    if k < 9:
+        expected = expected + noted.rest.exp() * (noted.rest - log_q.scatter(1, noted.tokens, -torch.inf).logsumexp(1))
+    torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+    (wanted,) = torch.autograd.grad((weights * expected).sum(), states)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_what_is_all_but_impossible_has_a_gradient() -> None:

@@ -1,12 +1,11 @@
-"""Which samples a step reads, and how little of what is computed is padding."""
+"""Which samples a step reads, and that each process reads."""
 
 from collections import Counter
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lop.distil.plan import side_by_side, steps_of
+from lop.distil.plan import steps_of
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 
@@ -27,14 +26,3 @@ def test_all_samples_are_read_alike_until_there_were_enough_tokens(
 def test_each_process_has_something_to_read() -> None:
     steps = steps_of([50] * 9, tokens=900, batch_tokens=10, seed=0, processes=4)
     assert all(len(step) == 4 for step in steps)
-
-
-@given(lengths=LENGTHS, batch=st.integers(1, 300))
-def test_batches_hold_each_sample_once_and_little_padding(lengths: list[int], batch: int) -> None:
-    batches = side_by_side(range(len(lengths)), lengths, batch_tokens=batch)
-    assert sorted(index for found in batches for index in found) == list(range(len(lengths)))
-    for found in batches:
-        held = np.array([lengths[index] for index in found])
-        places = held.max() * len(held)
-        assert places <= 1.25 * held.sum()
-        assert len(held) == 1 or places <= batch

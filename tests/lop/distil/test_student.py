@@ -14,6 +14,7 @@ from lop.distil.plan import lesson
 from lop.distil.student import Reader, Student
 from lop.distil.teacher import Notes
 from lop.errors import LopError
+from lop.model.backbone import Group
 from lop.model.encoding import Encoded, EncodedSample, encode, encode_each
 from lop.model.find import assets
 from lop.model.image_settings import ImageSettings
@@ -39,15 +40,13 @@ def read(pruned: Path, samples: SampleSets) -> tuple[list[EncodedSample], Encode
 
 
 def answers(student: Student, read: list[EncodedSample]) -> Tensor:
-    """What the backbone that learns says at the answers' places, [A, V], and the padding between changes nothing."""
-    device = torch.device("cpu")
-    longest = max(sample.length for sample in read)
-    embeddings = torch.stack([torch.nn.functional.pad(s.embeddings, (0, 0, 0, longest - s.length)) for s in read])
-    positions = torch.stack([torch.nn.functional.pad(s.positions, (0, longest - s.length)) for s in read], 1)
-    mask = torch.tensor([[1] * s.length + [0] * (longest - s.length) for s in read])
+    """What the backbone that learns says at the answers' places, [A, V]."""
     with torch.no_grad():
-        (states,) = Reader(student.backbone, ())(embeddings.to(device), positions, mask)
-    found = [row[s.length - len(s.answer) : s.length] for row, s in zip(states, read, strict=True)]
+        embeddings, rotation = (torch.cat([getattr(s, name) for s in read]) for name in ("embeddings", "rotation"))
+        groups = [Group(1, sample.length, sample.length) for sample in read]
+        (states,) = Reader(student, ())(embeddings, rotation, groups)
+    parts = states.split([sample.length for sample in read])
+    found = [part[s.length - len(s.answer) :] for part, s in zip(parts, read, strict=True)]
     return torch.cat(found) @ student.head.T
 
 
@@ -181,6 +180,6 @@ def test_notes_are_what_the_teacher_says(
         torch.testing.assert_close(note.likeliest.log_probabilities, logits.topk(5, 1).values, rtol=1e-3, atol=1e-3)
         for states, layer in zip(note.states, (0, 7), strict=True):
             torch.testing.assert_close(states, out.hidden_states[layer + 1][0][text], rtol=1e-3, atol=1e-3)
-    taught = lesson(one_by_one, [notes.reader()(i) for i in range(len(one_by_one))], prompt=0.25, device=torch.device("cpu"))  # fmt: skip  # noqa: E501
+    taught = lesson(one_by_one, [notes.reader()(i) for i in range(len(one_by_one))], prompt=0.25)
     assert float((taught.weights == 1).sum()) == sum(len(sample.answer) for sample in one_by_one)
     assert len(taught.weights) == int(taught.text.sum()) == sum(int((~s.is_image).sum()) for s in one_by_one)

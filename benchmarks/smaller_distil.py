@@ -1,20 +1,21 @@
 """What distillation brings back after pruning on `smol`: `python benchmarks/smaller_distil.py`.
 
 Each training is a small file under `results/smaller`, with the fingerprint of what it was made from. What is missing
-is made: on one core to itself some 10 ms a token of training, looks at the reward samples included; before the first
+is made: on one core to itself some 5 ms a token of training, looks at the reward samples included; before the first
 one 20 minutes for statistics, test items and what the teacher says, 4 for each refit.
 Then the summary is printed from the files.
 
-Widths are those of `benchmarks/smol.py`. A pruned checkpoint is exported with `refit` and learns as `lop distil` has it
-learn, with config `smol`, from its calibration samples and from those of `training/smol/lessons.py`, ten times as many,
-which are made at first: `--samples calibration` leaves them out, `all` takes all prose that there is, and `own` adds
-what the dense model writes itself (`training/smol/own.py`). Nothing differs between methods but the widths. KL to the
-dense model is measured before and after, on 300 of that benchmark's test items (the first that its seed draws), as
-there.
+Widths are those of `benchmarks/smol.py`. A pruned checkpoint is exported with `refit` and learns as `lop distil` has
+it learn, with config `smol`, from its calibration samples and from those of `training/smol/lessons.py`, ten times as
+many, which are made at first: `--samples calibration` leaves them out, `all` takes all prose that there is, and `own`
+adds two million tokens that the dense model writes itself (`training/smol/own.py`). `own` is a GPU's work: 3 million
+tokens are read, in larger steps. Nothing differs between methods but the widths. KL to the dense model is measured
+before and after, on 300 of that benchmark's test items (the first that its seed draws), as there.
 
-The last line is JSON, by method and ratio: `distilled_back`, the share of the KL to dense that training brings back;
-its 95% `interval` (paired bootstrap over images and texts); `kl` before and after; and `curve`, on the way: pairs of
-tokens read and KL on 256 reward samples.
+Without options `more` and `own` are printed. The last line is JSON: by what was learnt from and how many tokens were
+read, then by method and ratio: `distilled_back`, the share of the KL to dense that training brings back; its 95%
+`interval` (paired bootstrap over images and texts); `kl` before and after; and `curve`, on the way: pairs of tokens
+read and KL on 256 reward samples.
 """
 
 import argparse
@@ -48,8 +49,12 @@ RESULTS = Path(__file__).parent.parent / "results" / "smaller"
 METHODS = (LOP, "uniform")
 RATIOS = (0.3, 0.5)
 ITEMS = 300
-TOKENS = 200_000
 CALIBRATION, MORE, ALL, OWN = SAMPLES = ("calibration", "more", "all", "own")
+TOKENS = {CALIBRATION: 200_000, MORE: 200_000, ALL: 200_000, OWN: 3_000_000}
+_ON_GPU = (
+    "batch_tokens=16384", "distil.batch_tokens=16384", "distil.learning_rate=0.0003", "distil.every=15",
+    "distil.patience=50",
+)  # fmt: skip
 _OWN_PARTS, _OWN_TOKENS = 4, 1_000_000  # Each part has a seed of its own: they can be written side by side.
 _EVERY = 1_000_000  # Passages; there are fewer.
 
@@ -132,21 +137,25 @@ class Distilling:
 
 
 def summary(
-    distilling: Distilling | None = None, methods: Sequence[str] = METHODS, ratios: Sequence[float] = RATIOS
+    each: Sequence[Distilling] | None = None, methods: Sequence[str] = METHODS, ratios: Sequence[float] = RATIOS
 ) -> dict[str, Any]:
-    """Makes the cells that are missing, prints a table, and returns the last line."""
-    distilling = distilling or make()
+    """Makes the cells that are missing, prints tables, and returns the last line."""
+    lines: dict[str, Any] = {"benchmark": "smaller_distil", "items": ITEMS}
+    for distilling in each or [make(MORE), make(OWN)]:
+        print(f"-- {distilling.kind}")
+        for name, values in _table(distilling, methods, ratios).items():
+            lines.setdefault(name, {})[distilling.kind] = values
+    return lines
+
+
+def _table(distilling: Distilling, methods: Sequence[str], ratios: Sequence[float]) -> dict[str, Any]:
+    """By what is measured, method and ratio."""
     keys = [sample.keys[0] for sample in distilling.items]
 
     def interval(values: np.ndarray) -> Interval:
         return keyed_bootstrap(values, keys)
 
-    lines: dict[str, Any] = {
-        "benchmark": "smaller_distil",
-        "trainings": distilling.kind,
-        "items": len(keys),
-        **{name: {} for name in ("distilled_back", "interval", "kl", "curve")},
-    }
+    lines: dict[str, Any] = {}
     for ratio in ratios:
         for method in methods:
             found = distilling.cell(method, ratio)
@@ -160,7 +169,7 @@ def summary(
                 "curve": found["distilled"]["curve"],
             }
             for name, value in values.items():
-                lines[name].setdefault(method, {})[str(ratio)] = value
+                lines.setdefault(name, {}).setdefault(method, {})[str(ratio)] = value
             back_text = f"{shares[0]:.1%} ({shares[1]:.1%} to {shares[2]:.1%})"
             spent = f"{found['distilled']['tokens']:,} tokens, {found['seconds']:.0f} s"
             print(f"{method:<12} {ratio:.0%}  KL {whole:.4f} → {after.mean():.4f}  back {back_text}  {spent}")
@@ -169,7 +178,7 @@ def summary(
 
 def check(count: int, distilling: Distilling | None = None) -> tuple[int, int]:
     """Makes `count` of the trainings again, chosen at random; how many were checked, and how many agree."""
-    distilling = distilling or make()
+    distilling = distilling or make(MORE)
     names = [path.stem for path in sorted(RESULTS.glob(f"distil-*-{distilling.kind}.json"))]
     agree = checked = 0
     for index in np.random.default_rng().permutation(len(names))[:count]:
@@ -184,16 +193,17 @@ def check(count: int, distilling: Distilling | None = None) -> tuple[int, int]:
 
 
 def make(
+    samples: str,
     *,
-    tokens: int = TOKENS,
-    samples: str = MORE,
+    tokens: int | None = None,
     seed: int = 0,
     runs: Path = Path("runs"),
     settings: Sequence[str] = (),
 ) -> Distilling:
-    """What trainings of so many tokens need; nothing of it is computed yet but the statistics."""
+    """What trainings on such samples need; nothing of it is computed yet but the statistics."""
     bench = Bench("smol", runs / "benchmark-smol", seed, [RESULTS.parent / "smol"])
-    changed = [f"distil.tokens={tokens}", f"seed={seed}", *settings]
+    settings = [*(_ON_GPU if samples == OWN else ()), *settings]
+    changed = [f"distil.tokens={tokens or TOKENS[samples]}", f"seed={seed}", *settings]
     return Distilling(bench, runs / "benchmark-smaller", samples, changed)
 
 
@@ -202,22 +212,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What distillation brings back after pruning, on smol.")
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="read in training")
-    parser.add_argument("--samples", choices=SAMPLES, default=MORE, help="what is learnt from")
+    parser.add_argument("--tokens", type=int, help="read in training (default: 200,000, of own samples 3 million)")
+    parser.add_argument("--samples", choices=SAMPLES, nargs="+", default=[MORE, OWN], help="what is learnt from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", type=int, default=0, metavar="N", help="make N trainings again")
+    parser.add_argument("--check", type=int, default=0, metavar="N", help="make N trainings on the first again")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where checkpoints and notes are kept")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     options = parser.parse_args()
     set_up_logging()
-    distilling = make(
-        tokens=options.tokens, samples=options.samples, seed=options.seed, runs=options.runs, settings=options.set
-    )
+    each = [
+        make(samples, tokens=options.tokens, seed=options.seed, runs=options.runs, settings=options.set)
+        for samples in options.samples
+    ]
     if options.check:
-        checked, agree = check(options.check, distilling)
+        checked, agree = check(options.check, each[0])
         print(json.dumps({"benchmark": "smaller_distil", "checked": checked, "agree": agree}))
         return
-    print(json.dumps(summary(distilling, options.methods, options.ratios)))
+    print(json.dumps(summary(each, options.methods, options.ratios)))
 
 
 if __name__ == "__main__":

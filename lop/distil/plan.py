@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -65,9 +65,9 @@ class Lesson:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Lesson":
         """The lesson with its tensors somewhere else."""
-        parts = ("embeddings", "rotation", "text", "weights", "states")
-        told = {name: move(value) for name, value in vars(self.likeliest).items()}
-        return replace(self, likeliest=Likeliest(**told), **{name: move(getattr(self, name)) for name in parts})
+        moved = {name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        likeliest = Likeliest(**{name: move(value) for name, value in vars(self.likeliest).items()})
+        return Lesson(groups=self.groups, likeliest=likeliest, **moved)
 
 
 def lesson(samples: Sequence[EncodedSample], notes: Sequence[Note], *, prompt: float) -> Lesson:

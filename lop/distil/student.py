@@ -155,7 +155,7 @@ class Reader(nn.Module):
         """
         weights = {name: value.to(self._kind) for name, value in self._passes.named_parameters()}
         for name in self._adapted:  # The attention's are multiplied by together, so with adapters merged.
-            delta = self._passes.network.get_submodule(name).get_delta_weight(_ADAPTER)
+            delta = cast(Any, self._passes.network.get_submodule(name)).get_delta_weight(_ADAPTER)
             base = f"network.{name}.base_layer.weight"
             weights[base] = weights[base] + delta.to(self._kind)
         with torch.autocast(embeddings.device.type, enabled=False):

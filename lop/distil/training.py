@@ -4,7 +4,7 @@ import logging
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,14 +167,17 @@ class Training:
             found = lesson(samples, notes, prompt=self._settings.prompt)
             return found.moved(Tensor.pin_memory) if on_gpu else found
 
+        def moved(coming: Future[Lesson]) -> Lesson:
+            return coming.result().moved(lambda value: value.to(accelerator.device, non_blocking=True))
+
+        coming: Future[Lesson] | None = None
         with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(prepared, steps[0]) if steps else None
-            for step in (*steps[1:], None):
-                if coming is None:
-                    return
-                ready = coming.result()
-                coming = ahead.submit(prepared, step) if step is not None else None
-                yield ready.moved(lambda value: value.to(accelerator.device, non_blocking=True))
+            for step in steps:
+                before, coming = coming, ahead.submit(prepared, step)
+                if before is not None:
+                    yield moved(before)
+            if coming is not None:
+                yield moved(coming)
 
     def _learn(self, step: Sequence[int], taught: Lesson) -> None:
         accelerator, settings = self._accelerator, self._settings

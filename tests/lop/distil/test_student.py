@@ -94,6 +94,37 @@ def test_what_learns_says_what_ships(rank: int, checkpoint: Path, read: tuple[li
     torch.testing.assert_close(changed, scored(student, together), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gradients_are_those_of_transformers(
+    rank: int, checkpoint: Path, read: tuple[list[EncodedSample], Encoded]
+) -> None:
+    student = student_of(checkpoint, lora_rank=rank)
+    with torch.no_grad():
+        for number, parameter in enumerate(student.parameters()):
+            torch.manual_seed(number)
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    samples = read[0]
+    weights = [torch.randn(3, sample.length, len(student.backbone.norm.weight)) for sample in samples]
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, student.parameters(), materialize_grads=True))
+
+    groups = [Group(1, sample.length, sample.length) for sample in samples]
+    embeddings, rotation = (torch.cat([getattr(s, name) for s in samples]) for name in ("embeddings", "rotation"))
+    found = torch.stack(Reader(student, [2, 7])(embeddings, rotation, groups))
+    loss = (found * torch.cat(weights, 1)).sum()
+    # By transformers, one sample after the other; its last hidden state is the normed one.
+    expected = torch.zeros(())
+    for sample, weight in zip(samples, weights, strict=True):
+        given = {"inputs_embeds": sample.embeddings[None], "position_ids": sample.positions[:, None]}
+        out = student.backbone(**given, use_cache=False, output_hidden_states=True)
+        states = torch.stack([out.hidden_states[place][0] for place in (-1, 3, 8)])
+        expected = expected + (states * weight).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-2)
+    for ours, theirs in zip(gradients(loss), gradients(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
+
+
 def test_adapters_merged_are_the_adapters(pruned: Path, read: tuple[list[EncodedSample], Encoded]) -> None:
     student = student_of(pruned, lora_rank=4)
     with torch.no_grad():

@@ -303,13 +303,10 @@ class Bench:
     def _search(self, name: str, ratio: float) -> Chosen:
         """LOP's own, by the settings of that name."""
         run = Run(self._config(ratio, *_FORMS[name]), self.search_folder(ratio, name))
-        run.folder.mkdir(parents=True, exist_ok=True)
         survey_stage(self.run, Local(), [m.name for m in METHODS.values() if m.importance == run.config.importance])
         if any(METHODS[root].root is Root.PREDICTED for root in run.config.search.roots):
             features_stage(self.run)
-        for mine in (self.run.statistics_file, features_file(self.run), *map(self.run.survey_file, SURVEYS)):
-            if mine.exists():
-                (run.folder / mine.name).write_bytes(mine.read_bytes())
+        self._share(run, features_file(self.run), *map(self.run.survey_file, SURVEYS))
         roots = [name for name in run.config.search.roots if METHODS[name].root is Root.FOUND]
         outcomes = rivals_stage(run, Local(), rivals=roots, targets=[ratio], progress=False) if roots else []
         search_stage(run, Local(), progress=False)
@@ -351,10 +348,16 @@ class Bench:
         few = "search.evaluations=2", "train.best_per_target=2"
         changed = f"search.start={start}", "search.roots=[]", "search.blends=2", *few
         run = Run(self._config(LEARNT[0], *changed, last=LEARNT[-1]), self._folder / f"{self.seed}-blended")
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / run.statistics_file.name).write_bytes(self.run.statistics_file.read_bytes())
+        self._share(run)
         search_stage(run, Local(), progress=False)
         return run
+
+    def _share(self, run: Run, *more: Path) -> None:
+        """Gives another run this one's statistics, and what there is of other files."""
+        run.folder.mkdir(parents=True, exist_ok=True)
+        for mine in (self.run.statistics_file, *more):
+            if mine.exists():
+                (run.folder / mine.name).write_bytes(mine.read_bytes())
 
     def _unseen(self) -> General:
         """The general predictor, had it not learnt from this model."""
@@ -367,10 +370,8 @@ class Bench:
     def _probed(self, name: str, ratio: float) -> Chosen:
         """What the general predictor says after evaluations for a ratio, of which none was made for another."""
         run = Run(self._config(ratio), self.search_folder(ratio, name))
-        run.folder.mkdir(parents=True, exist_ok=True)
         features_stage(self.run)
-        for mine in (self.run.statistics_file, features_file(self.run)):
-            (run.folder / mine.name).write_bytes(mine.read_bytes())
+        self._share(run, features_file(self.run))
         found = probe_stage(
             run, Local(), PROBED[name], ratio, general=self._unseen() if name in UNSEEN else None, progress=False
         )
@@ -389,13 +390,12 @@ class Bench:
     def _predicted(self, ratio: float) -> Chosen:
         """By the predictor that learnt from LOP's searches."""
         run = Run(self._config(LEARNT[0], last=LEARNT[-1]), self._folder / f"{self.seed}-all")
-        run.folder.mkdir(parents=True, exist_ok=True)
+        self._share(run)
         searches = []
         for searched in LEARNT:
             if not (file := self.search_folder(searched) / run.search_file.name).exists():
                 self._search(LOP, searched)
             searches.append(read_json(file))
-        (run.folder / run.statistics_file.name).write_bytes(self.run.statistics_file.read_bytes())
         write_json(run.search_file, {**searches[0], "targets": [target for s in searches for target in s["targets"]]})
         return self._answered(PREDICTOR, run, ratio)
 

@@ -113,14 +113,16 @@ class Student:
 
     def _learning(self, ffn: str) -> list[str]:
         """The parameters that learn, before there are adapters: of FFNs, or of all layers and the last norm."""
-        of_layers = [name for name in self._names if name.startswith("layers.") and self._has_any(name)]
+        layers = self.family.lean_backbone(self.network).layers
+        silent = [layer.attention_norm for layer in layers if not layer.heads.width]
+        parameters = {name: self.backbone.get_parameter(name) for name in self._names if name.startswith("layers.")}
+        # Not those of an attention that keeps nothing, nor the norm before it: processes wait for a gradient of each.
+        of_layers = [
+            name for name, value in parameters.items() if value.numel() and not any(value is norm for norm in silent)
+        ]
         if self._settings.weights == "ffn":
             return [name for name in of_layers if name.split(".")[2] == ffn]
         return [*of_layers, "norm.weight"]
-
-    def _has_any(self, name: str) -> bool:
-        """Whether there is anything in a parameter: not in those of a part that keeps nothing."""
-        return bool(self.backbone.get_parameter(name).numel())
 
     def _linears(self, ffn: str) -> list[str]:
         """The modules that get adapters."""
@@ -173,7 +175,7 @@ class _Passes(nn.Module):
         self, embeddings: Tensor, rotation: Tensor, groups: Sequence[Group], layers: Sequence[int]
     ) -> tuple[Tensor, ...]:
         backbone = self._family.lean_backbone(self.network)
-        # A leaf of its own: where only some layers learn, too, nothing is done in the memory of what others need.
+        # So that nothing is done in place, in layers before the first one that learns, either.
         x = embeddings.requires_grad_()
         seen = {}
         for layer, states in enumerate(backbone.hidden(x, rotation, groups)):

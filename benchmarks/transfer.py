@@ -94,6 +94,7 @@ def smol_costs(runs: Path | None, general: General, counts: Sequence[int]) -> di
     names = {
         "uniform": "uniform",
         **{name: name for name in PUBLISHED},
+        "programme": "sensitivity",
         **probing,
         "search": "lop-200",
         "short search": LOP,
@@ -168,6 +169,9 @@ def summary(work: Path | None, smol_runs: Path | None, kind: str, counts: Sequen
     pairs = [(kl, smol["search"][t]) for t, kl in smol.get("30 probes", {}).items() if t in smol.get("search", {})]
     zero = {t: kl for t, kl in smol.get("0 probes", {}).items() if t in smol.get("uniform", {})}
     best += [(kl, min(smol[m][t] for m in ("uniform", *PUBLISHED) if t in smol[m])) for t, kl in zero.items()]
+    over_programme += [(kl, smol["programme"][t]) for t, kl in zero.items() if t in smol.get("programme", {})]
+    for name, known in by_probes.items():
+        known += [(kl, smol["uniform"][t]) for t, kl in smol.get(name, {}).items() if t in smol.get("uniform", {})]
     means = {key: float(np.mean([found[key] for found in agreements])) for key in ("tau", "inside")}
     return {
         "benchmark": "transfer",

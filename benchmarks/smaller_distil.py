@@ -55,7 +55,7 @@ _ON_GPU = (
     "batch_tokens=16384", "distil.batch_tokens=16384", "distil.learning_rate=0.0003", "distil.every=15",
     "distil.patience=50",
 )  # fmt: skip
-_OWN_PARTS, _OWN_TOKENS = 4, 1_000_000  # Each part has a seed of its own: they can be written side by side.
+_OWN_PARTS, _OWN_TOKENS = 2, 1_000_000  # Each part has a seed of its own: they can be written side by side.
 _EVERY = 1_000_000  # Passages; there are fewer.
 
 

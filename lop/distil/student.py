@@ -53,7 +53,7 @@ class Student:
         self.shipped = load_model(folder, device=device, dtype=dtype)
         _narrow(self.shipped, widths, groups)
         family, kind = self.shipped.family, self.shipped.model.dtype
-        self.family, self._settings = family, settings
+        self._settings = settings
         # Weights that learn are read as they are stored: nothing is lost to the dtype that is computed in.
         network = open_model(folder, device=device, dtype=dtype if settings.lora_rank else "float32")
         learner = QwenVL(network, self.shipped.processor)
@@ -99,7 +99,7 @@ class Student:
 
     def adapted_attention(self) -> list[str]:
         """The network's modules of attention that have adapters."""
-        of_attention = f".{self.family.attention}."
+        of_attention = f".{self.shipped.family.attention}."
         named = self.network.named_modules()
         return [name for name, module in named if of_attention in name and hasattr(module, "get_delta_weight")]
 
@@ -113,7 +113,7 @@ class Student:
 
     def _learning(self, ffn: str) -> list[str]:
         """The parameters that learn, before there are adapters: of FFNs, or of all layers and the last norm."""
-        layers = self.family.lean_backbone(self.network).layers
+        layers = self.shipped.family.lean_backbone(self.network).layers
         silent = [layer.attention_norm for layer in layers if not layer.heads.width]
         parameters = {name: self.backbone.get_parameter(name) for name in self._names if name.startswith("layers.")}
         # Not those of an attention that keeps nothing, nor the norm before it: processes wait for a gradient of each.
@@ -142,7 +142,7 @@ class Reader(nn.Module):
 
     def __init__(self, student: Student, layers: Sequence[int]) -> None:
         super().__init__()
-        self._passes = _Passes(student.network, student.family)
+        self._passes = _Passes(student.network, student.shipped.family)
         self._adapted = tuple(student.adapted_attention())
         self._kind = student.shipped.model.dtype
         self._layers = tuple(layers)

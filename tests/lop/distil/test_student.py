@@ -39,12 +39,16 @@ def read(pruned: Path, samples: SampleSets) -> tuple[list[EncodedSample], Encode
     return list(encode_each(model, few, ImageSettings())), encode(model, few, batch_tokens=700)
 
 
+def end_to_end(samples: list[EncodedSample]) -> tuple[Tensor, Tensor, list[Group]]:
+    """What a `Reader` is given."""
+    embeddings, rotation = (torch.cat([getattr(s, name) for s in samples]) for name in ("embeddings", "rotation"))
+    return embeddings, rotation, [Group(1, sample.length, sample.length) for sample in samples]
+
+
 def answers(student: Student, read: list[EncodedSample]) -> Tensor:
     """What the backbone that learns says at the answers' places, [A, V]."""
     with torch.no_grad():
-        embeddings, rotation = (torch.cat([getattr(s, name) for s in read]) for name in ("embeddings", "rotation"))
-        groups = [Group(1, sample.length, sample.length) for sample in read]
-        (states,) = Reader(student, ())(embeddings, rotation, groups)
+        (states,) = Reader(student, ())(*end_to_end(read))
     parts = states.split([sample.length for sample in read])
     found = [part[s.length - len(s.answer) :] for part, s in zip(parts, read, strict=True)]
     return torch.cat(found) @ student.head.T
@@ -109,9 +113,7 @@ def test_gradients_are_those_of_transformers(
     def gradients(loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, student.parameters()))  # Each has one.
 
-    groups = [Group(1, sample.length, sample.length) for sample in samples]
-    embeddings, rotation = (torch.cat([getattr(s, name) for s in samples]) for name in ("embeddings", "rotation"))
-    found = torch.stack(Reader(student, [2, 7])(embeddings, rotation, groups))
+    found = torch.stack(Reader(student, [2, 7])(*end_to_end(samples)))
     loss = (found * torch.cat(weights, 1)).sum()
     # By transformers, one sample after the other; its last hidden state is the normed one.
     expected = torch.zeros(())

@@ -65,6 +65,7 @@ LOPS = {
     "lop-descent": ("search.evaluations=8", "search.simulations=16", _DESCENT),
     "lop-taylor": ("importance=taylor",),
     "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16", _DESCENT),
+    "lop-surgeon": ("importance=surgeon",),
     "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
     "lop-200": ("search.evaluations=200", "search.simulations=400"),
     LOP_GENERAL: ("search.roots=[wanda, flap, general]",),
@@ -131,10 +132,13 @@ class Bench:
         model: `tiny` or `smol`.
         folder: of the runs of LOP's searches, which go on where they were stopped.
         results: where cells are looked for; those that are missing are made and written to the first.
+        all_items: choices are scored on all test items, not on those drawn; these scores are cells of their own.
     """
 
-    def __init__(self, model: str, folder: Path, seed: int, results: Sequence[Path]) -> None:
-        self.model, self.seed = model, seed
+    def __init__(
+        self, model: str, folder: Path, seed: int, results: Sequence[Path], *, all_items: bool = False
+    ) -> None:
+        self.model, self.seed, self.all_items = model, seed, all_items
         self._folder, self._results = folder, results
         self.run = Run(self._config(0.5), folder / "calibration")
         calibrate_stage(self.run)
@@ -167,6 +171,10 @@ class Bench:
     @cached_property
     def items(self) -> list[Sample]:
         """The test items that allocations are scored on."""
+        return list(self.run.samples.test) if self.all_items else self._drawn
+
+    @cached_property
+    def _drawn(self) -> list[Sample]:
         test = self.run.samples.test
         chosen = np.random.default_rng(0).permutation(len(test))[:_ITEMS]
         return [test[index] for index in sorted(chosen)]
@@ -175,7 +183,12 @@ class Bench:
     def made_from(self) -> str:
         """What the cells depend on."""
         run = self.run
-        return fingerprint([run.calibration_fingerprints, run.config.importance, fingerprint_samples(self.items)])
+        return fingerprint([run.calibration_fingerprints, run.config.importance, fingerprint_samples(self._drawn)])
+
+    @cached_property
+    def _scored_from(self) -> str:
+        """What the cells of scores depend on."""
+        return fingerprint([self.made_from, fingerprint_samples(self.items)]) if self.all_items else self.made_from
 
     def choose(self, method: str, ratio: float) -> Chosen:
         """A method's cell at a ratio."""
@@ -203,7 +216,7 @@ class Bench:
         """An allocation's cell."""
         name = fingerprint([chosen.importance, chosen.widths])
         other = "" if recovery == REFIT else f"{recovery}-"
-        return self.cell(f"score-{other}{name}.json", lambda: self.score(chosen, recovery))
+        return self.measured(f"score-{other}{name}.json", lambda: self.score(chosen, recovery))
 
     def result(
         self, method: str, ratio: float, recovery: Recovery | Exported = REFIT
@@ -262,8 +275,15 @@ class Bench:
 
     def cell(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a cell holds, which is looked for in all folders."""
+        return cell(self._file(name), self.made_from, make)
+
+    def measured(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The same of what the items are asked for."""
+        return cell(self._file(f"all/{name}" if self.all_items else name), self._scored_from, make)
+
+    def _file(self, name: str) -> Path:
         there = [folder / name for folder in self._results if (folder / name).exists()]
-        return cell((there or [self._results[0] / name])[0], self.made_from, make)
+        return (there or [self._results[0] / name])[0]
 
     def repair(self, name: str, recovery: Recovery = REFIT) -> Repair | None:
         """Sorts the model by an importance, and gives what mends it in that order."""

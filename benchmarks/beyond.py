@@ -47,17 +47,21 @@ class Beyond:
 
     def reshaped(self, method: str, ratio: float) -> Measured:
         """A method of `RESHAPINGS`, refitted if it can be, at as many parameters as allocations of the ratio have."""
-        return self._measured(self.bench.cell(f"reshape-{method}-{ratio}.json", lambda: self._reshape(method, ratio)))
+        return self._measured(
+            self.bench.measured(f"reshape-{method}-{ratio}.json", lambda: self._reshape(method, ratio))
+        )
 
     def dropped(self, dropping: str | None, share: float, base: Chosen | None) -> Measured:
         """A share of images' tokens dropped in a way of `DROPPINGS` or not at all, of an allocation or dense."""
         name = "dense" if base is None else fingerprint([base.importance, base.widths])
         cell = f"drop-{dropping}-{share:.2f}-{name}.json"
-        return self._measured(self.bench.cell(cell, lambda: self._drop(dropping, share, base)))
+        return self._measured(self.bench.measured(cell, lambda: self._drop(dropping, share, base)))
 
     def contextual(self, method: str, ratio: float) -> Measured:
         """A method of `CONTEXTUAL`, with as many neurons for each token as allocations of the ratio have."""
-        return self._measured(self.bench.cell(f"contextual-{method}-{ratio}.json", lambda: self._use(method, ratio)))
+        return self._measured(
+            self.bench.measured(f"contextual-{method}-{ratio}.json", lambda: self._use(method, ratio))
+        )
 
     def flops(self, chosen: Chosen | None = None) -> int:
         """What an allocation computes for all items, or the dense model."""

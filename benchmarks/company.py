@@ -13,6 +13,7 @@ Each choice and each score is a small file under `results/company/MODEL` (those 
 taken from `results/smol`), with the fingerprint of what it was made from; what is missing is made. `--check N` makes N
 of each model's scores again, chosen at random, and says whether they agree. `--plot FILE` draws quality by operations.
 `--recovery exported` refits layer by layer, as `lop prune` does, where a search scores by one factor a layer.
+`--all-items` scores on all test items (4,436 of `smol`), where the 800 that are drawn leave methods level.
 
 The last line is JSON: `methods` with what each needs; by model, method and ratio `kl` (nats, of the dense model's
 distributions from the pruned one's: summed over a question's answer, mean over a passage's tokens, mean over items),
@@ -187,6 +188,7 @@ def main() -> None:
         "--recovery", default=REFIT, choices=(REFIT, EXPORTED), help="of widths: one factor a layer, or an export's"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all-items", action="store_true", help="score on all test items, where 800 do not tell")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="make N scores of each model again")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="quality by operations; MODEL in it is replaced")
     parser.add_argument(
@@ -199,6 +201,7 @@ def main() -> None:
             options.runs / model,
             options.seed,
             [RESULTS / "company" / model, *_ELSEWHERE.get(model, [])],
+            all_items=options.all_items,
         )
         for model in options.models
     ]

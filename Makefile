@@ -1,8 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 VENV := .venv
 LOWEST := .venv-lowest
-# Two processes share the tests, by groups (tests/conftest.py).
-TEST := -m pytest --numprocesses 2 --dist loadgroup
+# Two processes share the test files; none is split, so what a module sets up is set up once.
+TEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-lowest lint clean
 

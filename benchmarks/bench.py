@@ -21,6 +21,7 @@ from lop.checkpoint.recovery import CATCH_UP, refit
 from lop.methods.lop_predictor import METHOD as LOP_PREDICTOR
 from lop.methods.lop_search import METHOD as LOP_SEARCH
 from lop.methods.method import Given, Reward, Root
+from lop.methods.puzzletron import METHOD as PUZZLETRON_METHOD
 from lop.methods.puzzletron import library
 from lop.methods.registry import METHODS
 from lop.model.backbone import Heads
@@ -51,13 +52,14 @@ from lop.stages.train import train_stage
 from lop.storage.files import read_json, write_json
 from lop.storage.fingerprint import fingerprint
 
-LOP, PREDICTOR, REFIT = LOP_SEARCH.name, LOP_PREDICTOR.name, "refit"
+LOP, PREDICTOR, PUZZLETRON, REFIT = LOP_SEARCH.name, LOP_PREDICTOR.name, PUZZLETRON_METHOD.name, "refit"
 # The refit that an export makes: layer by layer, on what the layers before say.
 Exported = Literal["exported"]
 (EXPORTED,) = get_args(Exported)
 # What LOP's predictor learns from: its searches at these ratios.
 LEARNT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _DESCENT = "search.descent={rounds: 3}"
+_LONG = "search.evaluations=200", "search.simulations=400"
 LOP_GENERAL = "lop-general"
 # LOP's search by other settings: ideas of methods that it was not ahead of.
 LOPS = {
@@ -66,8 +68,11 @@ LOPS = {
     "lop-taylor": ("importance=taylor",),
     "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16", _DESCENT),
     "lop-surgeon": ("importance=surgeon",),
+    "lop-surgeon-200": ("importance=surgeon", *_LONG),
+    "lop-surgeon-puzzletron": ("importance=surgeon",),
+    "lop-surgeon-scan-200": ("importance=surgeon", "search.roots=[wanda, flap, sensitivity]", *_LONG),
     "lop-puzzletron": ("search.roots=[wanda, flap, puzzletron]", "tables.rivals=[puzzletron]"),
-    "lop-200": ("search.evaluations=200", "search.simulations=400"),
+    "lop-200": _LONG,
     LOP_GENERAL: ("search.roots=[wanda, flap, general]",),
 }
 # What LOP's searches at all of `LEARNT` have found, blended with their neighbours', and what learns from that.
@@ -75,11 +80,18 @@ BLENDED, BLENDED_PREDICTOR = "lop-blended", "lop-blended-predictor"
 # What the general predictor says after so many evaluations: had it not learnt from the model, and as it ships.
 UNSEEN = {"lop-probes-10": 10, "lop-probes-30": 30}
 PROBED = {**UNSEEN, "lop-probes-30-shipped": 30}
+# Puzzletron over neurons in another order than LOP's own by default: by the norm of what a neuron adds to the residual
+# stream, as its published code ranks them, and the surgeon's.
+REORDERED = {"puzzletron-contribution": "contribution", "puzzletron-surgeon": "surgeon"}
+# Forms of LOP's search that start from what another method has chosen, which counts as spent.
+_STARTED = {"lop-surgeon-puzzletron": "puzzletron-surgeon"}
 # The same search, scoring widths as they are without any recovery.
 UNREFITTED = "lop-unrefitted"
 _FORMS = {**LOPS, UNREFITTED: ("search.recovery=none",)}
 _ITEMS = 800
+# LOP's importance is the paper's for all but the forms that name another: `smol`'s config has the surgeon's.
 _SETTINGS = (
+    "importance=activation",
     "search.evaluations=24",
     "search.simulations=48",
     "search.racing={}",
@@ -204,6 +216,9 @@ class Bench:
                 return asdict(self._answered(BLENDED_PREDICTOR, self._blended_run(), ratio))
             if method == PREDICTOR:
                 return asdict(self._predicted(ratio))
+            if method in REORDERED:
+                found = self._rival(PUZZLETRON, ratio, self.choose(LOP, ratio).tokens, REORDERED[method])
+                return asdict(replace(found, method=method))
             if METHODS[method].search:
                 return asdict(self._rival(method, ratio, self.choose(LOP, ratio).tokens))
             return asdict(self._read(method, ratio))
@@ -322,7 +337,9 @@ class Bench:
 
     def _search(self, name: str, ratio: float) -> Chosen:
         """LOP's own, by the settings of that name."""
-        run = Run(self._config(ratio, *_FORMS[name]), self.search_folder(ratio, name))
+        before = [self.choose(_STARTED[name], ratio)] if name in _STARTED else []
+        start = [f"search.start={self._answers(f'{ratio}-{each.method}', [each])}" for each in before]
+        run = Run(self._config(ratio, *_FORMS[name], *start), self.search_folder(ratio, name))
         survey_stage(self.run, Local(), [m.name for m in METHODS.values() if m.importance == run.config.importance])
         if any(METHODS[root].root is Root.PREDICTED for root in run.config.search.roots):
             features_stage(self.run)
@@ -334,7 +351,8 @@ class Bench:
         spent, spared = self._spent(run, found)
         # What roots were found with was spent, too.
         spent += sum(outcome.curve[-1][0] for outcome in outcomes) * self._tokens(run.samples.reward)[0]
-        seconds = run.seconds()["search"] + sum(outcome.seconds for outcome in outcomes)
+        spent += sum(each.tokens for each in before)
+        seconds = run.seconds()["search"] + sum(each.seconds for each in (*outcomes, *before))
         widths, unraced = tuple(found["best"]["widths"]), round(spent + spared)
         return Chosen(name, ratio, widths, run.config.importance, round(spent), seconds, unraced)
 
@@ -359,11 +377,7 @@ class Bench:
 
     def _blended_run(self) -> Run:
         """All of LOP's searches together: a search of two evaluations a target that starts from each one's answer."""
-        start = self._folder / f"{self.seed}-answers"
-        start.mkdir(parents=True, exist_ok=True)
-        answers = [{"best": {"widths": list(self.choose(LOP, each).widths)}} for each in LEARNT]
-        made_from = {"model": self.run.model_fingerprint}
-        write_json(start / self.run.search_file.name, {"fingerprints": made_from, "targets": answers})
+        start = self._answers("answers", [self.choose(LOP, each) for each in LEARNT])
         # Of each target two are learnt from: what else is known of it by now is the uniform allocation.
         few = "search.evaluations=2", "train.best_per_target=2"
         changed = f"search.start={start}", "search.roots=[]", "search.blends=2", *few
@@ -371,6 +385,15 @@ class Bench:
         self._share(run)
         search_stage(run, Local(), progress=False)
         return run
+
+    def _answers(self, name: str, found: Sequence[Chosen]) -> Path:
+        """A folder with what searches have found, for `search.start`."""
+        folder = self._folder / f"{self.seed}-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        answers = [{"best": {"widths": list(each.widths)}} for each in found]
+        made_from = {"model": self.run.model_fingerprint}
+        write_json(folder / self.run.search_file.name, {"fingerprints": made_from, "targets": answers})
+        return folder
 
     def _share(self, run: Run, *more: Path) -> None:
         """Gives another run this one's statistics, and what there is of other files."""
@@ -438,17 +461,17 @@ class Bench:
         choice = method(given, run.space.budget(ratio))
         return Chosen(name, ratio, choice.allocation.widths, choice.importance, 0, choice.seconds)
 
-    def _rival(self, name: str, ratio: float, tokens: int) -> Chosen:
-        """What a method finds with as many reward tokens."""
+    def _rival(self, name: str, ratio: float, tokens: int, importance: str | None = None) -> Chosen:
+        """What a method finds with as many reward tokens, over neurons in an order that is its own if none is given."""
         run, workshop = self.run, self.workshop
-        search, importance = METHODS[name].search, METHODS[name].importance or run.config.importance
+        search, importance = METHODS[name].search, importance or METHODS[name].importance or run.config.importance
         assert search
         samples = run.samples.reward
         shuffled = [samples[index] for index in np.random.default_rng(self.seed).permutation(len(samples))]
         whole = self._tokens(shuffled)[0]
         settings = run.config.search
         # A scan of every layer alone on all samples would take more than all there is to spend: it has fewer of them.
-        levels = {"sensitivity": settings.sensitivity_levels, "puzzletron": len(library(run.space))}.get(name)
+        levels = {"sensitivity": settings.sensitivity_levels, PUZZLETRON: len(library(run.space))}.get(name)
         share = min(1.0, tokens / (run.space.layers * levels + 1) / whole) if levels else 1.0
         repair = self.repair(importance)
         evaluators = {

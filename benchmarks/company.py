@@ -3,11 +3,11 @@
 On `tiny` and `smol`, at as many parameters, refit for everybody who can be refitted: LLM-Pruner (element- and
 vector-wise), Minitron, DarwinLM, Puzzletron, Týr and EfficientLLaVA over FFN neurons, beside uniform widths and LOP's
 search; ShortGPT, LLM-Streamline and SliceGPT, which leave the FFNs as they are; and, where `--methods` names them,
-other forms of LOP's search (`FORMS`). Beside these, as it keeps all weights and adds some, DejaVu at as many active
-neurons. At as many operations (`lop.model.beyond.flops`, of the language backbone): FastV, SparseVLM and YOPO, by
-themselves and on what LOP's search found, against LOP's widths alone that compute as much (between the ratios that
-were searched its ratios of layers are interpolated). See `benchmarks/bench.py` and `beyond.py` for what is equal for
-all.
+other forms of LOP's search (`FORMS`) and Puzzletron over neurons in other orders (`REORDERED`). Beside these, as it
+keeps all weights and adds some, DejaVu at as many active neurons. At as many operations (`lop.model.beyond.flops`, of
+the language backbone): FastV, SparseVLM and YOPO, by themselves and on what LOP's search found, against LOP's widths
+alone that compute as much (between the ratios that were searched its ratios of layers are interpolated). See
+`benchmarks/bench.py` and `beyond.py` for what is equal for all.
 
 Each choice and each score is a small file under `results/company/MODEL` (those that `benchmarks/smol.py` has made are
 taken from `results/smol`), with the fingerprint of what it was made from; what is missing is made. `--check N` makes N
@@ -33,11 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import BLENDED, EXPORTED, LOP, LOPS, PROBED, REFIT, Bench, Exported
+from bench import BLENDED, EXPORTED, LOP, LOPS, PROBED, PUZZLETRON, REFIT, REORDERED, Bench, Exported
 from beyond import Beyond, Measured
 
 from lop.checkpoint.recoveries import Recovery
-from lop.methods.registry import CONTEXTUAL, DROPPINGS, EVERY, RESHAPINGS
+from lop.methods.registry import CONTEXTUAL, DROPPINGS, EVERY, METHODS, RESHAPINGS
 from lop.report.intervals import Interval
 from lop.run.surveys import SURVEYS
 
@@ -158,13 +158,20 @@ def plot(beyond: Beyond, table: _Table, dropped: Sequence[Mapping[str, Any]], pa
 
 
 def _label(method: str) -> str:
-    if method in FORMS:
+    if method in FORMS or method in REORDERED:
         return "LOP search" if method == LOP else method
     return (CONTEXTUAL[method] if method in CONTEXTUAL else EVERY[method]).label or method
 
 
 def _needs(method: str) -> list[str]:
-    return sorted({**EVERY, **CONTEXTUAL, **DROPPINGS}[LOP if method in FORMS else method].needs)
+    every = {**EVERY, **CONTEXTUAL, **DROPPINGS}
+    if method not in FORMS and method not in REORDERED:
+        return sorted(every[method].needs)
+    # What the order of neurons is made from comes on top.
+    chosen = (setting.removeprefix("importance=") for setting in LOPS.get(method, ()))
+    order = REORDERED.get(method) or next(chosen, "")
+    made_from = [each.needs for each in METHODS.values() if each.importance == order and each.search is None]
+    return sorted(every[PUZZLETRON if method in REORDERED else LOP].needs.union(*made_from))
 
 
 def _in_words(gain: Interval) -> str:
@@ -178,7 +185,7 @@ def _numbers(gain: Interval) -> str:
 def main() -> None:
     """Makes what is missing, and prints."""
     usual = [*READ, *RESHAPINGS, *SEARCHING, *CONTEXTUAL, LOP, BLENDED]
-    known = [*usual, *(form for form in FORMS if form not in usual)]
+    known = [*usual, *REORDERED, *(form for form in FORMS if form not in usual)]
     parser = argparse.ArgumentParser(description="LOP against the systems its paper names, on tiny and smol.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--ratios", type=float, nargs="+", default=list(RATIOS))

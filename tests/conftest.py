@@ -25,22 +25,9 @@ from lop.model.statistics import NeuronStatistics, calibrate
 from tests.commands import FEW, lop_command
 
 torch.set_num_threads(1)
-# Ray looks for free ports and takes them later: of two clusters that start at once, one may meet the other's.
-_STARTING_CLUSTERS = (
-    "ray_jobs/", "serve/test_application.py", "test_cli.py::test_a_stage_with_workers", "test_wheel.py"
-)  # fmt: skip
 # How long an example takes says more about what else runs on the machine.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where processes share the tests, one has all that start clusters, and of the others no file is split."""
-    for item in items:
-        file = item.path.relative_to(Path(__file__).parent).as_posix()
-        group = "clusters" if f"{file}::{item.name}".startswith(_STARTING_CLUSTERS) else file
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

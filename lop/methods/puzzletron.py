@@ -9,9 +9,10 @@ It is what `sensitivity` does but for three things that are kept as published: a
 scored, where `sensitivity` interpolates between an even spread of them; the sum of widths is bounded by the budget, not
 equal to it; and the library is fixed, whatever `search.sensitivity_levels` says. What the programme leaves of the
 budget is shared out evenly, so that all methods keep equally many neurons. In place of a block's own distillation
-before it is scored stands the recovery that all candidates are scored with. Not covered: attention, linear layers and
-empty ones in the library (the narrowest FFN that `max_ratio` allows stands for those), throughput and memory as bounds,
-and the distillation of the whole.
+before it is scored stands the recovery that all candidates are scored with. Neurons are in the run's own order; its
+code ranks them by what they add to the output, nearly as the importance `contribution` does, with which
+`benchmarks/company.py` has it, too. Not covered: attention, linear layers and empty ones in the library (the narrowest
+FFN that `max_ratio` allows stands for those), throughput and memory as bounds, and the distillation of the whole.
 """
 
 from collections.abc import Iterator, Sequence

@@ -30,6 +30,11 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts whole commands and clusters comes first: where processes share files, short ones are left last."""
+    items.sort(key=lambda item: item.path.is_relative_to(Path(__file__).parent / "lop"))
+
+
 @pytest.fixture(scope="session")
 def samples() -> SampleSets:
     return load_sample_sets(assets() / "samples")

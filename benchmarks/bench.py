@@ -61,13 +61,14 @@ LEARNT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 _DESCENT = "search.descent={rounds: 3}"
 _LONG = "search.evaluations=200", "search.simulations=400"
 LOP_GENERAL = "lop-general"
+SURGEON = "lop-surgeon"
 # LOP's search by other settings: ideas of methods that it was not ahead of.
 LOPS = {
     LOP: (),
     "lop-descent": ("search.evaluations=8", "search.simulations=16", _DESCENT),
     "lop-taylor": ("importance=taylor",),
     "lop-taylor-descent": ("importance=taylor", "search.evaluations=8", "search.simulations=16", _DESCENT),
-    "lop-surgeon": ("importance=surgeon",),
+    SURGEON: ("importance=surgeon",),
     "lop-surgeon-200": ("importance=surgeon", *_LONG),
     "lop-surgeon-puzzletron": ("importance=surgeon",),
     "lop-surgeon-scan-200": ("importance=surgeon", "search.roots=[wanda, flap, sensitivity]", *_LONG),

@@ -168,7 +168,8 @@ def _needs(method: str) -> list[str]:
     if method not in FORMS and method not in REORDERED:
         return sorted(every[method].needs)
     # What the order of neurons is made from comes on top.
-    chosen = (setting.removeprefix("importance=") for setting in LOPS.get(method, ()))
+    key = "importance="
+    chosen = (setting.removeprefix(key) for setting in LOPS.get(method, ()) if setting.startswith(key))
     order = REORDERED.get(method) or next(chosen, "")
     made_from = [each.needs for each in METHODS.values() if each.importance == order and each.search is None]
     return sorted(every[PUZZLETRON if method in REORDERED else LOP].needs.union(*made_from))

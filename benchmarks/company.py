@@ -2,12 +2,12 @@
 
 On `tiny` and `smol`, at as many parameters, refit for everybody who can be refitted: LLM-Pruner (element- and
 vector-wise), Minitron, DarwinLM, Puzzletron, Týr and EfficientLLaVA over FFN neurons, beside uniform widths and LOP's
-search, in the paper's order of neurons and the surgeon's; ShortGPT, LLM-Streamline and SliceGPT, which leave the FFNs as
-they are; and, where `--methods` names them, other forms of LOP's search (`FORMS`) and Puzzletron over neurons in other
-orders (`REORDERED`). Beside these, as it keeps all weights and adds some, DejaVu at as many active neurons. At as many
-operations (`lop.model.beyond.flops`, of the language backbone): FastV, SparseVLM and YOPO, by themselves and on what
-LOP's search found, against LOP's widths alone that compute as much (between the ratios that were searched its ratios of
-layers are interpolated). See `benchmarks/bench.py` and `beyond.py` for what is equal for all.
+search, in the paper's order of neurons and the surgeon's; ShortGPT, LLM-Streamline and SliceGPT, which leave the FFNs
+as they are; and, where `--methods` names them, other forms of LOP's search (`FORMS`) and Puzzletron over neurons in
+other orders (`REORDERED`). Beside these, as it keeps all weights and adds some, DejaVu at as many active neurons. At as
+many operations (`lop.model.beyond.flops`, of the language backbone): FastV, SparseVLM and YOPO, by themselves and on
+what LOP's search found, against LOP's widths alone that compute as much (between the ratios that were searched its
+ratios of layers are interpolated). See `benchmarks/bench.py` and `beyond.py` for what is equal for all.
 
 Each choice and each score is a small file under `results/company/MODEL` (those that `benchmarks/smol.py` has made are
 taken from `results/smol`), with the fingerprint of what it was made from; what is missing is made. `--check N` makes N
